@@ -1,1 +1,63 @@
+"""The `nsa` command: `nsa COMMAND ...`; `nsa --help` lists the commands.
 
+Each command is one line in `COMMANDS` and one module here with `main(arguments) -> exit code`; the module is imported
+only when its command runs, so that `nsa --help` is quick. Exit codes: 0 done, 1 the work failed, 2 bad input, 3 stopped
+on request after a checkpoint.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import sys
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+
+EXIT_DONE, EXIT_FAILED, EXIT_USAGE, EXIT_STOPPED = 0, 1, 2, 3
+
+# Command name -> (module with `main`, one line of help).
+COMMANDS = {
+    "train": ("nsa.cli.train", "train a model from a YAML config"),
+    "compare": ("nsa.cli.compare", "draw the loss curves of several runs into one picture and table"),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code; `arguments` are those of the process unless given."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(usage())
+        return EXIT_DONE if arguments else EXIT_USAGE
+    name, *rest = arguments
+    if name == "--version":
+        print(f"nsa {package_version()}")
+        return EXIT_DONE
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"did you mean `nsa {near[0]}`?" if near else f"choose one of {', '.join(COMMANDS)}"
+        print(f"nsa: unknown command {name!r}; {hint}", file=sys.stderr)
+        return EXIT_USAGE
+    module, _ = COMMANDS[name]
+    return importlib.import_module(module).main(rest)
+
+
+def usage() -> str:
+    """The text of `nsa --help`."""
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {summary}" for name, (_, summary) in COMMANDS.items()]
+    head = "usage: nsa [--version] COMMAND ...\n\nNative Sparse Attention: train, look into and use models.\n\ncommands:\n"
+    return head + "\n".join(lines) + "\n\n`nsa COMMAND --help` explains one command."
+
+
+def package_version() -> str:
+    """The installed version of this package, or a word for a source tree that is not installed."""
+    try:
+        return version("nsa")
+    except PackageNotFoundError:
+        return "(not installed)"
+
+
+def fail(command: str, error: Exception) -> int:
+    """Print a user's mistake as one message, without a traceback, and return the exit code for it."""
+    print(f"nsa {command}: {error}", file=sys.stderr)
+    return EXIT_USAGE
