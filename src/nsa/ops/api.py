@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from nsa.geometry import BlockGeometry
-from nsa.ops import reference, registry  # noqa: F401  (registry defines torch.ops.nsa)
+from nsa.ops import decode, reference, registry  # noqa: F401  (registry defines torch.ops.nsa)
 from nsa.ops import validate as check
 from nsa.ops.cache_view import CacheView
 from nsa.ops.routing import choose_backend
@@ -284,3 +284,86 @@ def _scale(q: Tensor, scale: float | None) -> float:
 def _check_q_start(q_start: int, cu_seqlens: Tensor | None) -> None:
     if q_start < 0 or (q_start and cu_seqlens is not None):
         raise ValueError(f"q_start {q_start} must be 0 for packed input and never negative")
+
+
+class DecodeAux(NamedTuple):
+    """What `nsa_decode(..., return_aux=True)` adds: int32 `block_indices` `[B, T, Hkv, n]`, as in `NSAAux`."""
+
+    block_indices: Tensor
+
+
+def nsa_decode(
+    q: Tensor,
+    cache_view: CacheView,
+    gates: Tensor,
+    geometry: BlockGeometry,
+    *,
+    scale: float | None = None,
+    backend: str = "auto",
+    return_aux: bool = False,
+) -> Tensor | tuple[Tensor, DecodeAux]:
+    """The whole operator for the newest tokens of a cache: one token for each row, or a prefill chunk.
+
+    Equals the last rows of `nsa_attention` over the full sequence.
+
+    Args:
+        q: `[B, T, H, Dk]`, rotated; query c of row b is at position lengths[b] - num_new[b] + c. Queries past
+            num_new[b] are padding; their output is zero.
+        cache_view: what `NSACache.append` returned for these tokens.
+        gates: `[B, T, H, 3]`.
+
+    Returns:
+        `[B, T, H, Dv]`, or that and a `DecodeAux`.
+
+    Raises:
+        ValueError: shapes, dtypes, devices or the backend do not fit.
+    """
+    check.check_keys(q, cache_view.k, cache_view.v)
+    check.check_keys(q, cache_view.k_cmp, cache_view.v_cmp, ("k_cmp", "v_cmp"))
+    check.check_keys(q, cache_view.k_win, cache_view.v_win, ("k_win", "v_win"))
+    if gates.shape != (*q.shape[:3], 3):
+        raise ValueError(f"gates must be {[*q.shape[:3], 3]} (B, T, H, branches), not {list(gates.shape)}")
+    if len(cache_view.lengths) != q.shape[0] or max(cache_view.num_new) > q.shape[1]:
+        raise ValueError(
+            f"the cache view is of {len(cache_view.lengths)} rows with {list(cache_view.num_new)} new tokens, but q is "
+            f"{list(q.shape)}; pass the view that the append of these tokens returned"
+        )
+    scale, backend = _scale(q, scale), choose_backend(backend, q, geometry)
+    if q.shape[1] == 1 and min(cache_view.num_new) == 1 and backend != "reference":
+        outs, block_indices = decode.decode_step(q, cache_view, geometry, scale)
+    else:
+        outs, block_indices = _decode_chunk(q, cache_view, geometry, scale, backend)
+    out = combine(*outs, gates)
+    return (out, DecodeAux(block_indices)) if return_aux else out
+
+
+def _decode_chunk(
+    q: Tensor, view: CacheView, geometry: BlockGeometry, scale: float, backend: str
+) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
+    """Each set of rows that are alike goes through the stages at its own offset; padding queries stay zero."""
+    outs = [view.v.new_zeros(*q.shape[:3], view.v.shape[3]) for _ in range(3)]
+    indices = torch.full((*q.shape[:2], view.k.shape[2], geometry.num_selected_blocks), -1, dtype=torch.int32)
+    indices = indices.to(q.device)
+    rows_by_shape: dict[tuple[int, int, int], list[int]] = {}
+    for row, shape in enumerate(zip(view.lengths, view.num_new, view.win_start, strict=True)):
+        rows_by_shape.setdefault(shape, []).append(row)
+    for (length, new, win_start), rows in rows_by_shape.items():
+        if new == 0:
+            continue
+        pick = slice(None) if len(rows) == q.shape[0] else rows
+        q_start, count = length - new, geometry.num_compressed(length)
+        options = {"q_start": q_start, "scale": scale, "backend": backend}
+        query, k_cmp = q[pick, :new], view.k_cmp[pick, :count]
+        out_cmp, lse = compressed_attention(query, k_cmp, view.v_cmp[pick, :count], geometry, **options)
+        chosen = select_blocks(query, k_cmp, lse, geometry, **options)
+        keys, values = view.k[pick, :length], view.v[pick, :length]
+        out_slc, _ = selected_attention(query, keys, values, chosen, geometry, **options)
+        k_start = max(win_start, max(0, q_start - geometry.window_size + 1))
+        held = slice(k_start - win_start, length - win_start)
+        out_win, _ = window_attention(
+            query, view.k_win[pick, held], view.v_win[pick, held], geometry, k_start=k_start, **options
+        )
+        for out, part in zip(outs, (out_cmp, out_slc, out_win), strict=True):
+            out[pick, :new] = part
+        indices[pick, :new] = chosen
+    return (outs[0], outs[1], outs[2]), indices

@@ -31,7 +31,13 @@ def mean_pool(x: Tensor, geometry: BlockGeometry, cu_seqlens: Tensor | None, num
 
 
 def compressed_attention(
-    q: Tensor, k_cmp: Tensor, v_cmp: Tensor, geometry: BlockGeometry, cu_seqlens: Tensor | None, q_start: int, scale: float
+    q: Tensor,
+    k_cmp: Tensor,
+    v_cmp: Tensor,
+    geometry: BlockGeometry,
+    cu_seqlens: Tensor | None,
+    q_start: int,
+    scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Attention over the compressed tokens whose block has ended: token i is visible to t when i d + l - 1 <= t."""
 
@@ -42,7 +48,13 @@ def compressed_attention(
 
 
 def select_blocks(
-    q: Tensor, k_cmp: Tensor, lse: Tensor, geometry: BlockGeometry, cu_seqlens: Tensor | None, q_start: int, scale: float
+    q: Tensor,
+    k_cmp: Tensor,
+    lse: Tensor,
+    geometry: BlockGeometry,
+    cu_seqlens: Tensor | None,
+    q_start: int,
+    scale: float,
 ) -> Tensor:
     """The chosen blocks of each query and group, int32 `[B,T,K,n]`, ascending, padded with -1 (Eq. 8-12)."""
 
@@ -113,7 +125,14 @@ def selected_attention(
 
 
 def window_attention(
-    q: Tensor, k: Tensor, v: Tensor, geometry: BlockGeometry, cu_seqlens: Tensor | None, q_start: int, k_start: int, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    geometry: BlockGeometry,
+    cu_seqlens: Tensor | None,
+    q_start: int,
+    k_start: int,
+    scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Attention over positions max(0, t-w+1) .. t."""
 

@@ -71,9 +71,7 @@ def check_cu_seqlens(cu_seqlens: Tensor | None, x: Tensor, name: str = "q") -> N
             f"flatten the batch to [1, B*T, ...] and add the row bounds to cu_seqlens"
         )
     if cu_seqlens.ndim != 1 or cu_seqlens.numel() < 2 or cu_seqlens.dtype != torch.int32:
-        raise ValueError(
-            f"cu_seqlens must be int32 [documents + 1], not {cu_seqlens.dtype} {list(cu_seqlens.shape)}"
-        )
+        raise ValueError(f"cu_seqlens must be int32 [documents + 1], not {cu_seqlens.dtype} {list(cu_seqlens.shape)}")
     if cu_seqlens.device != x.device:
         raise ValueError(f"cu_seqlens is on {cu_seqlens.device} but {name} is on {x.device}; move it there")
     if cu_seqlens.device.type != "cpu" or torch.compiler.is_compiling():

@@ -1,0 +1,97 @@
+"""Attention from a cache in plain PyTorch: one new token for each row at once, or a chunk through the stages.
+
+Legend: B rows, T new tokens, H query heads, K key/value groups, R = H/K, N compressed tokens, J selection blocks,
+n chosen blocks. Rows are left-aligned and may differ in length. A step touches the compressed stream, the chosen blocks
+and the window, never the whole cache.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from nsa.geometry import BlockGeometry
+from nsa.ops.cache_view import CacheView
+
+
+def decode_step(
+    q: Tensor, view: CacheView, geometry: BlockGeometry, scale: float
+) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
+    """One query for each row, `q` `[B, 1, H, Dk]`; returns the branches' outputs `[B, 1, H, Dv]` and blocks `[B,1,K,n]`."""
+    groups = view.k.shape[2]
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    q = (q[:, 0].to(dtype) * scale).unflatten(1, (groups, -1))  # [B,K,R,D]
+    last = torch.tensor(view.lengths, device=q.device) - 1
+    out_cmp, p_cmp = _compressed(q, view, geometry)
+    blocks = _choose(p_cmp, last, max(view.lengths), geometry)
+    out_slc = _selected(q, view, blocks, last, geometry)
+    out_win = _window(q, view, geometry)
+    outs = (x.flatten(1, 2).unsqueeze(1).to(view.v.dtype) for x in (out_cmp, out_slc, out_win))
+    return tuple(outs), blocks.to(torch.int32).unsqueeze(1)  # pyright: ignore[reportReturnType]
+
+
+def _softmax_over(q: Tensor, k: Tensor, visible: Tensor | None) -> Tensor:
+    """Weights `[B,K,R,S]` of keys `[B,K,S,D]`; rows without a visible key get zeros. `visible` is `[B,1 or K,1,S]`."""
+    scores = q @ k.to(q.dtype).transpose(-1, -2)
+    if visible is None:
+        return scores.softmax(dim=-1)
+    # A row that sees nothing has only -inf, whose softmax is NaN; its weights are 0.
+    return scores.masked_fill(~visible, -torch.inf).softmax(dim=-1).masked_fill(~visible, 0.0)
+
+
+def _compressed(q: Tensor, view: CacheView, geometry: BlockGeometry) -> tuple[Tensor, Tensor]:
+    counts = [geometry.num_compressed(length) for length in view.lengths]
+    most = max(counts)
+    k, v = view.k_cmp[:, :most].transpose(1, 2), view.v_cmp[:, :most].transpose(1, 2)
+    visible = None
+    if min(counts) < most:
+        index = torch.arange(most, device=q.device)
+        visible = (index < torch.tensor(counts, device=q.device).unsqueeze(1))[:, None, None, :]
+    p = _softmax_over(q, k, visible)
+    return p @ v.to(p.dtype), p
+
+
+def _choose(p_cmp: Tensor, last: Tensor, longest: int, geometry: BlockGeometry) -> Tensor:
+    """The n blocks of each row and group, ascending, -1 for none, `[B,K,n]` (Eq. 9, 10, forced blocks, top-n)."""
+    num_blocks = geometry.num_select_blocks(longest)
+    weights = torch.tensor(geometry.overlap_weights, dtype=p_cmp.dtype, device=p_cmp.device)
+    span = geometry.strides_per_select
+    left = -geometry.overlap_start
+    right = max(0, num_blocks * span - p_cmp.shape[-1])
+    grouped = torch.nn.functional.pad(p_cmp.sum(dim=2), (left, right))
+    importance = grouped.unfold(-1, len(weights), span)[:, :, :num_blocks] @ weights  # [B,K,J]
+    block = torch.arange(num_blocks, device=p_cmp.device)
+    own = (last // geometry.select_block_size).view(-1, 1, 1)
+    forced = (block < geometry.num_init_blocks) | (block > own - geometry.num_local_blocks)
+    importance = importance.masked_fill(forced, torch.inf).masked_fill(block > own, -torch.inf)
+    count = min(geometry.num_selected_blocks, num_blocks)
+    chosen = importance.sort(dim=-1, descending=True, stable=True).indices[..., :count]
+    chosen = torch.where(chosen <= own, chosen, num_blocks).sort(dim=-1).values
+    chosen = chosen.masked_fill(chosen == num_blocks, -1)
+    return torch.nn.functional.pad(chosen, (0, geometry.num_selected_blocks - count), value=-1)
+
+
+def _selected(q: Tensor, view: CacheView, blocks: Tensor, last: Tensor, geometry: BlockGeometry) -> Tensor:
+    offset = torch.arange(geometry.select_block_size, device=q.device)
+    position = (blocks.unsqueeze(-1) * geometry.select_block_size + offset).flatten(2)  # [B,K,n*l']
+    visible = (position >= 0) & (position <= last.view(-1, 1, 1))
+    position = position.clamp(min=0, max=view.k.shape[1] - 1)
+    row = torch.arange(q.shape[0], device=q.device).view(-1, 1, 1)
+    group = torch.arange(q.shape[1], device=q.device).view(1, -1, 1)
+    k, v = view.k[row, position, group], view.v[row, position, group]  # [B,K,n*l',D]
+    p = _softmax_over(q, k, visible.unsqueeze(2))
+    return p @ v.to(p.dtype)
+
+
+def _window(q: Tensor, view: CacheView, geometry: BlockGeometry) -> Tensor:
+    ends = [length - start for length, start in zip(view.lengths, view.win_start, strict=True)]
+    firsts = [max(0, end - min(geometry.window_size, length)) for end, length in zip(ends, view.lengths, strict=True)]
+    low, high = min(firsts), max(ends)
+    k, v = view.k_win[:, low:high].transpose(1, 2), view.v_win[:, low:high].transpose(1, 2)
+    visible = None
+    if len(set(firsts)) > 1 or len(set(ends)) > 1:
+        index = torch.arange(low, high, device=q.device)
+        first, end = (torch.tensor(x, device=q.device).unsqueeze(1) for x in (firsts, ends))
+        visible = ((index >= first) & (index < end))[:, None, None, :]
+    p = _softmax_over(q, k, visible)
+    return p @ v.to(p.dtype)
