@@ -13,7 +13,7 @@ Legend: B batch, T tokens, C features, H query heads, Hkv key/value heads (group
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ from nsa.cache import NSACache
 from nsa.compress import block_starts, build_compression
 from nsa.gate import Gate
 from nsa.geometry import BlockGeometry
-from nsa.ops.api import nsa_attention, nsa_decode
+from nsa.ops.api import DecodeAux, NSAAux, nsa_attention, nsa_decode
 from nsa.rope import RotaryEmbedding, apply_rope
 
 BRANCH_ORDER = ("cmp", "slc", "win")
@@ -90,7 +90,7 @@ class NSAAttention(nn.Module):
         self.geometry = geometry or BlockGeometry()
         self.compress_rope, self.shared_kv, self.backend = compress_rope, shared_kv, backend
         self.forced_branch: str | None = None
-        self.aux_sink: Callable[[Any], None] | None = None
+        self.aux_sink: Callable[[NSAAux | DecodeAux], None] | None = None
 
         self.num_projections = 1 if shared_kv else len(BRANCH_ORDER)
         self.q_proj = nn.Linear(hidden_size, num_heads * self.head_dim, bias=bias)
@@ -135,10 +135,10 @@ class NSAAttention(nn.Module):
         q = apply_rope(self.q_proj(x).unflatten(-1, (self.num_heads, self.head_dim)), cos, sin)
         keys = self._split(self.k_proj(x), self.head_dim)
         values = self._split(self.v_proj(x), self.value_head_dim)
-        rotated = tuple(apply_rope(k, cos, sin) for k in keys)
+        rotated = [apply_rope(k, cos, sin) for k in keys]
         k_cmp = rotated[0] if self.compress_rope == "before" else keys[0]
-        k_slc, k_win = rotated[-2:] if len(rotated) > 1 else rotated * 2
-        v_slc, v_win = values[-2:] if len(values) > 1 else values * 2
+        slc, win = (0, 0) if self.shared_kv else (1, 2)
+        k_slc, k_win, v_slc, v_win = rotated[slc], rotated[win], values[slc], values[win]
         gates = self.gate(x, self.forced_branch)
 
         if cache is None:
@@ -163,10 +163,17 @@ class NSAAttention(nn.Module):
         v_win: Tensor,
         cu_seqlens: Tensor | None,
     ) -> Tensor:
-        options = {"k_win": k_win, "v_win": v_win, "cu_seqlens": cu_seqlens, "backend": self.backend}
+        result = nsa_attention(
+            *(q, k, v, *compressed, gates, self.geometry),
+            k_win=k_win,
+            v_win=v_win,
+            cu_seqlens=cu_seqlens,
+            backend=self.backend,
+            return_aux=self.aux_sink is not None,
+        )
         if self.aux_sink is None:
-            return nsa_attention(q, k, v, *compressed, gates, self.geometry, **options)  # pyright: ignore
-        out, aux = nsa_attention(q, k, v, *compressed, gates, self.geometry, return_aux=True, **options)
+            return cast(Tensor, result)
+        out, aux = cast(tuple[Tensor, NSAAux], result)
         self.aux_sink(aux)
         return out
 
@@ -199,7 +206,8 @@ class NSAAttention(nn.Module):
             count = self.geometry.num_compressed(q.shape[1])
             compressed = (view.k_cmp[:, :count], view.v_cmp[:, :count])
             return self._attend(q, *selected, compressed, gates, *window, None)
-        out, aux = nsa_decode(q, view, gates, self.geometry, backend=self.backend, return_aux=True)
+        result = nsa_decode(q, view, gates, self.geometry, backend=self.backend, return_aux=True)
+        out, aux = cast(tuple[Tensor, DecodeAux], result)
         cache.last_block_indices = aux.block_indices
         if self.aux_sink is not None:
             self.aux_sink(aux)
@@ -216,9 +224,9 @@ class NSAAttention(nn.Module):
             k_cmp = apply_rope(k_cmp, end_cos, end_sin)
         return k_cmp, v_cmp
 
-    def _split(self, x: Tensor, head_dim: int) -> tuple[Tensor, ...]:
+    def _split(self, x: Tensor, head_dim: int) -> list[Tensor]:
         """One projection's output as the branches' keys or values, in the order compressed, selected, window."""
-        return x.unflatten(-1, (self.num_projections, self.num_kv_heads, head_dim)).unbind(2)
+        return list(x.unflatten(-1, (self.num_projections, self.num_kv_heads, head_dim)).unbind(2))
 
     def _own_rope(self, x: Tensor, cu_seqlens: Tensor | None, cache: NSACache | None) -> tuple[Tensor, Tensor]:
         if self.rope is None:

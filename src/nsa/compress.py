@@ -5,7 +5,8 @@ stand one after another, followed by unused rows up to `num_compressed`. Keys an
 
     >>> import torch
     >>> from nsa import BlockGeometry
-    >>> build_compression("conv", BlockGeometry(8, 4, 16, 4), num_kv_heads=2, head_dim=32)(torch.randn(1, 50, 2, 32)).shape
+    >>> operator = build_compression("conv", BlockGeometry(8, 4, 16, 4), num_kv_heads=2, head_dim=32)
+    >>> operator(torch.randn(1, 50, 2, 32)).shape
     torch.Size([1, 11, 2, 32])
 """
 
@@ -47,7 +48,7 @@ class MeanCompression(nn.Module):
 
 
 class ConvCompression(nn.Module):
-    """A depthwise convolution of kernel l and stride d that starts as the mean, then a residual MLP that starts as 0."""
+    """A depthwise convolution of kernel l and stride d, at first the mean, then a residual MLP, at first 0."""
 
     def __init__(self, geometry: BlockGeometry, num_kv_heads: int, head_dim: int) -> None:
         super().__init__()

@@ -24,8 +24,7 @@ import torch
 from torch import Tensor
 
 from nsa.geometry import BlockGeometry
-from nsa.ops import decode, reference, registry  # noqa: F401  (registry defines torch.ops.nsa)
-from nsa.ops import validate as check
+from nsa.ops import decode, reference, registry, validate as check  # noqa: F401  (registry defines torch.ops.nsa)
 from nsa.ops.cache_view import CacheView
 from nsa.ops.routing import choose_backend
 

@@ -17,7 +17,7 @@ from nsa.ops.cache_view import CacheView
 def decode_step(
     q: Tensor, view: CacheView, geometry: BlockGeometry, scale: float
 ) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
-    """One query for each row, `q` `[B, 1, H, Dk]`; returns the branches' outputs `[B, 1, H, Dv]` and blocks `[B,1,K,n]`."""
+    """One query for each row, `q` `[B,1,H,Dk]`; returns the branches' outputs `[B,1,H,Dv]` and blocks `[B,1,K,n]`."""
     groups = view.k.shape[2]
     dtype = torch.promote_types(q.dtype, torch.float32)
     q = (q[:, 0].to(dtype) * scale).unflatten(1, (groups, -1))  # [B,K,R,D]

@@ -10,6 +10,7 @@ groups (Hkv), R = H/K heads of a group, D head size. Queries are at positions q_
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -44,7 +45,8 @@ def compressed_attention(
     def document(q: Tensor, k_cmp: Tensor, v_cmp: Tensor) -> tuple[Tensor, Tensor]:
         return _attend(q, k_cmp, v_cmp, _visible_compressed(q, k_cmp, geometry, q_start), scale)
 
-    return _per_document(document, geometry, cu_seqlens, (q,), (k_cmp, v_cmp))
+    out, lse = _per_document(document, geometry, cu_seqlens, (q,), (k_cmp, v_cmp))
+    return out, lse
 
 
 def select_blocks(
@@ -121,7 +123,8 @@ def selected_attention(
         causal = k_pos <= q_pos[:, None]
         return _attend(q, k, v, (in_block & causal[:, None, :]).unsqueeze(3), scale)
 
-    return _per_document(document, None, cu_seqlens, (q, block_indices), (k, v))
+    out, lse = _per_document(document, None, cu_seqlens, (q, block_indices), (k, v))
+    return out, lse
 
 
 def window_attention(
@@ -141,7 +144,8 @@ def window_attention(
         visible = (distance >= 0) & (distance < geometry.window_size)
         return _attend(q, k, v, visible[:, None, None, :], scale)
 
-    return _per_document(document, None, cu_seqlens, (q,), (k, v))
+    out, lse = _per_document(document, None, cu_seqlens, (q,), (k, v))
+    return out, lse
 
 
 def _positions(x: Tensor, start: int) -> Tensor:
@@ -180,7 +184,7 @@ def _documents(cu_seqlens: Tensor | None, total: int) -> list[tuple[int, int]]:
     if cu_seqlens is None:
         return [(0, total)]
     bounds = cu_seqlens.tolist()
-    return list(zip(bounds[:-1], bounds[1:], strict=True))
+    return list(pairwise(bounds))
 
 
 def _per_document(

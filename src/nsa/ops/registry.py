@@ -22,6 +22,7 @@ BACKEND_MODULES = {"torch": "nsa.ops.torch_native", "triton": "nsa.ops.triton"}
 _library = torch.library.Library("nsa", "DEF")
 
 _KEYS = "Tensor? cu_seqlens, int[] geometry, int q_start, float scale, str backend"
+_SAVED = "Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse"
 _SCHEMAS = {
     "mean_pool": "(Tensor x, Tensor? cu_seqlens, int[] geometry, SymInt num_compressed, str backend) -> Tensor",
     "mean_pool_backward": "(Tensor dout, Tensor? cu_seqlens, int[] geometry, SymInt length, str backend) -> Tensor",
@@ -30,13 +31,10 @@ _SCHEMAS = {
     "selected_attention": f"(Tensor q, Tensor k, Tensor v, Tensor block_indices, {_KEYS}) -> (Tensor, Tensor)",
     "window_attention": "(Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens, int[] geometry, int q_start, int k_start, "
     "float scale, str backend) -> (Tensor, Tensor)",
-    "compressed_attention_backward": "(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-    f"{_KEYS}) -> (Tensor, Tensor, Tensor)",
-    "selected_attention_backward": "(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-    f"Tensor block_indices, {_KEYS}) -> (Tensor, Tensor, Tensor)",
-    "window_attention_backward": "(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-    "Tensor? cu_seqlens, int[] geometry, int q_start, int k_start, float scale, str backend) "
-    "-> (Tensor, Tensor, Tensor)",
+    "compressed_attention_backward": f"({_SAVED}, {_KEYS}) -> (Tensor, Tensor, Tensor)",
+    "selected_attention_backward": f"({_SAVED}, Tensor block_indices, {_KEYS}) -> (Tensor, Tensor, Tensor)",
+    "window_attention_backward": f"({_SAVED}, Tensor? cu_seqlens, int[] geometry, int q_start, int k_start, "
+    "float scale, str backend) -> (Tensor, Tensor, Tensor)",
 }
 
 

@@ -6,6 +6,8 @@ device, on the CPU; elsewhere the kernels stay inside their buffers and leave ro
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -82,7 +84,7 @@ def check_cu_seqlens(cu_seqlens: Tensor | None, x: Tensor, name: str = "q") -> N
             f"cu_seqlens runs from {bounds[0]} to {bounds[-1]} but {name} has {x.shape[1]} tokens; it must start at 0 "
             f"and end at {x.shape[1]} (give padding at the end a document of its own)"
         )
-    for i, (start, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+    for i, (start, end) in enumerate(pairwise(bounds)):
         if end < start:
             raise ValueError(f"cu_seqlens must not decrease, but entry {i + 1} is {end} after {start}")
 
@@ -90,7 +92,7 @@ def check_cu_seqlens(cu_seqlens: Tensor | None, x: Tensor, name: str = "q") -> N
 def count_compressed(cu_seqlens: Tensor, geometry: BlockGeometry) -> int:
     """Compressed tokens of packed documents together; reads `cu_seqlens` on the host."""
     bounds = cu_seqlens.tolist()
-    return sum(geometry.num_compressed(end - start) for start, end in zip(bounds[:-1], bounds[1:], strict=True))
+    return sum(geometry.num_compressed(end - start) for start, end in pairwise(bounds))
 
 
 def check_compressed(k_cmp: Tensor, total: int, geometry: BlockGeometry, cu_seqlens: Tensor | None) -> None:
