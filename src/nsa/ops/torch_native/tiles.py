@@ -1,0 +1,151 @@
+"""The one attention loop: tiles of queries against the range of keys that a mask lets them see.
+
+The heads of a group are rows of one product against the keys they share. Scores are in base 2, because exp2 is a third
+of the cost of exp on the CPU. The backward pass holds its scores transposed, `[S, R*C]`: then four of its five products
+have rows in memory order.
+
+Shapes: q `[B, T, H, Dk]`, k `[B, S, K, Dk]`, v `[B, S, K, Dv]`, lse `[B, T, H]`; a tile has C queries of b batch rows
+and k groups, rows R*C with the heads outermost. Precision: everything is computed in at least fp32.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from nsa.ops.torch_native.masks import Mask, Tile
+from nsa.ops.torch_native.products import nn, nt, tn
+
+LOG2_E, LN_2 = math.log2(math.e), math.log(2.0)
+TILE_ELEMENTS = 1 << 19
+MAX_TILE_QUERIES = 128
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def by_group(x: Tensor, num_groups: int) -> Tensor:
+    """`[B, T, H, ...] -> [B, K, R, T, ...]`, a view."""
+    return x.unflatten(2, (num_groups, -1)).movedim(1, 3)
+
+
+def keys_by_group(x: Tensor) -> Tensor:
+    """`[B, S, K, D] -> [B, K, S, D]`, contiguous, in at least fp32."""
+    return x.to(compute_dtype(x)).transpose(1, 2).contiguous()
+
+
+def rows(x: Tensor, tile: Tile, factor: float | None = None) -> Tensor:
+    """The tile's rows of `[B, K, R, T, D]`, times `factor`: `[b*k, R*C, D]`, contiguous, in at least fp32."""
+    part = x[tile.batch, tile.groups, :, tile.queries]
+    part = part.to(compute_dtype(x)) if factor is None else part.to(compute_dtype(x)) * factor
+    return part.contiguous().flatten(0, 1).flatten(1, 2)
+
+
+def scores_view(scores: Tensor, tile: Tile, num_heads: int) -> Tensor:
+    """`[b*k, R*C, S] -> [b, k, R, C, S]`."""
+    num_groups = tile.groups.stop - tile.groups.start
+    return scores.unflatten(1, (num_heads, -1)).unflatten(0, (-1, num_groups))
+
+
+def plan(q: Tensor, num_groups: int, mask: Mask, q_start: int) -> Iterator[Tile]:
+    """Tiles of about TILE_ELEMENTS scores; queries that see no key are in none."""
+    num_rows, length, num_heads = q.shape[0], q.shape[1], q.shape[2] // num_groups
+    for t0 in range(0, length, MAX_TILE_QUERIES):
+        t1 = min(length, t0 + MAX_TILE_QUERIES)
+        start, stop = mask.keys(q_start + t0, q_start + t1 - 1)
+        if stop <= start:
+            continue
+        lanes = max(1, TILE_ELEMENTS // ((t1 - t0) * num_heads * (stop - start)))
+        for b0 in range(0, num_rows, max(1, lanes // num_groups)):
+            batch = slice(b0, min(num_rows, b0 + max(1, lanes // num_groups)))
+            step = num_groups if lanes >= num_groups else 1
+            for g0 in range(0, num_groups, step):
+                yield Tile(batch, slice(g0, g0 + step), slice(t0, t1), slice(start, stop), q_start + t0)
+
+
+def key_rows(x: Tensor, tile: Tile) -> Tensor:
+    """The tile's keys or values of `[B, K, S, D]`: `[b*k, S, D]`, a view."""
+    return x[tile.batch, tile.groups, tile.keys].flatten(0, 1)
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, mask: Mask, q_start: int, scale: float) -> tuple[Tensor, Tensor]:
+    """Softmax attention under `mask`: out `[B, T, H, Dv]` and natural log-sum-exp `[B, T, H]`."""
+    num_groups, num_heads = k.shape[2], q.shape[2] // k.shape[2]
+    out = q.new_zeros(*q.shape[:3], v.shape[3])
+    lse = q.new_full(q.shape[:3], -torch.inf, dtype=compute_dtype(q))
+    q_view, out_view, lse_view = (by_group(x, num_groups) for x in (q, out, lse))
+    keys, values = keys_by_group(k), keys_by_group(v)
+    for tile in plan(q, num_groups, mask, q_start):
+        scores = nt(rows(q_view, tile, scale * LOG2_E), key_rows(keys, tile))
+        mask.hide(scores_view(scores, tile, num_heads), tile)
+        o, tile_lse = softmax_product(scores, key_rows(values, tile))
+        out_view[tile.batch, tile.groups, :, tile.queries] = scores_view(o, tile, num_heads)
+        lse_view[tile.batch, tile.groups, :, tile.queries] = scores_view(tile_lse, tile, num_heads).squeeze(-1)
+    return out, lse
+
+
+def softmax_product(scores: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """softmax2(scores) values, and the natural log-sum-exp; overwrites `scores`. Rows of -inf give 0 and -inf."""
+    limits = torch.finfo(scores.dtype)
+    top = scores.amax(dim=-1, keepdim=True).clamp_(min=limits.min)
+    p = scores.sub_(top).exp2_()
+    total = p.sum(dim=-1, keepdim=True)
+    out = nn(p, values).div_(total.clamp(min=limits.tiny))
+    return out, total.log2_().add_(top).mul_(LN_2)
+
+
+def backward(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    mask: Mask,
+    q_start: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v; probabilities are recomputed from `lse`."""
+    num_groups, num_heads = k.shape[2], q.shape[2] // k.shape[2]
+    dq = torch.zeros_like(q, memory_format=torch.contiguous_format)
+    q_view, dq_view, dout_view, out_view, lse_view = (by_group(x, num_groups) for x in (q, dq, dout, out, lse))
+    dlse_view = None if dlse is None else by_group(dlse, num_groups)
+    keys, values = keys_by_group(k), keys_by_group(v)
+    dkeys, dvalues = torch.zeros_like(keys), torch.zeros_like(values)
+    for tile in plan(q, num_groups, mask, q_start):
+        q_rows, do = rows(q_view, tile, scale * LOG2_E), rows(dout_view, tile)
+        delta = (do * rows(out_view, tile)).sum(dim=-1)
+        if dlse_view is not None:
+            delta -= lane_vector(dlse_view, tile)
+        tile_keys, tile_values = key_rows(keys, tile), key_rows(values, tile)
+        scores = nt(tile_keys, q_rows)
+        mask.hide(scores_view(scores.transpose(1, 2), tile, num_heads), tile)
+        p = scores.sub_(safe_lse(lane_vector(lse_view, tile)).unsqueeze(1)).exp2_()
+        key_rows(dvalues, tile).add_(nn(p, do))
+        ds = nt(tile_values, do).sub_(delta.unsqueeze(1)).mul_(p)
+        key_rows(dkeys, tile).add_(nn(ds, q_rows))
+        dq_view[tile.batch, tile.groups, :, tile.queries] = scores_view(tn(ds, tile_keys), tile, num_heads).mul_(scale)
+    # The rows of q carried scale * log2(e).
+    return dq, key_gradient(dkeys.mul_(LN_2), k), key_gradient(dvalues, v)
+
+
+def lane_vector(x: Tensor, tile: Tile) -> Tensor:
+    """The tile's part of `[B, K, R, T]`: `[b*k, R*C]`."""
+    return x[tile.batch, tile.groups, :, tile.queries].reshape(
+        -1, x.shape[2] * (tile.queries.stop - tile.queries.start)
+    )
+
+
+def safe_lse(lse: Tensor) -> Tensor:
+    """Base-2 log-sum-exp that makes the probabilities of a row without keys 0: -inf becomes +inf."""
+    return torch.where(lse == -torch.inf, torch.inf, lse * LOG2_E)
+
+
+def key_gradient(grad: Tensor, like: Tensor) -> Tensor:
+    """`[B, K, S, D] -> [B, S, K, D]` in the dtype of `like`, a fresh contiguous tensor."""
+    return grad.transpose(1, 2).to(like.dtype).contiguous()
