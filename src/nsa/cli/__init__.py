@@ -11,7 +11,8 @@ import difflib
 import importlib
 import sys
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
+
+from nsa import __version__
 
 EXIT_DONE, EXIT_FAILED, EXIT_USAGE, EXIT_STOPPED = 0, 1, 2, 3
 
@@ -30,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return EXIT_DONE if arguments else EXIT_USAGE
     name, *rest = arguments
     if name == "--version":
-        print(f"nsa {package_version()}")
+        print(f"nsa {__version__}")
         return EXIT_DONE
     if name not in COMMANDS:
         near = difflib.get_close_matches(name, COMMANDS, n=1)
@@ -45,16 +46,10 @@ def usage() -> str:
     """The text of `nsa --help`."""
     width = max(map(len, COMMANDS))
     lines = [f"  {name:<{width}}  {summary}" for name, (_, summary) in COMMANDS.items()]
-    head = "usage: nsa [--version] COMMAND ...\n\nNative Sparse Attention: train, look into and use models.\n\ncommands:\n"
+    head = (
+        "usage: nsa [--version] COMMAND ...\n\nNative Sparse Attention: train, look into and use models.\n\ncommands:\n"
+    )
     return head + "\n".join(lines) + "\n\n`nsa COMMAND --help` explains one command."
-
-
-def package_version() -> str:
-    """The installed version of this package, or a word for a source tree that is not installed."""
-    try:
-        return version("nsa")
-    except PackageNotFoundError:
-        return "(not installed)"
 
 
 def fail(command: str, error: Exception) -> int:

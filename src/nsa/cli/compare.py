@@ -1,0 +1,34 @@
+"""`nsa compare RUN RUN ... --out PATH`: loss curves of several runs in one picture and one table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from nsa.cli import EXIT_DONE, fail
+from nsa.train.observe.compare import compare_runs
+
+
+@dataclass(frozen=True)
+class CompareArguments:
+    """Compare runs: writes OUT.csv and OUT.png and prints a Markdown table."""
+
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """Run folders; differences are against the first."""
+    out: Path = Path("comparison")
+    """Path of the results, without an ending."""
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the command and return its exit code."""
+    given = tyro.cli(CompareArguments, prog="nsa compare", args=list(arguments), use_underscores=True)
+    try:
+        table = compare_runs(given.runs, given.out)
+    except ValueError as error:
+        return fail("compare", error)
+    print(table)
+    print(f"\nwrote {given.out.with_suffix('.csv')} and {given.out.with_suffix('.png')}")
+    return EXIT_DONE

@@ -1,0 +1,244 @@
+"""The training configuration: what every key means, its unit, default and range.
+
+A run is described by one YAML file with these sections, and overrides on the command line:
+
+    nsa train configs/train_showcase.yaml --optim.lr 1e-3 --run.name trial
+
+Every model is frozen and refuses unknown keys. `nsa.train.load_config` reads files and overrides. Nothing here is read
+from the environment.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
+
+from nsa.data.config import DataConfig
+from nsa.geometry import BlockGeometry
+
+Decay = Annotated[float, Field(ge=0, lt=1)]
+LayerType = Literal["nsa", "full_attention", "sliding_attention"]
+
+
+class Section(BaseModel):
+    """Base of all sections: frozen, unknown keys refused, field docstrings kept as descriptions."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class RunSection(Section):
+    """Where the run lives, and on what it runs."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "run"
+    """Name of the run folder: letters, digits, dot, dash and underscore."""
+    folder: str = "runs"
+    """Folder that holds the run folders."""
+    seed: NonNegativeInt = 0
+    """Seed of the weights, the order of the data and everything else that is drawn."""
+    device: str = "auto"
+    """"auto" (CUDA where there is one, else the CPU), "cpu", "cuda" or "cuda:N"."""
+    deterministic: bool = True
+    """Use deterministic algorithms only, on the CPU; two runs with one config then agree bit for bit."""
+
+
+class ModelSection(Section):
+    """The decoder; the keys are those of `NSAConfig`. The vocabulary comes from the tokenizer."""
+
+    hidden_size: PositiveInt = 128
+    """Width of the residual stream."""
+    intermediate_size: PositiveInt = 344
+    """Width of the SwiGLU layer."""
+    num_hidden_layers: PositiveInt = 4
+    """Decoder layers."""
+    num_attention_heads: PositiveInt = 4
+    """Query heads."""
+    num_key_value_heads: PositiveInt = 2
+    """Key/value heads; divides the query heads."""
+    head_dim: PositiveInt | None = None
+    """Size of a query or key head; hidden_size / num_attention_heads unless given."""
+    value_head_dim: PositiveInt | None = None
+    """Size of a value head; head_dim unless given."""
+    layer_types: Annotated[tuple[LayerType, ...], Field(min_length=1)] = ("nsa",)
+    """Attention of each layer; a single entry holds for every layer."""
+    max_position_embeddings: PositiveInt | None = None
+    """Longest context the model is meant for; train.sequence_length unless given."""
+    rope_theta: PositiveFloat = 10000.0
+    """Base of the rotary position embedding."""
+    rms_norm_eps: PositiveFloat = 1e-5
+    """Added to the mean square in RMSNorm."""
+    initializer_range: PositiveFloat = 0.02
+    """Standard deviation of the initial weights."""
+    tie_word_embeddings: bool = True
+    """Share the embedding with the output layer."""
+    compress_block_size: int = 32
+    """l: tokens summarised by one compressed token."""
+    compress_stride: int = 16
+    """d: tokens between compressed blocks; divides both block sizes."""
+    select_block_size: int = 64
+    """l': tokens in one selection block."""
+    num_selected_blocks: int = 16
+    """n: selected blocks for each query, forced ones included."""
+    num_init_blocks: int = 1
+    """Forced blocks at the start of the document."""
+    num_local_blocks: int = 2
+    """Forced blocks up to the query's own."""
+    window_size: int = 512
+    """w: tokens in the sliding window, the query's own included."""
+    compression: Literal["mean", "conv", "mlp"] = "mean"
+    """How a block becomes one compressed token."""
+    compress_rope: Literal["before", "after"] = "before"
+    """Rotate keys before or after they are compressed."""
+    shared_kv: bool = False
+    """Share one K and V among the three branches."""
+    gate: Literal["softmax", "sigmoid"] = "softmax"
+    """How the branches are weighed."""
+    gate_temperature: PositiveFloat = 1.0
+    """Divides the gate's logits."""
+    attention_backend: Literal["auto", "reference", "torch", "triton"] = "auto"
+    """Implementation of the NSA operator."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> ModelSection:
+        _ = self.geometry
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_key_value_heads {self.num_key_value_heads} must divide num_attention_heads "
+                f"{self.num_attention_heads}"
+            )
+        if self.head_dim is None and self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"num_attention_heads {self.num_attention_heads} must divide hidden_size {self.hidden_size}, "
+                f"or head_dim be given"
+            )
+        if len(self.layer_types) not in (1, self.num_hidden_layers):
+            raise ValueError(
+                f"layer_types needs 1 entry or one for each of the {self.num_hidden_layers} layers, "
+                f"not {len(self.layer_types)}"
+            )
+        return self
+
+    @property
+    def geometry(self) -> BlockGeometry:
+        """The block sizes and counts as one value."""
+        return BlockGeometry(**{name: getattr(self, name) for name in BlockGeometry.__dataclass_fields__})
+
+
+class OptimSection(Section):
+    """AdamW, with a linear warm-up and a cosine down to a floor, in optimizer steps."""
+
+    lr: PositiveFloat = 3e-3
+    """Peak learning rate."""
+    min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """Learning rate of the last step as a share of the peak."""
+    warmup_steps: NonNegativeInt = 20
+    """Optimizer steps over which the rate rises linearly to the peak."""
+    beta1: Decay = 0.9
+    """Decay of the gradient's running mean."""
+    beta2: Decay = 0.95
+    """Decay of the squared gradient's running mean."""
+    eps: PositiveFloat = 1e-8
+    """Added to the root of the squared gradient's mean."""
+    weight_decay: NonNegativeFloat = 0.1
+    """Decoupled decay of the linear layers' weights; norms, biases, embeddings and gates have none."""
+    max_grad_norm: PositiveFloat = 1.0
+    """Gradients are scaled down to this global norm."""
+
+
+class TrainSection(Section):
+    """How long, in which pieces and in which precision."""
+
+    steps: PositiveInt = 400
+    """Optimizer steps."""
+    sequence_length: Annotated[int, Field(ge=2)] = 512
+    """T: tokens in a row."""
+    batch_tokens: PositiveInt = 8192
+    """Tokens of one optimizer step; a multiple of micro_batch_rows * sequence_length."""
+    micro_batch_rows: PositiveInt = 16
+    """Rows of one forward and backward pass."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """"bf16" computes under autocast; weights and optimizer stay in fp32."""
+    log_every_steps: PositiveInt = 10
+    """Optimizer steps between log lines; `training.csv` has every step."""
+    checkpoint_every_steps: NonNegativeInt = 0
+    """Optimizer steps between checkpoints; 0 writes the last one only."""
+    keep_checkpoints: PositiveInt = 2
+    """Newest checkpoints that are kept."""
+    early_stop_evals: NonNegativeInt = 0
+    """End after this many evaluations in a row without a better held-out loss; 0 never does."""
+
+
+class GuardSection(Section):
+    """What must not happen in a step; judged before the weights change."""
+
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """What a NaN or infinite loss or gradient norm does."""
+    spike_factor: Annotated[float | None, Field(gt=1)] = None
+    """A loss beyond this multiple of the median of the last 50 is a spike; its step is skipped."""
+    max_skipped_steps: PositiveInt = 5
+    """More skipped steps in a row than this end the run as failed."""
+    entropy_floor_nats: NonNegativeFloat | None = None
+    """Least loss per token that the data allows; a lower one means a leak and ends the run as failed. The data's own
+    floor, where it knows one, unless given."""
+
+
+class EvalSection(Section):
+    """Loss on held-out documents: before the first step, every so often, and after the last. `data` says which."""
+
+    every_steps: PositiveInt = 100
+    """Optimizer steps between evaluations."""
+    rows: PositiveInt = 16
+    """Rows of one evaluation batch."""
+
+
+class SampleSection(Section):
+    """Text that the model continues before and after training."""
+
+    prompts: Annotated[tuple[str, ...], Field(min_length=1)] = ("The state of the union is ",)
+    """Beginnings to continue."""
+    max_new_tokens: NonNegativeInt = 200
+    """Tokens to generate for each prompt; 0 writes no samples."""
+    temperature: PositiveFloat = 0.8
+    """Divides the logits."""
+    top_k: NonNegativeInt = 50
+    """Draw among this many likeliest tokens; 0 for all."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 0.95
+    """Draw among the likeliest tokens that hold this probability."""
+
+
+class RunConfig(Section):
+    """Everything that decides a run; stored beside it as `config.yaml`."""
+
+    run: RunSection = RunSection()
+    model: ModelSection = ModelSection()
+    data: DataConfig = DataConfig()
+    optim: OptimSection = OptimSection()
+    train: TrainSection = TrainSection()
+    guards: GuardSection = GuardSection()
+    eval: EvalSection = EvalSection()
+    sample: SampleSection = SampleSection()
+
+    @model_validator(mode="after")
+    def _fits(self) -> RunConfig:
+        piece = self.train.micro_batch_rows * self.train.sequence_length
+        if self.train.batch_tokens % piece:
+            raise ValueError(
+                f"train.batch_tokens {self.train.batch_tokens} must be a multiple of train.micro_batch_rows "
+                f"{self.train.micro_batch_rows} * train.sequence_length {self.train.sequence_length} = {piece}; "
+                f"the next one is {-(-self.train.batch_tokens // piece) * piece}"
+            )
+        return self
+
+    @property
+    def num_micro_batches(self) -> int:
+        """Forward and backward passes of one optimizer step."""
+        return self.train.batch_tokens // (self.train.micro_batch_rows * self.train.sequence_length)

@@ -1,0 +1,82 @@
+"""What stops or skips an optimizer step before the weights change.
+
+NaN and infinity, sudden spikes, and a loss below what the data allows: a model that predicts better than the entropy
+of its data has seen the answer, so that is an error and no success.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from statistics import median
+
+from nsa.train.config import GuardSection
+
+SPIKE_HISTORY = 50  # losses whose median a spike is measured against
+FLOOR_TOLERANCE = 0.01  # share of the floor that chance may take a mean loss below it
+
+
+class TrainingError(RuntimeError):
+    """A run that must not go on; the message names the step and the remedy."""
+
+
+class StepGuard:
+    """Judges each step by its loss and gradient norm.
+
+    Args:
+        config: what to do, and when.
+        data_floor_nats: the least loss per token the data allows, where it knows; the config's own value comes first.
+    """
+
+    def __init__(self, config: GuardSection, data_floor_nats: float | None = None) -> None:
+        self.config = config
+        self.floor_nats = data_floor_nats if config.entropy_floor_nats is None else config.entropy_floor_nats
+        self.num_skipped = 0
+        self._skipped_in_a_row = 0
+        self._losses: deque[float] = deque(maxlen=SPIKE_HISTORY)
+
+    def allows(self, step: int, loss: float, grad_norm: float) -> bool:
+        """Whether the optimizer may step; False skips this step.
+
+        Args:
+            step: the optimizer step that is about to happen.
+            loss: mean nats per token of the step.
+            grad_norm: global norm of its gradients before clipping.
+
+        Raises:
+            TrainingError: the run must end here; the weights are those of the step before.
+        """
+        self.check_floor(loss, f"the training loss of step {step}")
+        finite = math.isfinite(loss) and math.isfinite(grad_norm)
+        if finite and not self._is_spike(loss):
+            self._losses.append(loss)
+            self._skipped_in_a_row = 0
+            return True
+        what = f"loss {loss:.6g} and gradient norm {grad_norm:.6g}"
+        if not finite and self.config.on_nonfinite == "stop":
+            raise TrainingError(
+                f"step {step} has {what}; the weights are still those of step {step - 1}. "
+                f"Lower optim.lr or look at the data; guards.on_nonfinite: skip passes over single bad batches"
+            )
+        self.num_skipped += 1
+        self._skipped_in_a_row += 1
+        if self._skipped_in_a_row > self.config.max_skipped_steps:
+            raise TrainingError(
+                f"step {step} has {what}, the {self._skipped_in_a_row}th skipped step in a row "
+                f"(guards.max_skipped_steps {self.config.max_skipped_steps}); lower optim.lr or look at the data"
+            )
+        return False
+
+    def check_floor(self, loss: float, what: str) -> None:
+        """Raise `TrainingError` for a loss that the data's entropy does not allow; `what` names it."""
+        if self.floor_nats and loss < self.floor_nats * (1 - FLOOR_TOLERANCE):
+            raise TrainingError(
+                f"{what} is {loss:.4f} nats per token, below the data's floor of {self.floor_nats:.4f}: the model sees "
+                f"what it should predict. Check labels, masks and the held-out documents; "
+                f"if the floor itself is wrong, set guards.entropy_floor_nats"
+            )
+
+    def _is_spike(self, loss: float) -> bool:
+        factor = self.config.spike_factor
+        full = len(self._losses) == SPIKE_HISTORY
+        return factor is not None and full and loss > factor * median(self._losses)

@@ -1,0 +1,32 @@
+"""The model of a run: a `ModelSection` and a tokenizer become an `NSAForCausalLM`."""
+
+from __future__ import annotations
+
+from nsa.hf import NSAConfig, NSAForCausalLM
+from nsa.train.config import RunConfig
+
+
+def build_model(config: RunConfig, *, vocab_size: int, eos_token_id: int) -> NSAForCausalLM:
+    """A freshly initialised model in fp32; its weights come from torch's current random state.
+
+    Raises:
+        ValueError: the sizes do not fit together.
+    """
+    values = config.model.model_dump()
+    layer_types = list(values.pop("layer_types"))
+    if len(layer_types) == 1:
+        layer_types *= config.model.num_hidden_layers
+    rope_theta = values.pop("rope_theta")
+    values = {name: value for name, value in values.items() if value is not None}
+    values.setdefault("max_position_embeddings", config.train.sequence_length)
+    return NSAForCausalLM(
+        NSAConfig(
+            **values,
+            layer_types=layer_types,
+            vocab_size=vocab_size,
+            rope_parameters={"rope_type": "default", "rope_theta": rope_theta},
+            eos_token_id=eos_token_id,
+            bos_token_id=None,
+            pad_token_id=None,
+        )
+    )

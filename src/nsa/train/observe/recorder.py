@@ -1,0 +1,109 @@
+"""Where the numbers of a step and of an evaluation go: the tables, TensorBoard and the terminal."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from types import TracebackType
+
+from torch.utils.tensorboard import SummaryWriter
+
+from nsa.train.observe.csv_log import TRAINING_COLUMNS, VALIDATION_COLUMNS, CsvWriter
+from nsa.train.observe.progress import Progress, log_line
+from nsa.train.run_folder import RunFolder
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One optimizer step; the fields are the columns of `training.csv`.
+
+    Attributes:
+        step: 1 for the first.
+        tokens: input tokens of all steps so far.
+        loss: mean nats per predicted token of the step.
+        lr: learning rate.
+        grad_norm: global norm before clipping.
+        tokens_per_s: input tokens of the step / `step_s`.
+        mfu: model FLOP utilisation in 0..1; None where it is not known.
+        step_s: seconds of the whole step.
+        fetch_s: those of them spent waiting for data.
+    """
+
+    step: int
+    tokens: int
+    loss: float
+    lr: float
+    grad_norm: float
+    tokens_per_s: float
+    mfu: float | None
+    step_s: float
+    fetch_s: float
+
+
+@dataclass(frozen=True)
+class EvalRecord:
+    """One evaluation on held-out documents; the fields are the columns of `val.csv`."""
+
+    step: int
+    val_loss: float
+    val_ppl: float
+    val_bits_per_byte: float
+
+
+class Recorder:
+    """Writes each record everywhere that it belongs; a context manager.
+
+    Args:
+        folder: the run's folder.
+        num_steps: optimizer steps of the whole run.
+        log_every_steps: optimizer steps between lines on the terminal.
+    """
+
+    def __init__(self, folder: RunFolder, *, num_steps: int, log_every_steps: int) -> None:
+        self.num_steps, self.log_every_steps = num_steps, log_every_steps
+        self._waits_s: list[float] = []
+        with ExitStack() as stack:
+            self.progress = stack.enter_context(Progress(num_steps))
+            self._training = stack.enter_context(CsvWriter(folder.training_csv, TRAINING_COLUMNS))
+            self._validation = stack.enter_context(CsvWriter(folder.val_csv, VALIDATION_COLUMNS))
+            self._board = stack.enter_context(SummaryWriter(str(folder.tensorboard)))
+            self._stack = stack.pop_all()
+
+    def step(self, record: StepRecord, waits_s: list[float]) -> None:
+        """Record an optimizer step; `waits_s` are the single waits for data in it."""
+        values = asdict(record)
+        self._training.write(**values)
+        self._to_board("train", values, record.step)
+        self._waits_s += waits_s
+        self.progress.advance(loss=record.loss, tokens_per_s=record.tokens_per_s)
+        if record.step % self.log_every_steps == 0 or record.step in (1, self.num_steps):
+            shown = {name: values[name] for name in ("step", "loss", "lr", "tokens_per_s", "mfu")}
+            self.note(log_line(**shown, num_steps=self.num_steps, fetch_s=self._waits_s))
+            self._waits_s = []
+
+    def evaluation(self, record: EvalRecord) -> None:
+        """Record an evaluation."""
+        values = asdict(record)
+        self._validation.write(**values)
+        self._to_board("eval", values, record.step)
+        self.note(
+            f"held-out documents after step {record.step}: loss {record.val_loss:.4f}, perplexity "
+            f"{record.val_ppl:.3f}, {record.val_bits_per_byte:.4f} bits per byte"
+        )
+
+    def note(self, text: str) -> None:
+        """Print a line."""
+        self.progress.line(text)
+
+    def __enter__(self) -> Recorder:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.close()
+
+    def _to_board(self, group: str, values: dict[str, float | None], step: int) -> None:
+        for name, value in values.items():
+            if value is not None and name != "step":
+                self._board.add_scalar(f"{group}/{name}", value, step)

@@ -1,0 +1,94 @@
+"""`report.md` of a run: its results, curves, samples, config and machine, for people."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from nsa.train.config import RunConfig
+from nsa.train.run_folder import RunFolder, write_text
+
+UNTRAINED_TOLERANCE_NATS = 0.5  # an untrained model further from ln(vocabulary) than this is worth a look
+
+
+def write_report(folder: RunFolder, config: RunConfig, metrics: dict[str, Any]) -> None:
+    """Write `report.md` from the contents of `metrics.json`, `env.json` and the samples."""
+    env = json.loads(folder.env_json.read_text(encoding="utf-8"))
+    ended = f"stopped by {metrics['stopped_by']} at step {metrics['step']}" if metrics["stopped_by"] else "finished"
+    sections = [
+        f"# Run {config.run.name}\n\nThis run {ended} of {config.train.steps} steps.",
+        "## Results\n\n" + table(results(metrics)),
+        f"![Loss curves]({folder.curves_png.name})",
+        "## Samples\n\nSame prompts and random numbers before and after training.\n\n" + _samples(folder),
+        "## Config\n\nAll of it is in `config.yaml`.\n\n" + table(_config(config)),
+        "## Machine\n\n" + table(_machine(env)),
+        "## Files\n\n`training.csv` has every optimizer step, `val.csv` every evaluation, `metrics.json` the results, "
+        "`tb/` the same for TensorBoard. The model is in `checkpoints/latest`, a folder for `from_pretrained`.",
+    ]
+    write_text(folder.report_md, "\n\n".join(section for section in sections if section) + "\n")
+
+
+def results(metrics: dict[str, Any]) -> dict[str, str]:
+    """The results as names and texts with their units."""
+    untrained = f"{metrics['untrained_val_loss']:.4f} nats per token; ln(vocabulary) is {metrics['log_vocab_size']:.4f}"
+    return {
+        "steps, tokens": f"{metrics['step']:,}, {metrics['tokens']:,}",
+        "parameters": f"{metrics['num_parameters']:,}",
+        "held-out loss, untrained": untrained + untrained_warning(metrics),
+        "training loss at the end": "none" if metrics["train_loss"] is None else f"{metrics['train_loss']:.4f}",
+        "held-out loss": f"{metrics['val_loss']:.4f} nats per token",
+        "held-out perplexity": f"{metrics['val_ppl']:.3f}",
+        "held-out bits per byte": f"{metrics['val_bits_per_byte']:.4f}",
+        "skipped steps": f"{metrics['num_skipped_steps']}",
+        "time": f"{metrics['wall_s']:.1f} s, {metrics['train_s']:.1f} s of them in training steps",
+        "training tokens per second": "none" if not metrics["tokens_per_s"] else f"{metrics['tokens_per_s']:,.0f}",
+    }
+
+
+def untrained_warning(metrics: dict[str, Any]) -> str:
+    """A remark when the untrained loss is far from that of a uniform guess, else nothing."""
+    if abs(metrics["untrained_val_loss"] - metrics["log_vocab_size"]) <= UNTRAINED_TOLERANCE_NATS:
+        return ""
+    return " - far apart: look at the initialisation and the labels"
+
+
+def table(values: dict[str, str]) -> str:
+    """Names and texts as a Markdown table."""
+    lines = [f"| {name} | {str(text).replace('|', '/')} |" for name, text in values.items()]
+    return "\n".join(["| | |", "|---|---|", *lines])
+
+
+def _samples(folder: RunFolder) -> str:
+    files = [path for name in ("before", "after") if (path := folder.samples / f"{name}.txt").is_file()]
+    # Indented code cannot be closed by what a model writes.
+    blocks = [
+        f"`samples/{path.name}`\n\n" + "\n".join(f"    {line}" for line in path.read_text(encoding="utf-8").split("\n"))
+        for path in files
+    ]
+    return "\n\n".join(block.rstrip() for block in blocks) or "None were asked for."
+
+
+def _config(config: RunConfig) -> dict[str, str]:
+    model, train, optim = config.model, config.train, config.optim
+    return {
+        "model": f"{model.num_hidden_layers} layers of {', '.join(model.layer_types)}, hidden {model.hidden_size}, "
+        f"{model.num_attention_heads} heads in {model.num_key_value_heads} groups, SwiGLU {model.intermediate_size}",
+        "block geometry": ", ".join(f"{name} {value}" for name, value in vars(model.geometry).items()),
+        "compression, gate": f"{model.compression} (RoPE {model.compress_rope}), {model.gate}",
+        "data": f"{config.data.source}, tokenizer {config.data.tokenizer}, held out {config.data.heldout}",
+        "batch": f"{train.batch_tokens:,} tokens in rows of {train.sequence_length}, {train.precision}",
+        "optimizer": f"AdamW, lr {optim.lr:g} after {optim.warmup_steps} warm-up steps, cosine to "
+        f"{optim.lr * optim.min_lr_ratio:g}, weight decay {optim.weight_decay:g}, norm at most {optim.max_grad_norm:g}",
+        "seed": f"{config.run.seed}",
+    }
+
+
+def _machine(env: dict[str, Any]) -> dict[str, str]:
+    packages = ", ".join(f"{name} {number}" for name, number in env["packages"].items() if number)
+    return {
+        "device": f"{env['device']} ({env['device_name']}), {env['num_cpus']} CPUs, {env['num_threads']} threads",
+        "system": env["platform"],
+        "versions": f"nsa {env['nsa']}, Python {env['python']}, {packages}",
+        "commit": env["git_commit"] or "none",
+        "command": f"`{' '.join(env['command'])}`",
+    }
