@@ -1,0 +1,137 @@
+"""Forward of the compressed and the window branch: flash attention over the interval of keys that each query sees.
+
+Shapes: q `[B, T, H, Dk]`, k `[B, S, Hkv, Dk]`, v `[B, S, Hkv, Dv]`. A tile holds BLOCK_M rows (token, head of the group)
+of one group. Keys that all rows of a tile see go through a loop without masks; the ends of the interval through another.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from nsa.geometry import BlockGeometry
+from nsa.ops.triton.common import (
+    LN2,
+    LOG2E,
+    Layout,
+    dot_precision,
+    has_large_shared_memory,
+    key_interval,
+)
+
+
+def forward_tile(q: Tensor, head_dim: int, value_head_dim: int, large: bool) -> dict[str, int]:
+    """Tile sizes, warps and stages for a head size and the shared memory at hand."""
+    widest = max(head_dim, value_head_dim)
+    if q.dtype == torch.float32:
+        return {"BLOCK_M": 32, "BLOCK_N": 16 if widest > 128 else 32, "num_warps": 4, "num_stages": 1}
+    if not large:
+        stages = 1 if widest > 128 else 2
+        return {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": stages}
+    if widest > 128:
+        return {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2}
+    return {"BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 8, "num_stages": 2}
+
+
+def describe(x: Tensor, rows: int) -> TensorDescriptor:
+    """Tiles of `rows` tokens and one head of `[B, S, Hkv, D]`, seen as a matrix `[B*S, Hkv*D]`."""
+    B, S, heads, dim = x.shape
+    return TensorDescriptor(x, [B * S, heads * dim], [heads * dim, 1], [rows, dim])
+
+
+@triton.jit
+def _attend_tile(
+    acc, best, total, q, k_desc, v_desc, key_start, first_row, column_k, column_v, first, end, scale_log2,
+    MASKED: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One step of the online softmax, in base 2; `best` is the running maximum, `total` the sum."""
+    k = k_desc.load([first_row + key_start, column_k])
+    s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    if MASKED:
+        key = key_start + tl.arange(0, BLOCK_N)
+        s = tl.where((key[None, :] >= first[:, None]) & (key[None, :] < end[:, None]), s, float("-inf"))
+    new_best = tl.maximum(best, tl.max(s, 1) * scale_log2)
+    safe = new_best
+    if MASKED:
+        safe = tl.where(new_best == float("-inf"), 0.0, new_best)
+    p = tl.math.exp2(s * scale_log2 - safe[:, None])
+    decay = tl.math.exp2(best - safe)
+    total = total * decay + tl.sum(p, 1)
+    v = v_desc.load([first_row + key_start, column_v])
+    acc = tl.dot(p.to(v.dtype), v, acc * decay[:, None], input_precision=PRECISION)
+    return acc, new_best, total
+
+
+@triton.jit(do_not_specialize=["T", "S", "q_start", "k_start"])
+def dense_forward_kernel(
+    q_ptr, k_desc, v_desc, out_ptr, lse_ptr, doc_ptr, cmp_ptr, scale_log2, T, S, q_start, k_start,
+    H: tl.constexpr, HKV: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
+    SIZE: tl.constexpr, STRIDE: tl.constexpr, WINDOW: tl.constexpr, PACKED: tl.constexpr, LN2: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    G: tl.constexpr = H // HKV
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)  # the heaviest tiles first
+    b = tl.program_id(1) // HKV
+    group = tl.program_id(1) % HKV
+    row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    live = row < T * G
+    t = tl.minimum(row // G, T - 1)
+    row_64 = (b.to(tl.int64) * T + t) * H + group * G + row % G
+    q = tl.load(q_ptr + row_64[:, None] * DK + tl.arange(0, DK)[None, :], mask=live[:, None], other=0.0)
+
+    first, end = key_interval(t, doc_ptr, cmp_ptr, S, q_start, k_start, SIZE, STRIDE, WINDOW, PACKED)
+    t_low = (tile * BLOCK_M) // G
+    t_high = tl.minimum((tile * BLOCK_M + BLOCK_M - 1) // G, T - 1)
+    first_low, end_low = key_interval(t_low, doc_ptr, cmp_ptr, S, q_start, k_start, SIZE, STRIDE, WINDOW, PACKED)
+    first_high, end_high = key_interval(t_high, doc_ptr, cmp_ptr, S, q_start, k_start, SIZE, STRIDE, WINDOW, PACKED)
+    # Keys first_low .. end_high in tiles: `num_left` with masks, those that every row sees, the rest with masks.
+    num_left = tl.cdiv(first_high - first_low, BLOCK_N)
+    full_start = first_low + num_left * BLOCK_N
+    full_end = full_start + tl.maximum(end_low - full_start, 0) // BLOCK_N * BLOCK_N
+    num_masked = num_left + tl.cdiv(tl.maximum(end_high - full_end, 0), BLOCK_N)
+
+    acc = tl.zeros([BLOCK_M, DV], tl.float32)
+    best = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    for key_start in tl.range(full_start, full_end, BLOCK_N):
+        acc, best, total = _attend_tile(
+            acc, best, total, q, k_desc, v_desc, key_start, b * S, group * DK, group * DV, first, end, scale_log2,
+            False, BLOCK_N, PRECISION,
+        )  # fmt: skip
+    for i in tl.range(num_masked):
+        key_start = tl.where(i < num_left, first_low + i * BLOCK_N, full_end + (i - num_left) * BLOCK_N)
+        acc, best, total = _attend_tile(
+            acc, best, total, q, k_desc, v_desc, key_start, b * S, group * DK, group * DV, first, end, scale_log2,
+            True, BLOCK_N, PRECISION,
+        )  # fmt: skip
+
+    out = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+    lse = tl.where(total == 0.0, float("-inf"), (best + tl.math.log2(total)) * LN2)
+    out_ptrs = out_ptr + row_64[:, None] * DV + tl.arange(0, DV)[None, :]
+    tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=live[:, None])
+    tl.store(lse_ptr + row_64, lse, mask=live)
+
+
+def dense_forward(
+    q: Tensor, k: Tensor, v: Tensor, geometry: BlockGeometry, layout: Layout | None, window: int,
+    q_start: int, k_start: int, scale: float, tile: dict[str, int] | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Attention of fitting tensors over a window (window > 0) or over complete compressed blocks (window = 0)."""
+    B, T, H, Dk = q.shape
+    S, Hkv, Dv = k.shape[1], k.shape[2], v.shape[3]
+    out, lse = q.new_empty(B, T, H, Dv), q.new_empty(B, T, H, dtype=torch.float32)
+    if out.numel() == 0 or S == 0:
+        return out.zero_(), lse.fill_(-torch.inf)
+    tile = tile or forward_tile(q, Dk, Dv, has_large_shared_memory(q))
+    documents = (q, q) if layout is None else (layout.doc_start, layout.cmp_start)
+    grid = (triton.cdiv(T * (H // Hkv), tile["BLOCK_M"]), B * Hkv)
+    dense_forward_kernel[grid](
+        q, describe(k, tile["BLOCK_N"]), describe(v, tile["BLOCK_N"]), out, lse, *documents,
+        scale * LOG2E, T, S, q_start, k_start, H=H, HKV=Hkv, DK=Dk, DV=Dv, SIZE=geometry.compress_block_size,
+        STRIDE=geometry.compress_stride, WINDOW=window, PACKED=layout is not None, LN2=LN2,
+        PRECISION=dot_precision(q), **tile,
+    )  # fmt: skip
+    return out, lse

@@ -1,0 +1,199 @@
+"""Backward of the selected branch, block by block, without atomics: five products and ordered sums.
+
+A program holds one item's keys and values, runs over the rows that chose the block, and keeps dK and dV in registers;
+each row's part of dQ goes to a scratch at (token, head, slot). Items write their dK and dV to a scratch of their own.
+Two small kernels then add the slots of a row and the items of a block, in order, so that the result is bitwise
+repeatable. Long inputs go chunk by chunk; dK and dV accumulate in fp32 across chunks.
+
+Shapes: as in `select_fwd`, dout `[B, T, H, Dv]`, lse and delta `[B, T, H]`; dK and dV of the items
+`[heads, bound, sub_block, D]`, fp32.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from nsa.geometry import BlockGeometry
+from nsa.ops.triton.common import LOG2E, Layout, dot_precision, has_large_shared_memory
+from nsa.ops.triton.dense_bwd import make_delta
+from nsa.ops.triton.invert import Inversion, cut_chunks, invert, num_items, plan
+from nsa.ops.triton.select_fwd import item_keys
+
+SCRATCH_BYTES = 512 * 2**20
+ITEM_ROWS = 8192
+
+
+def select_backward_tile(q: Tensor, head_dim: int, value_head_dim: int, large: bool) -> dict[str, int]:
+    """BLOCK_M rows a step; all keys of a (sub-)block are held."""
+    widest = max(head_dim, value_head_dim)
+    if q.dtype == torch.float32:
+        return {"BLOCK_M": 16, "num_warps": 4, "num_stages": 1}
+    if not large:
+        return {"BLOCK_M": 16 if widest > 128 else 32, "num_warps": 4, "num_stages": 1}
+    return {"BLOCK_M": 64, "num_warps": 8 if widest > 128 else 4, "num_stages": 1}
+
+
+@triton.jit(do_not_specialize=["T", "S", "q_start", "head_start", "token_start", "num_tokens", "bound"])
+def select_backward_kernel(
+    q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, part_ptr, dk_ptr, dv_ptr, key_ptr,
+    entries_ptr, block_ptr, entry_ptr, end_ptr, doc_ptr, base_ptr,
+    scale_log2, log2e, T, S, q_start, head_start, token_start, num_tokens, bound,
+    H: tl.constexpr, HKV: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BLOCK: tl.constexpr, RATIO: tl.constexpr,
+    SLOTS: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    G: tl.constexpr = H // HKV
+    item = tl.program_id(1) * bound + tl.program_id(0)
+    block = tl.load(block_ptr + item)
+    if block >= 0:
+        entry = tl.load(entry_ptr + item)
+        num_rows = (tl.load(end_ptr + item) - entry) * G
+        head = head_start + tl.program_id(1)
+        b = (head // HKV).to(tl.int64)
+        group = head % HKV
+        entries_ptr += head.to(tl.int64) * T * SLOTS
+        key_start = item_keys(entries_ptr, entry, block, doc_ptr, base_ptr, SLOTS, RATIO, BLOCK, PACKED)
+        tl.store(key_ptr + item, key_start)
+        n = tl.arange(0, BLOCK_N)
+        live_key = (n < BLOCK) & (key_start + n < S)
+        key_row = (b * S + key_start + n) * HKV + group
+        k = tl.load(k_ptr + key_row[:, None] * DK + tl.arange(0, DK)[None, :], mask=live_key[:, None], other=0.0)
+        v = tl.load(v_ptr + key_row[:, None] * DV + tl.arange(0, DV)[None, :], mask=live_key[:, None], other=0.0)
+        position = tl.where(live_key, key_start + n, S) - q_start
+        dk = tl.zeros([BLOCK_N, DK], tl.float32)
+        dv = tl.zeros([BLOCK_N, DV], tl.float32)
+        for start in tl.range(0, num_rows, BLOCK_M):
+            row = start + tl.arange(0, BLOCK_M)
+            live = row < num_rows
+            place = tl.load(entries_ptr + entry + row // G, mask=live, other=0)
+            t = place // SLOTS
+            q_row = (b * T + t) * H + group * G + row % G
+            q = tl.load(q_ptr + q_row[:, None] * DK + tl.arange(0, DK)[None, :], mask=live[:, None], other=0.0)
+            dout = tl.load(dout_ptr + q_row[:, None] * DV + tl.arange(0, DV)[None, :], mask=live[:, None], other=0.0)
+            lse = tl.load(lse_ptr + q_row, mask=live, other=0.0) * log2e
+            delta = tl.load(delta_ptr + q_row, mask=live, other=0.0)
+            s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale_log2
+            seen = (position[:, None] <= t[None, :]) & live[None, :]
+            p = tl.where(seen, tl.math.exp2(s - lse[None, :]), 0.0)
+            dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION)
+            ds = p * (tl.dot(v, tl.trans(dout), input_precision=PRECISION) - delta[None, :])
+            ds = ds.to(q.dtype)
+            dk = tl.dot(ds, q, dk, input_precision=PRECISION)
+            dq = tl.dot(tl.trans(ds), k, input_precision=PRECISION)
+            part = (tl.program_id(1).to(tl.int64) * num_tokens + t - token_start) * (G * SLOTS)
+            part += (row % G) * SLOTS + place - t * SLOTS
+            target = part_ptr + part[:, None] * DK + tl.arange(0, DK)[None, :]
+            tl.store(target, dq.to(part_ptr.dtype.element_ty), mask=live[:, None])
+        item_row = (item.to(tl.int64) * BLOCK + n)[:, None]
+        inside = (n < BLOCK)[:, None]
+        tl.store(dk_ptr + item_row * DK + tl.arange(0, DK)[None, :], dk, mask=inside)
+        tl.store(dv_ptr + item_row * DV + tl.arange(0, DV)[None, :], dv, mask=inside)
+
+
+@triton.jit(do_not_specialize=["T", "head_start", "token_start", "num_tokens"])
+def select_query_reduce_kernel(
+    part_ptr, choice_ptr, dq_ptr, scale, T, head_start, token_start, num_tokens,
+    H: tl.constexpr, HKV: tl.constexpr, DK: tl.constexpr, RATIO: tl.constexpr, SLOTS: tl.constexpr,
+    GROUP: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """dQ of a row: the sum over its slots, in fp32."""
+    G: tl.constexpr = H // HKV
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    live = row < num_tokens * G
+    head = head_start + tl.program_id(1)
+    token_row = (head // HKV).to(tl.int64) * T + token_start + row // G
+    part = (tl.program_id(1).to(tl.int64) * num_tokens * G + row) * SLOTS
+    choice_ptr += (token_row * HKV + head % HKV) * (SLOTS // RATIO)
+    acc = tl.zeros([ROWS, DK], tl.float32)
+    column = tl.arange(0, DK)
+    for first in range(0, SLOTS, GROUP):
+        slot = first + tl.arange(0, GROUP)
+        used = live[:, None] & (slot < SLOTS)[None, :]
+        used = used & (tl.load(choice_ptr[:, None] + slot[None, :] // RATIO, mask=used, other=-1) >= 0)
+        source = part_ptr + (part[:, None] + slot[None, :])[:, :, None] * DK + column[None, None, :]
+        acc += tl.sum(tl.load(source, mask=used[:, :, None], other=0.0).to(tl.float32), 1)
+    dq_row = token_row * H + (head % HKV) * G + row % G
+    dq = (acc * scale).to(dq_ptr.dtype.element_ty)
+    tl.store(dq_ptr + dq_row[:, None] * DK + column[None, :], dq, mask=live[:, None])
+
+
+@triton.jit(do_not_specialize=["S", "J", "head_start", "bound"])
+def select_key_reduce_kernel(
+    item_dk_ptr, item_dv_ptr, key_ptr, first_ptr, dk_ptr, dv_ptr, scale, S, J, head_start, bound,
+    HKV: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Add the items of a block, in order, to the fp32 gradients of its keys."""
+    j = tl.program_id(0)
+    head = head_start + tl.program_id(1)
+    first_ptr += tl.program_id(1) * (J + 1) + j
+    first, end = tl.load(first_ptr), tl.load(first_ptr + 1)
+    if first < end:
+        item = tl.program_id(1) * bound + first
+        n = tl.arange(0, BLOCK_N)
+        key = tl.load(key_ptr + item) + n
+        live = ((n < BLOCK) & (key < S))[:, None]
+        key_row = (((head // HKV).to(tl.int64) * S + key) * HKV + head % HKV)[:, None]
+        dk_column, dv_column = tl.arange(0, DK)[None, :], tl.arange(0, DV)[None, :]
+        dk = tl.load(dk_ptr + key_row * DK + dk_column, mask=live, other=0.0)
+        dv = tl.load(dv_ptr + key_row * DV + dv_column, mask=live, other=0.0)
+        for i in range(first, end):
+            item_row = ((tl.program_id(1) * bound + i).to(tl.int64) * BLOCK + n)[:, None]
+            dk += tl.load(item_dk_ptr + item_row * DK + dk_column, mask=live, other=0.0) * scale
+            dv += tl.load(item_dv_ptr + item_row * DV + dv_column, mask=live, other=0.0)
+        tl.store(dk_ptr + key_row * DK + dk_column, dk, mask=live)
+        tl.store(dv_ptr + key_row * DV + dv_column, dv, mask=live)
+
+
+def select_backward(
+    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, block_indices: Tensor,
+    geometry: BlockGeometry, layout: Layout | None, q_start: int, scale: float, inversion: Inversion | None = None,
+    scratch_bytes: int = SCRATCH_BYTES, item_rows: int = ITEM_ROWS, tile: dict[str, int] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """dq, dk, dv of `select_forward`, for fitting tensors."""
+    B, T, H, Dk = q.shape
+    S, Hkv, Dv = k.shape[1], k.shape[2], v.shape[3]
+    G = H // Hkv
+    dq = torch.empty_like(q)
+    dk = torch.zeros(k.shape, dtype=torch.float32, device=k.device)
+    dv = torch.zeros(v.shape, dtype=torch.float32, device=v.device)
+    if out.numel() == 0:
+        return dq, dk.to(k.dtype), dv.to(v.dtype)
+    tile = tile or select_backward_tile(q, Dk, Dv, has_large_shared_memory(q))
+    block_indices = block_indices.contiguous()
+    delta = make_delta(out, dout, dlse)
+    inversion = inversion or invert(block_indices, geometry, layout, S)
+    slots, block = inversion.slots, inversion.sub_block
+    block_n = max(16, triton.next_power_of_2(block))
+    documents = (q, q) if layout is None else (layout.doc_start, layout.block_base)
+    item_entries = max(1, item_rows // G)
+    chunks = cut_chunks(B * Hkv, T, G * slots * Dk * q.element_size(), inversion.segment, scratch_bytes)
+    most = max((c.head_end - c.head) * (c.token_end - c.token) for c in chunks)
+    part = q.new_empty(most * G * slots, Dk)
+    most_items = max((c.head_end - c.head) * num_items(inversion, c, item_entries) for c in chunks)
+    item_dk = torch.empty(most_items * block, Dk, dtype=torch.float32, device=k.device)
+    item_dv = torch.empty(most_items * block, Dv, dtype=torch.float32, device=k.device)
+    item_key = torch.empty(most_items, dtype=torch.int32, device=k.device)
+    for chunk in chunks:
+        heads, tokens = chunk.head_end - chunk.head, chunk.token_end - chunk.token
+        items = plan(inversion, chunk, item_entries)
+        bound, num_blocks = items.block.shape[1], items.first.shape[1] - 1
+        select_backward_kernel[(bound, heads)](
+            q, k, v, dout, lse, delta, part, item_dk, item_dv, item_key,
+            inversion.entries, items.block, items.entry, items.end, *documents,
+            scale * LOG2E, LOG2E, T, S, q_start, chunk.head, chunk.token, tokens, bound,
+            H=H, HKV=Hkv, DK=Dk, DV=Dv, BLOCK=block, RATIO=inversion.ratio, SLOTS=slots, PACKED=layout is not None,
+            PRECISION=dot_precision(q), BLOCK_N=block_n, **tile,
+        )  # fmt: skip
+        rows = max(1, 512 // Dk)
+        select_query_reduce_kernel[(triton.cdiv(tokens * G, rows), heads)](
+            part, block_indices, dq, scale, T, chunk.head, chunk.token, tokens,
+            H=H, HKV=Hkv, DK=Dk, RATIO=inversion.ratio, SLOTS=slots, GROUP=min(16, triton.next_power_of_2(slots)),
+            ROWS=rows, num_warps=4,
+        )  # fmt: skip
+        select_key_reduce_kernel[(num_blocks, heads)](
+            item_dk, item_dv, item_key, items.first, dk, dv, scale, S, num_blocks, chunk.head, bound,
+            HKV=Hkv, DK=Dk, DV=Dv, BLOCK=block, BLOCK_N=block_n, num_warps=8,
+        )  # fmt: skip
+    return dq, dk.to(k.dtype), dv.to(v.dtype)

@@ -1,0 +1,175 @@
+"""Forward of the selected branch, block by block: full tiles of the rows that chose a block, then a reduction.
+
+A program holds one block's keys and values and runs over the (token, slot) entries that chose it, BLOCK_M rows (entry,
+head) at a time. Each row's softmax over the block and its log-sum-exp go to a scratch at (token, head, slot); a second
+kernel weighs and adds a row's slots in order. The scratch stays under SCRATCH_BYTES: long inputs go chunk by chunk.
+
+Shapes: q `[B, T, H, Dk]`, k `[B, S, Hkv, Dk]`, v `[B, S, Hkv, Dv]`, block_indices `[B, T, Hkv, n]`; partial outputs
+`[heads, tokens, G, slots, Dv]` of a chunk, in the dtype of q; their log-sum-exps, base 2, without the last size.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from nsa.geometry import BlockGeometry
+from nsa.ops.triton.common import LN2, LOG2E, Layout, dot_precision, has_large_shared_memory
+from nsa.ops.triton.invert import Inversion, cut_chunks, invert, plan
+
+SCRATCH_BYTES = 768 * 2**20
+ITEM_ROWS = 2048
+
+
+def select_tile(q: Tensor, head_dim: int, value_head_dim: int, large: bool) -> dict[str, int]:
+    """BLOCK_M rows a step; all keys of a (sub-)block are held."""
+    widest = max(head_dim, value_head_dim)
+    if q.dtype == torch.float32:
+        return {"BLOCK_M": 16, "num_warps": 4, "num_stages": 1}
+    if not large:
+        return {"BLOCK_M": 32 if widest > 128 else 64, "num_warps": 4, "num_stages": 1}
+    return {"BLOCK_M": 64, "num_warps": 8 if widest > 128 else 4, "num_stages": 2}
+
+
+@triton.jit
+def item_keys(
+    entries_ptr, entry, block, doc_ptr, base_ptr,
+    SLOTS: tl.constexpr, RATIO: tl.constexpr, BLOCK: tl.constexpr, PACKED: tl.constexpr,
+):  # fmt: skip
+    """First key of an item's (sub-)block of BLOCK tokens."""
+    start = block * BLOCK
+    if PACKED:
+        t = tl.load(entries_ptr + entry) // SLOTS
+        start = tl.load(doc_ptr + t) + (block - tl.load(base_ptr + t) * RATIO) * BLOCK
+    return start
+
+
+@triton.jit(do_not_specialize=["T", "S", "q_start", "head_start", "token_start", "num_tokens", "bound"])
+def select_forward_kernel(
+    q_ptr, k_ptr, v_ptr, part_ptr, part_lse_ptr, entries_ptr, block_ptr, entry_ptr, end_ptr, doc_ptr, base_ptr,
+    scale_log2, T, S, q_start, head_start, token_start, num_tokens, bound,
+    H: tl.constexpr, HKV: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BLOCK: tl.constexpr, RATIO: tl.constexpr,
+    SLOTS: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    G: tl.constexpr = H // HKV
+    item = tl.program_id(1) * bound + tl.program_id(0)
+    block = tl.load(block_ptr + item)
+    if block >= 0:
+        entry = tl.load(entry_ptr + item)
+        num_rows = (tl.load(end_ptr + item) - entry) * G
+        head = head_start + tl.program_id(1)
+        b = (head // HKV).to(tl.int64)
+        group = head % HKV
+        entries_ptr += head.to(tl.int64) * T * SLOTS
+        key_start = item_keys(entries_ptr, entry, block, doc_ptr, base_ptr, SLOTS, RATIO, BLOCK, PACKED)
+        n = tl.arange(0, BLOCK_N)
+        live_key = (n < BLOCK) & (key_start + n < S)
+        key_row = (b * S + key_start + n) * HKV + group
+        k = tl.load(k_ptr + key_row[:, None] * DK + tl.arange(0, DK)[None, :], mask=live_key[:, None], other=0.0)
+        v = tl.load(v_ptr + key_row[:, None] * DV + tl.arange(0, DV)[None, :], mask=live_key[:, None], other=0.0)
+        position = tl.where(live_key, key_start + n, S) - q_start
+        for start in tl.range(0, num_rows, BLOCK_M):
+            row = start + tl.arange(0, BLOCK_M)
+            live = row < num_rows
+            place = tl.load(entries_ptr + entry + row // G, mask=live, other=0)
+            t = place // SLOTS
+            q_row = (b * T + t) * H + group * G + row % G
+            q = tl.load(q_ptr + q_row[:, None] * DK + tl.arange(0, DK)[None, :], mask=live[:, None], other=0.0)
+            s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2
+            s = tl.where(position[None, :] <= t[:, None], s, float("-inf"))
+            best = tl.max(s, 1)
+            best = tl.where(best == float("-inf"), 0.0, best)
+            p = tl.math.exp2(s - best[:, None])
+            total = tl.sum(p, 1)
+            out = tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
+            out = out / tl.where(total == 0.0, 1.0, total)[:, None]
+            part = (tl.program_id(1).to(tl.int64) * num_tokens + t - token_start) * (G * SLOTS)
+            part += (row % G) * SLOTS + place - t * SLOTS
+            target = part_ptr + part[:, None] * DV + tl.arange(0, DV)[None, :]
+            tl.store(target, out.to(part_ptr.dtype.element_ty), mask=live[:, None])
+            lse = tl.where(total == 0.0, float("-inf"), best + tl.math.log2(total))
+            tl.store(part_lse_ptr + part, lse, mask=live)
+
+
+@triton.jit(do_not_specialize=["T", "head_start", "token_start", "num_tokens"])
+def select_reduce_kernel(
+    part_ptr, part_lse_ptr, choice_ptr, out_ptr, lse_ptr, T, head_start, token_start, num_tokens,
+    H: tl.constexpr, HKV: tl.constexpr, DV: tl.constexpr, RATIO: tl.constexpr, SLOTS: tl.constexpr,
+    PADDED: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, LN2: tl.constexpr,
+):  # fmt: skip
+    """Weigh a row's slots by their log-sum-exps and add them, GROUP slots at a time."""
+    G: tl.constexpr = H // HKV
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    live = row < num_tokens * G
+    head = head_start + tl.program_id(1)
+    token_row = (head // HKV).to(tl.int64) * T + token_start + row // G
+    part = (tl.program_id(1).to(tl.int64) * num_tokens * G + row) * SLOTS
+    choice_ptr += (token_row * HKV + head % HKV) * (SLOTS // RATIO)
+
+    slot = tl.arange(0, PADDED)
+    used = live[:, None] & (slot < SLOTS)[None, :]
+    used = used & (tl.load(choice_ptr[:, None] + slot[None, :] // RATIO, mask=used, other=-1) >= 0)
+    lse = tl.load(part_lse_ptr + part[:, None] + slot[None, :], mask=used, other=float("-inf"))
+    best = tl.max(lse, 1)
+    best = tl.where(best == float("-inf"), 0.0, best)
+    total = tl.sum(tl.math.exp2(lse - best[:, None]), 1)
+
+    acc = tl.zeros([ROWS, DV], tl.float32)
+    column = tl.arange(0, DV)
+    for first in range(0, SLOTS, GROUP):
+        slot = first + tl.arange(0, GROUP)
+        used = live[:, None] & (slot < SLOTS)[None, :]
+        used = used & (tl.load(choice_ptr[:, None] + slot[None, :] // RATIO, mask=used, other=-1) >= 0)
+        lse = tl.load(part_lse_ptr + part[:, None] + slot[None, :], mask=used, other=float("-inf"))
+        weight = tl.math.exp2(lse - best[:, None])
+        source = part_ptr + (part[:, None] + slot[None, :])[:, :, None] * DV + column[None, None, :]
+        acc += tl.sum(tl.load(source, mask=used[:, :, None], other=0.0).to(tl.float32) * weight[:, :, None], 1)
+    out = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+    out_row = token_row * H + (head % HKV) * G + row % G
+    tl.store(out_ptr + out_row[:, None] * DV + column[None, :], out.to(out_ptr.dtype.element_ty), mask=live[:, None])
+    tl.store(lse_ptr + out_row, tl.where(total == 0.0, float("-inf"), (best + tl.math.log2(total)) * LN2), mask=live)
+
+
+def select_forward(
+    q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, geometry: BlockGeometry, layout: Layout | None,
+    q_start: int, scale: float, inversion: Inversion | None = None, scratch_bytes: int = SCRATCH_BYTES,
+    item_rows: int = ITEM_ROWS, tile: dict[str, int] | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Attention of fitting tensors over the chosen blocks."""
+    B, T, H, Dk = q.shape
+    S, Hkv, Dv = k.shape[1], k.shape[2], v.shape[3]
+    G = H // Hkv
+    out, lse = q.new_empty(B, T, H, Dv), q.new_empty(B, T, H, dtype=torch.float32)
+    if out.numel() == 0:
+        return out, lse
+    tile = tile or select_tile(q, Dk, Dv, has_large_shared_memory(q))
+    block_indices = block_indices.contiguous()
+    inversion = inversion or invert(block_indices, geometry, layout, S)
+    slots = inversion.slots
+    documents = (q, q) if layout is None else (layout.doc_start, layout.block_base)
+    shape = {"H": H, "HKV": Hkv, "DV": Dv, "RATIO": inversion.ratio, "SLOTS": slots}
+    item_entries = max(1, item_rows // G)
+    token_bytes = G * slots * (Dv * q.element_size() + 4)
+    chunks = cut_chunks(B * Hkv, T, token_bytes, inversion.segment, scratch_bytes)
+    most = max((c.head_end - c.head) * (c.token_end - c.token) for c in chunks)
+    part = q.new_empty(most * G * slots, Dv)
+    part_lse = q.new_empty(most * G * slots, dtype=torch.float32)
+    for chunk in chunks:
+        heads, tokens = chunk.head_end - chunk.head, chunk.token_end - chunk.token
+        items = plan(inversion, chunk, item_entries)
+        bound = items.block.shape[1]
+        select_forward_kernel[(bound, heads)](
+            q, k, v, part, part_lse, inversion.entries, items.block, items.entry, items.end, *documents,
+            scale * LOG2E, T, S, q_start, chunk.head, chunk.token, tokens, bound, DK=Dk, BLOCK=inversion.sub_block,
+            PACKED=layout is not None, PRECISION=dot_precision(q),
+            BLOCK_N=max(16, triton.next_power_of_2(inversion.sub_block)), **shape, **tile,
+        )  # fmt: skip
+        rows = max(1, 512 // Dv)
+        select_reduce_kernel[(triton.cdiv(tokens * G, rows), heads)](
+            part, part_lse, block_indices, out, lse, T, chunk.head, chunk.token, tokens,
+            PADDED=triton.next_power_of_2(slots), GROUP=min(16, triton.next_power_of_2(slots)), ROWS=rows, LN2=LN2,
+            num_warps=4, **shape,
+        )  # fmt: skip
+    return out, lse
