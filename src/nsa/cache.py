@@ -54,10 +54,10 @@ class NSACache:
     def reset(self) -> None:
         """Forget everything."""
         self.lengths: tuple[int, ...] = ()
-        self._raw = _GrowingBuffer(multiple=self.geometry.select_block_size)
-        self._compressed = _GrowingBuffer(multiple=1)
-        self._window = _RollingBuffer(self.geometry.window_size - 1)
-        self._tail = _RollingBuffer(self.geometry.compress_block_size - 1)
+        self._raw = GrowingBuffer(multiple=self.geometry.select_block_size)
+        self._compressed = GrowingBuffer(multiple=1)
+        self._window = RollingBuffer(self.geometry.window_size - 1)
+        self._tail = RollingBuffer(self.geometry.compress_block_size - 1)
         self.last_block_indices: Tensor | None = None
 
     def append(
@@ -164,7 +164,7 @@ class NSACache:
             self._compressed.write_rows(compress(k, v, rows, positions), rows, [first[row] for row in rows])
 
 
-class _GrowingBuffer:
+class GrowingBuffer:
     """Keys and values `[B, Hkv, S, D]` written at each row's end; the capacity S grows by doubling."""
 
     def __init__(self, multiple: int) -> None:
@@ -214,13 +214,13 @@ class _GrowingBuffer:
             self.pair = (k, v)
 
 
-class _RollingBuffer:
+class RollingBuffer:
     """At least the newest `keep` tokens of each row; entry i of row b has position start[b] + i."""
 
     def __init__(self, keep: int) -> None:
         self.keep = keep
         self.capacity = max(16, 2 * keep)
-        self.buffer = _GrowingBuffer(multiple=1)
+        self.buffer = GrowingBuffer(multiple=1)
         self.start: list[int] = []
 
     def append(self, new: Pair, old: tuple[int, ...], num_new: tuple[int, ...]) -> tuple[Pair, list[int]]:
@@ -255,7 +255,7 @@ class _RollingBuffer:
     ) -> tuple[Pair, list[int]]:
         """A chunk beyond the capacity: show it behind the kept tokens, hold on to its newest ones only."""
         self._move_to_front(old, kept)
-        whole = _GrowingBuffer(multiple=1)
+        whole = GrowingBuffer(multiple=1)
         whole.reserve(new, max(k + n for k, n in zip(kept, num_new, strict=True)))
         assert self.buffer.pair is not None
         whole.write((self.buffer.pair[0].transpose(1, 2), self.buffer.pair[1].transpose(1, 2)), [0] * len(old), kept)

@@ -1,0 +1,187 @@
+"""The configuration of an NSA model: the usual Llama keys, the block geometry and the options of `NSAAttention`.
+
+>>> config = NSAConfig(hidden_size=256, num_hidden_layers=4, num_attention_heads=8)
+>>> config.geometry.select_block_size, config.layer_types
+(64, ['nsa', 'nsa', 'nsa', 'nsa'])
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from nsa.geometry import BlockGeometry
+
+LAYER_TYPES = ("nsa", "full_attention", "sliding_attention")
+ROPE_TYPES = ("default", "linear", "ntk", "yarn", "llama3")
+OPTIONS = {
+    "compression": ("mean", "conv", "mlp"),
+    "compress_rope": ("before", "after"),
+    "gate": ("softmax", "sigmoid"),
+    "attention_backend": ("auto", "reference", "torch", "triton"),
+}
+
+
+class NSAConfig(PreTrainedConfig):
+    """Sizes and options of `NSAModel`; the defaults are a model of about 125M parameters with the paper's geometry.
+
+    Args:
+        vocab_size: tokens in the vocabulary.
+        hidden_size: width of the residual stream.
+        intermediate_size: width of the SwiGLU layer.
+        num_hidden_layers: decoder layers.
+        num_attention_heads: query heads.
+        num_key_value_heads: key/value heads (groups); divides the query heads.
+        head_dim: size of a query or key head, even; hidden_size / num_attention_heads unless given.
+        value_head_dim: size of a value head; head_dim unless given.
+        layer_types: "nsa", "full_attention" or "sliding_attention" for each layer; all "nsa" unless given. Sliding
+            layers see `window_size` tokens.
+        compress_block_size, compress_stride, select_block_size, num_selected_blocks, num_init_blocks,
+            num_local_blocks, window_size: the fields of `BlockGeometry`.
+        compression, compress_rope, shared_kv, gate, gate_temperature: as in `NSAAttention`.
+        attention_backend: implementation of the operator: "auto", "reference", "torch" or "triton".
+        attention_bias: whether query, key and value projections have a bias.
+        rope_parameters: `{"rope_type": ..., "rope_theta": ..., ...}` as transformers defines it, of type "default",
+            "linear", "yarn" or "llama3"; or "ntk" with a `factor`: the base becomes
+            rope_theta * factor^(D/(D-2)). Types whose frequencies follow the length of the text ("dynamic",
+            "longrope") are refused: an output would depend on later tokens.
+        rope_theta: base of the rotary embedding, where `rope_parameters` does not say.
+        max_position_embeddings: longest context that the model is meant for.
+        rms_norm_eps: added to the mean square in RMSNorm.
+        initializer_range: standard deviation of the initial weights; projections that write into the residual stream
+            get it divided by sqrt(2 num_hidden_layers).
+        tie_word_embeddings: whether the embedding is the output layer too.
+        use_cache: whether the model returns a cache when no gradients are needed.
+
+    Raises:
+        ValueError: the numbers do not fit together, or an option is unknown.
+    """
+
+    model_type = "nsa"
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012  (transformers reads a plain list)
+
+    vocab_size: int = 32000
+    hidden_size: int = 768
+    intermediate_size: int = 2048
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    num_key_value_heads: int = 2
+    head_dim: int | None = None
+    value_head_dim: int | None = None
+    layer_types: list[str] | None = None
+    compress_block_size: int = 32
+    compress_stride: int = 16
+    select_block_size: int = 64
+    num_selected_blocks: int = 16
+    num_init_blocks: int = 1
+    num_local_blocks: int = 2
+    window_size: int = 512
+    compression: str = "mean"
+    compress_rope: str = "before"
+    shared_kv: bool = False
+    gate: str = "softmax"
+    gate_temperature: float = 1.0
+    attention_backend: str = "auto"
+    attention_bias: bool = False
+    hidden_act: str = "silu"
+    rope_parameters: dict | None = None
+    max_position_embeddings: int = 8192
+    rms_norm_eps: float = 1e-5
+    initializer_range: float = 0.02
+    tie_word_embeddings: bool = True
+    use_cache: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        self._check_heads()
+        if self.head_dim is None:
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.value_head_dim is None:
+            self.value_head_dim = self.head_dim
+        self.layer_types = ["nsa"] * self.num_hidden_layers if self.layer_types is None else list(self.layer_types)
+        # transformers fills defaults into the dictionary; the caller's stays as it is.
+        self.rope_parameters = None if self.rope_parameters is None else dict(self.rope_parameters)
+        self._check_rope_type()
+        super().__post_init__(**kwargs)
+        self.validate()
+
+    @property
+    def geometry(self) -> BlockGeometry:
+        """The block sizes and counts as one value."""
+        return BlockGeometry(**{name: getattr(self, name) for name in BlockGeometry.__dataclass_fields__})
+
+    @property
+    def sliding_window(self) -> int:
+        """Tokens that a sliding layer sees; the name by which transformers asks."""
+        return self.window_size
+
+    def validate(self) -> None:
+        """Raise `ValueError` unless everything fits together; transformers calls this before it saves."""
+        self._check_heads()
+        self._check_rope_type()
+        self.validate_rope()
+        self.validate_layer_type()
+        _ = self.geometry
+        for name, allowed in OPTIONS.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, not {getattr(self, name)!r}")
+        for name in ("gate_temperature", "rms_norm_eps", "initializer_range"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
+
+    def validate_layer_type(self) -> None:
+        """Layer types are known and there is one for each layer."""
+        layer_types = self.layer_types or []
+        for index, name in enumerate(layer_types):
+            if name not in LAYER_TYPES:
+                raise ValueError(f"layer_types[{index}] is {name!r}; choose one of {', '.join(LAYER_TYPES)}")
+        if len(layer_types) != self.num_hidden_layers:
+            raise ValueError(
+                f"layer_types has {len(layer_types)} entries for num_hidden_layers {self.num_hidden_layers}; "
+                f"give one for each layer"
+            )
+
+    def _check_heads(self) -> None:
+        names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+        for name in (*names, "num_key_value_heads", "max_position_embeddings"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be a positive integer, not {value!r}")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads {self.num_attention_heads} must be a multiple of num_key_value_heads "
+                f"{self.num_key_value_heads}"
+            )
+        if self.head_dim is None and self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} is no multiple of num_attention_heads {self.num_attention_heads}; "
+                f"give head_dim"
+            )
+        head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
+        if head_dim < 2 or head_dim % 2:
+            raise ValueError(f"head_dim must be even and positive for rotary embedding, not {head_dim}")
+        if self.value_head_dim is not None and self.value_head_dim < 1:
+            raise ValueError(f"value_head_dim must be positive, not {self.value_head_dim}")
+
+    def _check_rope_type(self) -> None:
+        rope = self.rope_parameters or {}
+        nested = [name for name in LAYER_TYPES if name in rope]
+        if nested:
+            raise ValueError(f"rope_parameters holds {', '.join(nested)}; all layers share one set, give it flat")
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        if kind not in ROPE_TYPES:
+            raise ValueError(f"rope_type must be one of {', '.join(ROPE_TYPES)}, not {kind!r}")
+        if rope.get("partial_rotary_factor", 1.0) != 1.0:
+            raise ValueError(f"partial_rotary_factor must be 1, not {rope['partial_rotary_factor']}")
+        if kind != "default" and not rope.get("factor", 0) >= 1:
+            raise ValueError(f"rope_type {kind!r} needs a factor of at least 1, not {rope.get('factor')!r}")
+
+    def _validate_ntk_rope_parameters(
+        self, rope_parameters: dict[str, Any], ignore_keys: set[str] | None = None
+    ) -> None:
+        """Called by `validate_rope` of transformers, which finds it by its name."""
+        keys = set(rope_parameters)
+        self._check_received_keys("ntk", keys, {"rope_type", "factor"}, {"rope_theta"}, ignore_keys=ignore_keys)

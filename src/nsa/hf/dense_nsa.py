@@ -1,0 +1,111 @@
+"""Dense and sliding-window attention with the interface of `NSAAttention`, for hybrid models and as a baseline.
+
+Grouped heads and rotary embedding as there; the product is PyTorch's scaled_dot_product_attention.
+
+Shapes: B rows, T tokens, S keys, H query heads, Hkv key/value heads, D head size; heads are `[B, T, H, D]`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from nsa.ops.api import window_attention
+from nsa.rope import apply_rope
+
+from .cache_nsa import KeyValueRows
+from .configuration_nsa import NSAConfig
+
+
+class DenseAttention(nn.Module):
+    """Causal attention over all earlier tokens, or over the last `window` ones.
+
+    Args:
+        config: sizes.
+        window: tokens that a query sees, its own included; None for all.
+    """
+
+    def __init__(self, config: NSAConfig, window: int | None = None) -> None:
+        super().__init__()
+        assert config.head_dim is not None
+        assert config.value_head_dim is not None
+        self.head_dim, self.value_head_dim, self.window = config.head_dim, config.value_head_dim, window
+        self.geometry, self.backend = config.geometry, config.attention_backend
+        heads, kv_heads, bias = config.num_attention_heads, config.num_key_value_heads, config.attention_bias
+        self.q_proj = nn.Linear(config.hidden_size, heads * self.head_dim, bias=bias)
+        self.k_proj = nn.Linear(config.hidden_size, kv_heads * self.head_dim, bias=bias)
+        self.v_proj = nn.Linear(config.hidden_size, kv_heads * self.value_head_dim, bias=bias)
+        self.o_proj = nn.Linear(heads * self.value_head_dim, config.hidden_size, bias=False)
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        position_embeddings: tuple[Tensor, Tensor],
+        cu_seqlens: Tensor | None = None,
+        cache: KeyValueRows | None = None,
+        num_new: Sequence[int] | None = None,
+    ) -> Tensor:
+        """`[B, T, C] -> [B, T, C]`; arguments as in `NSAAttention.forward`."""
+        cos, sin = position_embeddings
+        q = apply_rope(self.q_proj(x).unflatten(-1, (-1, self.head_dim)), cos, sin)
+        k = apply_rope(self.k_proj(x).unflatten(-1, (-1, self.head_dim)), cos, sin)
+        v = self.v_proj(x).unflatten(-1, (-1, self.value_head_dim))
+        old = cache.lengths if cache is not None else ()
+        if cache is not None:
+            held = cache.append(k, v, num_new)
+        if any(old):
+            assert cache is not None
+            out = self._from_cache(q, held, old, cache.lengths)
+        elif self.window is not None:
+            out = window_attention(q, k, v, self.geometry, cu_seqlens=cu_seqlens, backend=self.backend)[0]
+        elif cu_seqlens is not None:
+            out = packed_attention(q, k, v, cu_seqlens.tolist())
+        else:
+            out = _attend(q, k, v, is_causal=True)
+        return self.o_proj(out.flatten(2))
+
+    def _from_cache(
+        self, q: Tensor, held: tuple[Tensor, Tensor, Sequence[int]], old: Sequence[int], lengths: Sequence[int]
+    ) -> Tensor:
+        """Queries at positions old[b].. against the cache; padding queries see what their row's last token sees."""
+        k, v, start = held
+        if len(set(lengths)) == 1 and q.shape[1] == 1 and self.window is None:
+            return _attend(q, k, v)
+        first, length, begin = (torch.tensor(x, device=q.device).unsqueeze(1) for x in (old, lengths, start))
+        query = torch.minimum(first + torch.arange(q.shape[1], device=q.device), (length - 1).clamp(min=0))
+        key = begin + torch.arange(k.shape[1], device=q.device)
+        distance = query.unsqueeze(2) - key.unsqueeze(1)  # [B, T, S]
+        visible = distance >= 0
+        if self.window is not None:
+            visible &= distance < self.window
+        return _attend(q, k, v, mask=visible.unsqueeze(1))
+
+
+def packed_attention(q: Tensor, k: Tensor, v: Tensor, bounds: list[int]) -> Tensor:
+    """Causal attention within each packed document, `[1, T, H, D]`; documents of similar length run as one batch.
+
+    Documents are padded on the right, where causality hides it, to the longest of those whose length has the same
+    number of binary digits: at most log2(T) calls, and less than twice the tokens.
+    """
+    lengths = [end - start for start, end in zip(bounds[:-1], bounds[1:], strict=True)]
+    documents = [x[0].split(lengths) for x in (q, k, v)]
+    buckets: dict[int, list[int]] = {}
+    for index, length in enumerate(lengths):
+        if length:
+            buckets.setdefault(length.bit_length(), []).append(index)
+    out: list[Tensor] = [q.new_empty(0, q.shape[2], v.shape[3])] * len(lengths)
+    for members in buckets.values():
+        batch = (nn.utils.rnn.pad_sequence([x[i] for i in members], batch_first=True) for x in documents)
+        attended = _attend(*batch, is_causal=True)
+        for row, index in enumerate(members):
+            out[index] = attended[row, : lengths[index]]
+    return torch.cat(out).unsqueeze(0)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    out = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=True)
+    return out.transpose(1, 2)
