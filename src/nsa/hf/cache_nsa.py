@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache
-from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from nsa.cache import GrowingBuffer, NSACache, RollingBuffer
 
@@ -146,14 +146,12 @@ class NSACacheLayer(CacheLayerMixin):
 
 
 def new_cache(config: NSAConfig) -> DynamicCache:
-    """An empty cache for a model of this config."""
-    cache = DynamicCache(config=config)
-    adopt_cache(cache, config)
-    return cache
+    """An empty cache for a model of this config, as `generate()` makes it."""
+    return DynamicCache(config=config)
 
 
-def adopt_cache(cache: Cache, config: NSAConfig) -> None:
-    """Give every layer of an empty transformers cache its state; one that has them already stays as it is.
+def adopt_cache(cache: Cache, config: NSAConfig) -> list[NSACacheLayer]:
+    """The layers of a transformers cache, each with its state; layers of an empty cache are given theirs.
 
     Raises:
         ValueError: the cache is of another kind, or was filled by another model.
@@ -164,18 +162,21 @@ def adopt_cache(cache: Cache, config: NSAConfig) -> None:
             f"{' with offloading' if getattr(cache, 'offloading', False) else ''}; leave cache_implementation unset"
         )
     if cache.layer_class_to_replicate is not None and not cache.layers:
-        cache.layers = [NSACacheLayer() for _ in range(config.num_hidden_layers)]
+        cache.layers.extend(NSACacheLayer() for _ in range(config.num_hidden_layers))
         cache.layer_class_to_replicate = None
     assert config.layer_types is not None
     if len(cache.layers) != len(config.layer_types):
         raise ValueError(f"the cache has {len(cache.layers)} layers but the model {len(config.layer_types)}")
+    layers = []
     for index, (layer, layer_type) in enumerate(zip(cache.layers, config.layer_types, strict=True)):
         if not isinstance(layer, NSACacheLayer):
-            if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) or layer.get_seq_length():
+            if not isinstance(layer, DynamicLayer) or layer.get_seq_length():
                 raise ValueError(f"layer {index} of the cache was filled by another model; use a new cache")
             layer = cache.layers[index] = NSACacheLayer()
         if layer.state is None:
             layer.state = _new_state(layer_type, config)
+        layers.append(layer)
+    return layers
 
 
 def _new_state(layer_type: str, config: NSAConfig) -> NSACache | KeyValueRows:

@@ -8,6 +8,7 @@ Shapes: B rows, T tokens, S keys, H query heads, Hkv key/value heads, D head siz
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -53,11 +54,9 @@ class DenseAttention(nn.Module):
         q = apply_rope(self.q_proj(x).unflatten(-1, (-1, self.head_dim)), cos, sin)
         k = apply_rope(self.k_proj(x).unflatten(-1, (-1, self.head_dim)), cos, sin)
         v = self.v_proj(x).unflatten(-1, (-1, self.value_head_dim))
-        old = cache.lengths if cache is not None else ()
-        if cache is not None:
-            held = cache.append(k, v, num_new)
-        if any(old):
-            assert cache is not None
+        old = () if cache is None else cache.lengths
+        held = None if cache is None else cache.append(k, v, num_new)
+        if cache is not None and held is not None and any(old):
             out = self._from_cache(q, held, old, cache.lengths)
         elif self.window is not None:
             out = window_attention(q, k, v, self.geometry, cu_seqlens=cu_seqlens, backend=self.backend)[0]
@@ -90,7 +89,7 @@ def packed_attention(q: Tensor, k: Tensor, v: Tensor, bounds: list[int]) -> Tens
     Documents are padded on the right, where causality hides it, to the longest of those whose length has the same
     number of binary digits: at most log2(T) calls, and less than twice the tokens.
     """
-    lengths = [end - start for start, end in zip(bounds[:-1], bounds[1:], strict=True)]
+    lengths = [end - start for start, end in pairwise(bounds)]
     documents = [x[0].split(lengths) for x in (q, k, v)]
     buckets: dict[int, list[int]] = {}
     for index, length in enumerate(lengths):

@@ -23,7 +23,7 @@ from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-from transformers.utils import can_return_tuple
+from transformers.utils.generic import can_return_tuple
 
 from nsa.attention import NSAAttention
 from nsa.compress import ConvCompression, MLPCompression
@@ -217,21 +217,20 @@ class NSAModel(NSAPreTrainedModel):
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         cu_seqlens = _document_bounds(cu_seqlens, position_ids, attention_mask, past_key_values, kwargs)
         cache = self._cache(past_key_values, use_cache, packed=cu_seqlens is not None)
-        layers = [None] * len(self.layers) if cache is None else cache.layers
-        rows = _rows(x, attention_mask, position_ids, cu_seqlens, layers[0])
+        caches = [] if cache is None else adopt_cache(cache, self.config)
+        rows = _rows(x, attention_mask, position_ids, cu_seqlens, caches[0] if caches else None)
         num_columns, keep_hidden = x.shape[1], bool(kwargs.get("output_hidden_states"))
 
         x = rows.align(x)
         shared = {"position_embeddings": self.rotary_emb(rows.positions, x.dtype), "cu_seqlens": cu_seqlens}
         hidden = [rows.restore(x)] if keep_hidden else []
-        for layer, cached in zip(self.layers, layers, strict=True):
-            held = {} if cached is None else {"cache": cached.state, "num_new": rows.num_new}
+        for index, layer in enumerate(self.layers):
+            held = {"cache": caches[index].state, "num_new": rows.num_new} if caches else {}
             x = layer(x, **shared, **held)
             if keep_hidden:
                 hidden.append(rows.restore(x))
-        for cached in layers:
-            if cached is not None:
-                cached.num_columns += num_columns
+        for cached in caches:
+            cached.num_columns += num_columns
         x = rows.restore(self.norm(x))
         return BaseModelOutputWithPast(
             last_hidden_state=x,  # pyright: ignore[reportArgumentType]
@@ -246,7 +245,6 @@ class NSAModel(NSAPreTrainedModel):
                 raise ValueError("packed documents have no cache: decode them as rows of a batch, or use_cache=False")
             return None
         if given is not None:
-            adopt_cache(given, self.config)
             return given
         wanted = self.config.use_cache if use_cache is None else use_cache
         if wanted and torch.is_grad_enabled():
