@@ -8,11 +8,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
-
-Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 
 class DataConfig(BaseModel):
@@ -25,7 +23,8 @@ class DataConfig(BaseModel):
     text files, or JSON Lines with a "text" string in each line (and an "id" string as the document's name, if any)."""
 
     paths: tuple[str, ...] = ()
-    """Files, folders (all *.txt or *.jsonl inside) or glob patterns, for "text" and "jsonl"."""
+    """Files, folders (all *.txt or *.jsonl inside) or glob patterns, for "text" and "jsonl". A file's documents are
+    named after it: its path inside the folder, else its own name, with the line (":12") where it holds several."""
 
     text_split: Literal["file", "paragraphs"] = "file"
     """What a document is in a text file: the whole file, or each run of lines between blank lines."""
@@ -33,7 +32,7 @@ class DataConfig(BaseModel):
     tokenizer: str = "byte"
     """"byte", "gpt2", a folder with tokenizer files, or a name on the Hugging Face Hub."""
 
-    heldout: Fraction | tuple[str, ...] = 0.05
+    heldout: float | tuple[str, ...] = 0.05
     """Documents kept for evaluation and never trained on: a fraction, chosen by a stable hash of each name, or a list
     of names and glob patterns such as ["1790 George Washington", "19?5 *"]. 0 or [] holds out none."""
 
@@ -43,6 +42,15 @@ class DataConfig(BaseModel):
 
     shuffle_window_tokens: Annotated[int, Field(ge=1)] = 2**24
     """Rows are shuffled among this many tokens of shuffled documents, which are in memory at a time."""
+
+    @field_validator("heldout", mode="before")
+    @classmethod
+    def _fraction_or_names(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            raise ValueError(f'must be a fraction or a list of names and patterns; write ["{value}"]')
+        if isinstance(value, float | int) and not 0 <= value < 1:
+            raise ValueError("as a fraction must be at least 0 and below 1")
+        return value
 
     @model_validator(mode="after")
     def _paths_fit_the_source(self) -> DataConfig:

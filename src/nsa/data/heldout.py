@@ -1,8 +1,8 @@
 """Which documents are kept for evaluation: by name, by glob pattern, or a fraction by a stable hash of the name.
 
->>> train, heldout = split_documents(open_source(DataConfig()), ["1790 *"])
+>>> train, heldout = split_documents(Documents(["a", "b1", "b2"], ["one", "two", "three"]), ["b*"])
 >>> heldout
-[0, 1]
+[1, 2]
 """
 
 from __future__ import annotations

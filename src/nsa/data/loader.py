@@ -226,11 +226,11 @@ class TrainLoader:
 class EvalBatches:
     """Held-out documents as batches: the same ones at every iteration, and what it takes for exact bits per byte.
 
-    Every token but a document's first is a label exactly once. `bits_per_byte(total_nats)` is
-    total nats / ln 2 / `num_bytes`: the nats are those of all labels, end-of-text tokens included, and the bytes are
-    those of the text that the labels stand for. A document's first token is not predicted, so its bytes do not count;
-    its end is predicted, so its nats do, and it adds no byte. A uniform guess among V byte tokens on whole documents
-    thus costs log2(V) * num_labels / num_bytes, with num_labels = num_bytes + the number of documents.
+    Every token but a document's first is a label exactly once, `num_labels` in all. Bits per byte are the sum of
+    -ln p over all labels / ln 2 / `num_bytes`, where `num_bytes` are the UTF-8 bytes of text that the labels stand for.
+    A document's first token is not predicted, so its bytes do not count; its end is predicted, so its nats do, and it
+    adds no byte. Whole documents as bytes thus have num_labels = num_bytes + the number of documents, and a uniform
+    guess among V tokens costs log2(V) bits for each label.
 
     Args:
         source: where the texts are.
@@ -282,10 +282,6 @@ class EvalBatches:
             for row in rows:
                 builder.add(row, self._tokens)
             yield builder.build()
-
-    def bits_per_byte(self, total_nats: float) -> float:
-        """The sum of -ln p over all labels of one iteration, in bits for each byte of text predicted."""
-        return total_nats / math.log(2) / self.num_bytes
 
     def _count_bytes(self, source: Source, pieces: Sequence[Piece], tokenizer: Tokenizer) -> int:
         """UTF-8 bytes of the labels; the end-of-text token, last of each document, has none."""

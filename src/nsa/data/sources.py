@@ -14,16 +14,13 @@ from __future__ import annotations
 import glob
 import hashlib
 import json
-import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
 from nsa.data.config import DataConfig
 from nsa.data.errors import DataError
-
-BLANK_LINES = re.compile(r"\n(?:[ \t\r]*\n)+")
 
 
 class Source(Protocol):
@@ -144,17 +141,21 @@ def text_documents(files: Sequence[tuple[str, Path]], text_split: str) -> Docume
     names, texts = [], []
     for name, path in files:
         text = read_utf8(path)
-        if text_split == "file":
-            names.append(name)
-            texts.append(text)
-            continue
-        start = 0
-        for end, after in [*((gap.start(), gap.end()) for gap in BLANK_LINES.finditer(text)), (len(text), len(text))]:
-            if text[start:end].strip():
-                names.append(f"{name}:{text.count(chr(10), 0, start) + 1}")
-                texts.append(text[start:end])
-            start = after
+        for line, part in [(0, text)] if text_split == "file" else _paragraphs(text):
+            names.append(f"{name}:{line}" if line else name)
+            texts.append(part)
     return Documents(names, texts)
+
+
+def _paragraphs(text: str) -> Iterator[tuple[int, str]]:
+    """Runs of lines that are not blank, each with the number of its first line."""
+    block: list[str] = []
+    for number, line in enumerate([*text.split("\n"), ""], start=1):
+        if line.strip():
+            block.append(line)
+        elif block:
+            yield number - len(block), "\n".join(block).rstrip("\r")
+            block = []
 
 
 def jsonl_documents(files: Sequence[tuple[str, Path]]) -> Documents:

@@ -114,7 +114,11 @@ class HuggingFaceTokenizer:
         self.vocab_size = max(tokenizer.get_vocab().values()) + 1
 
     def encode(self, text: str) -> list[int]:
-        """Ids of the text, without special tokens around it."""
+        """Ids of the text, without special tokens around it; half of a surrogate pair is a DataError."""
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise DataError(f"character {error.start} of the text is half of a surrogate pair; remove it") from error
         return self._backend.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
