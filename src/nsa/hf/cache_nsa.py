@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache
-from transformers.cache_utils import CacheLayerMixin, DynamicLayer
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer, StaticLayer
 
 from nsa.cache import GrowingBuffer, NSACache, RollingBuffer
 
@@ -143,6 +143,15 @@ class NSACacheLayer(CacheLayerMixin):
 
     def prefetch(self) -> None:
         self.offload()
+
+
+class _NoStaticLayer(StaticLayer):
+    """Makes `cache_implementation="static"` an error that says what to do."""
+
+    _layer_type = "nsa"
+
+    def __init__(self, max_cache_len: int, **kwargs: Any) -> None:
+        raise ValueError("NSA models have no static cache; leave cache_implementation unset")
 
 
 def new_cache(config: NSAConfig) -> DynamicCache:

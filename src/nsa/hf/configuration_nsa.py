@@ -122,15 +122,19 @@ class NSAConfig(PreTrainedConfig):
         """Raise `ValueError` unless everything fits together; transformers calls this before it saves."""
         self._check_heads()
         self._check_rope_type()
-        self.validate_rope()
+        try:
+            self.validate_rope()
+        except KeyError as error:
+            raise ValueError(error.args[0]) from error
         self.validate_layer_type()
         _ = self.geometry
         for name, allowed in OPTIONS.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, not {getattr(self, name)!r}")
         for name in ("gate_temperature", "rms_norm_eps", "initializer_range"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
+            value = getattr(self, name)
+            if not isinstance(value, (int, float)) or not value > 0:
+                raise ValueError(f"{name} must be a positive number, not {value!r}")
 
     def validate_layer_type(self) -> None:
         """Layer types are known and there is one for each layer."""

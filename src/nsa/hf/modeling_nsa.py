@@ -13,7 +13,6 @@ Shapes: B rows, T tokens, C features, D head size.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -27,7 +26,6 @@ from transformers.utils.generic import can_return_tuple
 
 from nsa.attention import NSAAttention
 from nsa.compress import ConvCompression, MLPCompression
-from nsa.gate import Gate
 from nsa.ops.validate import check_cu_seqlens
 
 from .cache_nsa import NSACacheLayer, adopt_cache, new_cache
@@ -126,8 +124,11 @@ class NSADecoderLayer(GradientCheckpointingLayer):
         self.mlp = NSAMLP(config)
         self.input_layernorm = NSARMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = NSARMSNorm(config.hidden_size, config.rms_norm_eps)
-        # Read by _init_weights: these two write into the residual stream.
-        self.self_attn.o_proj.writes_residual = self.mlp.down_proj.writes_residual = True  # pyright: ignore
+        # Read by _init_weights, which transformers calls only for modules with parameters of their own.
+        for projection in (self.self_attn.o_proj, self.mlp.down_proj):  # these write into the residual stream
+            projection.init_scale = (2 * config.num_hidden_layers) ** -0.5  # pyright: ignore[reportArgumentType]
+        if isinstance(self.self_attn, NSAAttention):
+            self.self_attn.gate.down.init_scale = 0.0  # pyright: ignore[reportArgumentType]
 
     def forward(self, x: Tensor, **attention: Any) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), **attention)
@@ -147,20 +148,16 @@ class NSAPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Children come before their parents, so the zeros and means of gates and compression have the last word."""
+        """Children come before their parents, so that what compression starts as has the last word."""
         std = self.config.initializer_range
         if isinstance(module, nn.Linear):
-            if getattr(module, "writes_residual", False):
-                std = std / math.sqrt(2 * self.config.num_hidden_layers)
-            nn.init.normal_(module.weight, std=std)
+            nn.init.normal_(module.weight, std=std * getattr(module, "init_scale", 1.0))
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
         elif isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight, std=std)
         elif isinstance(module, NSARMSNorm):
             nn.init.ones_(module.weight)
-        elif isinstance(module, Gate):
-            module.reset_last_layer()
         elif isinstance(module, ConvCompression):
             module.reset_to_mean()
         elif isinstance(module, MLPCompression):
