@@ -131,6 +131,8 @@ class NSAAttention(nn.Module):
             raise ValueError("packed input (cu_seqlens) has no cache: decode documents as rows of a batch")
         if cache is None and num_new is not None:
             raise ValueError("num_new goes with a cache; without one put padding on the right and ignore its outputs")
+        if cache is not None:
+            num_new = cache.check_new(x, num_new)
         cos, sin = position_embeddings or self._own_rope(x, cu_seqlens, cache)
         q = apply_rope(self.q_proj(x).unflatten(-1, (self.num_heads, self.head_dim)), cos, sin)
         keys = self._split(self.k_proj(x), self.head_dim)

@@ -81,8 +81,7 @@ class NSACache:
             ValueError: the batch differs from what the cache holds, `num_new` does not fit, or gradients are needed.
         """
         batch, length = selected[0].shape[:2]
-        num_new = (length,) * batch if num_new is None else tuple(int(n) for n in num_new)
-        self._check(batch, length, num_new, selected[0])
+        num_new = self.check_new(selected[0], num_new)
         old = self.lengths or (0,) * batch
         self._raw.write(selected, old, num_new)
         if window is None:
@@ -127,15 +126,23 @@ class NSACache:
         if self.lengths:
             self.reorder(torch.arange(len(self.lengths)).repeat_interleave(repeats))
 
-    def _check(self, batch: int, length: int, num_new: tuple[int, ...], k: Tensor) -> None:
+    def check_new(self, x: Tensor, num_new: Sequence[int] | None) -> tuple[int, ...]:
+        """The number of real tokens of each row of `x` `[B, T, ...]`, all T unless `num_new` tells.
+
+        Raises:
+            ValueError: as `append` does.
+        """
+        batch, length = x.shape[:2]
+        num_new = (length,) * batch if num_new is None else tuple(int(n) for n in num_new)
         if self.lengths and batch != len(self.lengths):
             raise ValueError(
                 f"the cache holds {len(self.lengths)} rows but {batch} were appended; use reorder() or a new cache"
             )
         if len(num_new) != batch or not all(0 <= n <= length for n in num_new):
             raise ValueError(f"num_new must give 0..{length} for each of {batch} rows, not {list(num_new)}")
-        if torch.is_grad_enabled() and k.requires_grad:
+        if torch.is_grad_enabled() and x.requires_grad:
             raise ValueError("the cache keeps no gradients: decode under torch.no_grad(), or train without a cache")
+        return num_new
 
     def _compress(
         self,

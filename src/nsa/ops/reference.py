@@ -166,14 +166,14 @@ def _scores(q: Tensor, k: Tensor, scale: float) -> Tensor:
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Masked softmax attention; rows that see nothing give 0 and a log-sum-exp of -inf. `visible` -> `[B,T,K,R,S]`."""
+    # One more key, which nobody sees, spares a case for no keys at all.
+    k, v = (torch.nn.functional.pad(x, (0, 0, 0, 0, 0, 1)) for x in (k, v))
+    visible = torch.nn.functional.pad(visible, (0, 1), value=False)
     scores = _scores(q, k, scale)
     visible = visible.expand_as(scores)
     some = visible.any(dim=-1)
     # A row without keys scores its first column 0 instead, so that no NaN enters the graph; its result is masked out.
     scores = torch.where(visible, scores, torch.where(some.unsqueeze(-1), -torch.inf, 0.0))
-    if scores.shape[-1] == 0:
-        lse = scores.new_full(scores.shape[:-1], -torch.inf)
-        return q.new_zeros(*q.shape[:3], v.shape[3]), lse.flatten(2, 3)
     lse = scores.logsumexp(dim=-1)
     p = torch.exp(scores - lse.unsqueeze(-1)) * some.unsqueeze(-1)
     out = torch.einsum("btkrs,bskd->btkrd", p, v.to(p.dtype))
