@@ -1,0 +1,69 @@
+"""The tables of a run: what is written is what is read, also after an interruption."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from nsa.train.observe.csv_log import TRAINING_COLUMNS, VALIDATION_COLUMNS, CsvWriter, read_csv
+
+ROW = {
+    "step": 1,
+    "tokens": 4096,
+    "loss": 0.1 + 0.2,
+    "lr": 3e-4,
+    "grad_norm": float("inf"),
+    "tokens_per_s": 1e7 / 3,
+    "mfu": None,
+    "step_s": 0.5,
+    "fetch_s": 1e-5,
+}
+
+
+def test_the_columns_are_those_that_the_design_promises() -> None:
+    assert ",".join(TRAINING_COLUMNS) == "step,tokens,loss,lr,grad_norm,tokens_per_s,mfu,step_s,fetch_s"
+    assert ",".join(VALIDATION_COLUMNS) == "step,val_loss,val_ppl,val_bits_per_byte"
+
+
+def test_rows_come_back_exactly(tmp_path: Path) -> None:
+    path = tmp_path / "training.csv"
+    with CsvWriter(path, TRAINING_COLUMNS) as writer:
+        writer.write(**ROW)
+        writer.write(**{**ROW, "step": 2, "mfu": 0.25})
+    assert read_csv(path, TRAINING_COLUMNS) == [ROW, {**ROW, "step": 2, "mfu": 0.25}]
+    assert [type(value) for value in read_csv(path, TRAINING_COLUMNS)[0].values()][:3] == [int, int, float]
+
+
+def test_each_row_is_on_disk_at_once_and_half_a_row_is_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "val.csv"
+    with CsvWriter(path, VALIDATION_COLUMNS) as writer:
+        writer.write(step=0, val_loss=5.5, val_ppl=250.0, val_bits_per_byte=8.0)
+        assert len(read_csv(path, VALIDATION_COLUMNS)) == 1
+        with path.open("a") as other:
+            other.write("100,2.")
+        assert [row["step"] for row in read_csv(path, VALIDATION_COLUMNS)] == [0]
+
+
+def test_a_row_needs_every_column_and_no_other(tmp_path: Path) -> None:
+    with CsvWriter(tmp_path / "val.csv", VALIDATION_COLUMNS) as writer:
+        with pytest.raises(ValueError, match="exactly the columns step, val_loss"):
+            writer.write(step=1, val_loss=2.0)
+        with pytest.raises(ValueError, match="exactly the columns"):
+            writer.write(step=1, val_loss=2.0, val_ppl=1.0, val_bits_per_byte=1.0, loss=1.0)
+
+
+def test_a_file_that_is_no_such_table_is_named_with_its_line(tmp_path: Path) -> None:
+    path = tmp_path / "val.csv"
+    with pytest.raises(ValueError, match=r"val\.csv is missing"):
+        read_csv(path, VALIDATION_COLUMNS)
+    path.write_text("step,loss\n")
+    with pytest.raises(ValueError, match="must begin with the header step,val_loss"):
+        read_csv(path, VALIDATION_COLUMNS)
+    header = ",".join(VALIDATION_COLUMNS) + "\n"
+    path.write_text(header + "1,2.0,3.0,4.0\n1,two,3.0,4.0\n")
+    with pytest.raises(ValueError, match=r"line 3: val_loss is 'two'"):
+        read_csv(path, VALIDATION_COLUMNS)
+    path.write_text(header + "1,2.0\n")
+    with pytest.raises(ValueError, match=r"line 2 has 2 cells, not 4"):
+        read_csv(path, VALIDATION_COLUMNS)
