@@ -1,15 +1,16 @@
 """What the queries of a tile see: the range of keys worth multiplying, and a bias of -inf on the rest.
 
 A mask gives the smallest range of key rows that holds everything the queries at positions `first` .. `last` see, and
-hides in their scores what a single query does not see. Scores may come transposed (keys outermost in memory); the
-bias follows their layout, because adding it is cheap only where both run the same way.
+hides in their scores what a single query does not see. Only the ragged edges of a tile need that. Scores may come
+transposed (keys outermost in memory); a bias follows their layout, because adding it is cheap only where both run the
+same way. A mask lives for one call and keeps the biases that its tiles share.
 
 Shapes: scores `[b, k, R, C, S]` for C queries and S keys of b batch rows and k groups.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import torch
@@ -29,6 +30,8 @@ class Tile(NamedTuple):
 
 
 class Mask(Protocol):
+    num_queries: int  # of a tile
+
     def keys(self, first: int, last: int) -> tuple[int, int]:
         """Rows start .. stop-1 of the key tensor that queries at positions first .. last may see."""
         ...
@@ -38,19 +41,40 @@ class Mask(Protocol):
         ...
 
 
-def add_bias(scores: Tensor, hidden: Tensor) -> None:
-    """scores += -inf where the boolean `hidden` (broadcast) is true, in the memory order of the scores."""
+class Biases:
+    """Biases `[C, S]` of 0 and -inf in the layout of the scores they are added to, each made once."""
+
+    def __init__(self) -> None:
+        self._made: dict[tuple[int | bool, ...], Tensor] = {}
+
+    def add(self, scores: Tensor, hidden: Callable[[Tensor, Tensor], Tensor], *key: int) -> None:
+        """scores += -inf where `hidden(query number, column number)`; `key` and the shape identify the bias."""
+        num_queries, num_columns = scores.shape[-2:]
+        if num_columns == 0:
+            return
+        transposed = scores.stride(-1) != 1
+        name = (transposed, num_queries, num_columns, *key)
+        if name not in self._made:
+            query = torch.arange(num_queries, device=scores.device)[:, None]
+            column = torch.arange(num_columns, device=scores.device)
+            self._made[name] = bias_like(scores, hidden(query, column))
+        scores.add_(self._made[name])
+
+
+def bias_like(scores: Tensor, hidden: Tensor) -> Tensor:
+    """-inf where `hidden`, else 0, with the memory order of the last two dimensions of `scores`."""
     if scores.stride(-1) != 1:
         hidden = hidden.transpose(-1, -2).contiguous().transpose(-1, -2)
-    bias = torch.zeros_like(hidden, dtype=scores.dtype).masked_fill_(hidden, -torch.inf)
-    scores.add_(bias)
+    return torch.zeros_like(hidden, dtype=scores.dtype).masked_fill_(hidden, -torch.inf)
 
 
-@dataclass(frozen=True)
 class CompressedMask:
     """Compressed token i is visible to t when i d + l - 1 <= t."""
 
-    geometry: BlockGeometry
+    num_queries = 128
+
+    def __init__(self, geometry: BlockGeometry) -> None:
+        self.geometry, self.biases = geometry, Biases()
 
     def keys(self, first: int, last: int) -> tuple[int, int]:
         return 0, self.geometry.num_compressed(last + 1)
@@ -58,27 +82,33 @@ class CompressedMask:
     def hide(self, scores: Tensor, tile: Tile) -> None:
         # Columns before `seen` are visible to the tile's first query, hence to all.
         seen = self.geometry.num_compressed(tile.first + 1)
-        scores = scores[..., seen:]
-        if scores.shape[-1] == 0:
-            return
-        columns = torch.arange(seen, seen + scores.shape[-1], device=scores.device)
-        last = columns * self.geometry.compress_stride + self.geometry.compress_block_size - 1
-        queries = torch.arange(tile.first, tile.first + scores.shape[-2], device=scores.device)
-        add_bias(scores, last > queries[:, None])
+        stride = self.geometry.compress_stride
+        until_next = seen * stride + self.geometry.compress_block_size - 1 - tile.first
+        self.biases.add(scores[..., seen:], lambda query, i: i * stride + until_next > query, until_next)
 
 
-@dataclass(frozen=True)
 class WindowMask:
     """Key at position s is visible to t when t-w < s <= t; row 0 of the keys is at position `k_start`."""
 
-    geometry: BlockGeometry
-    k_start: int
+    def __init__(self, geometry: BlockGeometry, k_start: int) -> None:
+        self.window_size, self.k_start, self.biases = geometry.window_size, k_start, Biases()
+        # A tile multiplies num_queries - 1 keys more than a window has.
+        self.num_queries = 128 if self.window_size > 128 else 64
 
     def keys(self, first: int, last: int) -> tuple[int, int]:
-        return max(0, first - self.geometry.window_size + 1) - self.k_start, last + 1 - self.k_start
+        return max(0, first - self.window_size + 1) - self.k_start, last + 1 - self.k_start
 
     def hide(self, scores: Tensor, tile: Tile) -> None:
-        queries = torch.arange(tile.first, tile.first + scores.shape[-2], device=scores.device)
-        keys = torch.arange(tile.keys.start, tile.keys.stop, device=scores.device) + self.k_start
-        distance = queries[:, None] - keys
-        add_bias(scores, (distance < 0) | (distance >= self.geometry.window_size))
+        num_queries = scores.shape[-2]
+        hide_future(self.biases, scores)
+        # Query c sees columns from c - late on.
+        late = max(0, self.window_size - 1 - tile.first)
+        before = scores[..., : max(0, min(num_queries - 1 - late, scores.shape[-1]))]
+        self.biases.add(before, lambda query, column: column < query - late, late)
+
+
+def hide_future(biases: Biases, scores: Tensor) -> None:
+    """Hide the keys after each query, where the last column is the last query's own position."""
+    own = scores[..., max(0, scores.shape[-1] - scores.shape[-2]) :]
+    offset = own.shape[-1] - own.shape[-2]
+    biases.add(own, lambda query, column: column > query + offset, -1)

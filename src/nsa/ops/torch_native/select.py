@@ -26,7 +26,7 @@ def forward(q: Tensor, k_cmp: Tensor, lse: Tensor, geometry: BlockGeometry, q_st
     for tile in tiles.plan(q, num_groups, _EveryQuery(geometry), q_start):
         stop = min(tile.keys.stop, geometry.num_compressed(q_start + tile.queries.stop))
         tile = tile._replace(keys=slice(0, stop))
-        scores = nt(tiles.rows(q_view, tile, scale * tiles.LOG2_E), tiles.key_rows(keys, tile))
+        scores = nt(tiles.rows(q_view, tile).mul_(scale * tiles.LOG2_E), tiles.key_rows(keys, tile))
         scores = tiles.scores_view(scores, tile, num_heads)
         mask.hide(scores, tile)
         tile_lse = tiles.safe_lse(lse_view[tile.batch, tile.groups, :, tile.queries])
@@ -62,8 +62,19 @@ def choose(importance: Tensor, geometry: BlockGeometry, first: int) -> Tensor:
     own = torch.arange(first, first + importance.shape[-2], device=device)[:, None] // geometry.select_block_size
     forced = (block < geometry.num_init_blocks) | (block > own - geometry.num_local_blocks)
     ranks = importance.masked_fill(forced, torch.inf).masked_fill_(block > own, -torch.inf)
-    count = min(geometry.num_selected_blocks, num_blocks)
-    index = ranks.sort(dim=-1, descending=True, stable=True).indices[..., :count]
+    index = ranked(ranks, min(geometry.num_selected_blocks, num_blocks))
     index = index.masked_fill(index > own, num_blocks).sort(dim=-1).values
     index = index.masked_fill(index == num_blocks, -1).to(torch.int32)
-    return torch.nn.functional.pad(index, (0, geometry.num_selected_blocks - count), value=-1)
+    return torch.nn.functional.pad(index, (0, geometry.num_selected_blocks - index.shape[-1]), value=-1)
+
+
+def ranked(ranks: Tensor, count: int) -> Tensor:
+    """Indices of the `count` largest, ties to the lower index, in no particular order; -inf ranks below everything."""
+    if ranks.dtype != torch.float32:
+        return ranks.sort(dim=-1, descending=True, stable=True).indices[..., :count]
+    # The bits of fp32 numbers >= 0 sort as integers (and -inf is negative); the low half makes every key distinct.
+    num_blocks = ranks.shape[-1]
+    descending = torch.arange(num_blocks - 1, -1, -1, device=ranks.device)
+    keys = ranks.view(torch.int32).to(torch.int64).bitwise_left_shift_(32).bitwise_or_(descending)
+    chosen = keys.topk(count, dim=-1, sorted=False).values
+    return chosen.bitwise_and_(0xFFFFFFFF).neg_().add_(num_blocks - 1)

@@ -17,11 +17,10 @@ import torch
 from torch import Tensor
 
 from nsa.ops.torch_native.masks import Mask, Tile
-from nsa.ops.torch_native.products import nn, nt, tn
+from nsa.ops.torch_native.products import nn, nt, one_by_one, tn
 
 LOG2_E, LN_2 = math.log2(math.e), math.log(2.0)
 TILE_ELEMENTS = 1 << 19
-MAX_TILE_QUERIES = 128
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -38,11 +37,11 @@ def keys_by_group(x: Tensor) -> Tensor:
     return x.to(compute_dtype(x)).transpose(1, 2).contiguous()
 
 
-def rows(x: Tensor, tile: Tile, factor: float | None = None) -> Tensor:
-    """The tile's rows of `[B, K, R, T, D]`, times `factor`: `[b*k, R*C, D]`, contiguous, in at least fp32."""
+def rows(x: Tensor, tile: Tile) -> Tensor:
+    """The tile's rows of `[B, K, R, T, D]`: `[b*k, R*C, D]`, a contiguous copy in at least fp32."""
     part = x[tile.batch, tile.groups, :, tile.queries]
-    part = part.to(compute_dtype(x)) if factor is None else part.to(compute_dtype(x)) * factor
-    return part.contiguous().flatten(0, 1).flatten(1, 2)
+    copy = torch.empty(part.shape, dtype=compute_dtype(x), device=x.device).copy_(part)
+    return copy.flatten(0, 1).flatten(1, 2)
 
 
 def scores_view(scores: Tensor, tile: Tile, num_heads: int) -> Tensor:
@@ -52,19 +51,21 @@ def scores_view(scores: Tensor, tile: Tile, num_heads: int) -> Tensor:
 
 
 def plan(q: Tensor, num_groups: int, mask: Mask, q_start: int) -> Iterator[Tile]:
-    """Tiles of about TILE_ELEMENTS scores; queries that see no key are in none."""
+    """Tiles of about TILE_ELEMENTS scores, or of one group of one batch row; queries that see no key are in none."""
     num_rows, length, num_heads = q.shape[0], q.shape[1], q.shape[2] // num_groups
-    for t0 in range(0, length, MAX_TILE_QUERIES):
-        t1 = min(length, t0 + MAX_TILE_QUERIES)
+    for t0 in range(0, length, mask.num_queries):
+        t1 = min(length, t0 + mask.num_queries)
         start, stop = mask.keys(q_start + t0, q_start + t1 - 1)
         if stop <= start:
             continue
-        lanes = max(1, TILE_ELEMENTS // ((t1 - t0) * num_heads * (stop - start)))
-        for b0 in range(0, num_rows, max(1, lanes // num_groups)):
-            batch = slice(b0, min(num_rows, b0 + max(1, lanes // num_groups)))
-            step = num_groups if lanes >= num_groups else 1
-            for g0 in range(0, num_groups, step):
-                yield Tile(batch, slice(g0, g0 + step), slice(t0, t1), slice(start, stop), q_start + t0)
+        num_scores = num_heads * (t1 - t0) * (stop - start)
+        lanes = 1 if one_by_one(q, num_scores * q.shape[3]) else max(1, TILE_ELEMENTS // num_scores)
+        batch_step = max(1, lanes // num_groups)
+        group_step = num_groups if lanes >= num_groups else 1
+        for b0 in range(0, num_rows, batch_step):
+            for g0 in range(0, num_groups, group_step):
+                batch, groups = slice(b0, min(num_rows, b0 + batch_step)), slice(g0, g0 + group_step)
+                yield Tile(batch, groups, slice(t0, t1), slice(start, stop), q_start + t0)
 
 
 def key_rows(x: Tensor, tile: Tile) -> Tensor:
@@ -80,7 +81,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, mask: Mask, q_start: int, scale: fl
     q_view, out_view, lse_view = (by_group(x, num_groups) for x in (q, out, lse))
     keys, values = keys_by_group(k), keys_by_group(v)
     for tile in plan(q, num_groups, mask, q_start):
-        scores = nt(rows(q_view, tile, scale * LOG2_E), key_rows(keys, tile))
+        scores = nt(rows(q_view, tile).mul_(scale * LOG2_E), key_rows(keys, tile))
         mask.hide(scores_view(scores, tile, num_heads), tile)
         o, tile_lse = softmax_product(scores, key_rows(values, tile))
         out_view[tile.batch, tile.groups, :, tile.queries] = scores_view(o, tile, num_heads)
@@ -118,8 +119,9 @@ def backward(
     keys, values = keys_by_group(k), keys_by_group(v)
     dkeys, dvalues = torch.zeros_like(keys), torch.zeros_like(values)
     for tile in plan(q, num_groups, mask, q_start):
-        q_rows, do = rows(q_view, tile, scale * LOG2_E), rows(dout_view, tile)
-        delta = (do * rows(out_view, tile)).sum(dim=-1)
+        q_rows, do = rows(q_view, tile).mul_(scale * LOG2_E), rows(dout_view, tile)
+        delta = (scores_view(do, tile, num_heads) * out_view[tile.batch, tile.groups, :, tile.queries]).sum(dim=-1)
+        delta = delta.flatten(0, 1).flatten(1, 2)
         if dlse_view is not None:
             delta -= lane_vector(dlse_view, tile)
         tile_keys, tile_values = key_rows(keys, tile), key_rows(values, tile)
