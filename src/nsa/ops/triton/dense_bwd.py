@@ -38,7 +38,7 @@ def key_tile(q: Tensor, head_dim: int, value_head_dim: int, large: bool) -> dict
         return {"BLOCK_M": 32, "BLOCK_N": 32 if widest > 128 else 64, "num_warps": 4, "num_stages": 1}
     if widest > 128:
         return {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2}
-    return {"BLOCK_M": 64, "BLOCK_N": 128, "num_warps": 8, "num_stages": 2}
+    return {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}
 
 
 def query_tile(q: Tensor, head_dim: int, value_head_dim: int, large: bool) -> dict[str, int]:
@@ -50,7 +50,7 @@ def query_tile(q: Tensor, head_dim: int, value_head_dim: int, large: bool) -> di
         return {"BLOCK_M": 32 if widest > 128 else 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1}
     if widest > 128:
         return {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2}
-    return {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2}
+    return {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}
 
 
 @triton.jit(do_not_specialize=["num_rows"])

@@ -33,7 +33,7 @@ def forward_tile(q: Tensor, head_dim: int, value_head_dim: int, large: bool) -> 
         return {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": stages}
     if widest > 128:
         return {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2}
-    return {"BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 8, "num_stages": 2}
+    return {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3}
 
 
 def describe(x: Tensor, rows: int) -> TensorDescriptor:

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nsa.geometry import BlockGeometry
-from nsa.ops.triton.common import Layout
+from nsa.ops.triton.common import Layout, find_document
 
 MAX_SUB_BLOCK = 128
 MAX_SEGMENTS = 512
@@ -45,14 +45,14 @@ class Inversion(NamedTuple):
 
 
 class Items(NamedTuple):
-    """Work items of the tokens of one chunk: int32 `[heads, bound]` each, block -1 where there is none.
+    """Work items of one chunk.
 
-    `first` is int32 `[heads, J + 1]`: the items of a block are first[j] .. first[j + 1] - 1.
+    Attributes:
+        table: int32 `[heads, bound, 3]`: block (-1 where there is no item), first entry, end of the entries.
+        first: int32 `[heads, J + 1]`: the items of a block are first[j] .. first[j + 1] - 1.
     """
 
-    block: Tensor
-    entry: Tensor
-    end: Tensor
+    table: Tensor
     first: Tensor
 
 
@@ -102,7 +102,6 @@ def count_kernel(
             choice_ptr + row * (SLOTS // RATIO), base_ptr, t, t < tl.minimum(start + segment, T), slot, J,
             SLOTS, RATIO, PACKED,
         )  # fmt: skip
-        live = live & (slot < SLOTS)
         target = counts_ptr + (head * J + number) * segments + tl.program_id(0)
         tl.atomic_add(target, 1, mask=live, sem="relaxed")  # integers: the order does not matter
 
@@ -116,45 +115,63 @@ def sort_kernel(
     start = tl.program_id(0) * segment
     head = tl.program_id(1).to(tl.int64)
     slot = tl.arange(0, PADDED)
-    for t in range(start, tl.minimum(start + segment, T)):
-        row = ((head // HKV) * T + t) * HKV + head % HKV
-        number, live = _block_numbers(
-            choice_ptr + row * (SLOTS // RATIO), base_ptr, t, t < T, slot, J, SLOTS, RATIO, PACKED
-        )
+    end = tl.minimum(start + segment, T)
+    choice_ptr += (((head // HKV) * T + start) * HKV + head % HKV) * (SLOTS // RATIO)
+    number, live = _block_numbers(choice_ptr, base_ptr, start, start < end, slot, J, SLOTS, RATIO, PACKED)
+    for t in range(start, end):
         cursor = cursor_ptr + (head * J + number) * segments + tl.program_id(0)
         place = tl.load(cursor, mask=live, other=0)
         tl.store(entries_ptr + head * T * SLOTS + place, t * SLOTS + slot, mask=live)
         tl.store(cursor, place + 1, mask=live)
+        choice_ptr += HKV * (SLOTS // RATIO)
+        number, live = _block_numbers(choice_ptr, base_ptr, t + 1, t + 1 < end, slot, J, SLOTS, RATIO, PACKED)
         tl.debug_barrier()  # the next token reads the counters
 
 
-@triton.jit(do_not_specialize=["J", "segments", "head_start", "segment_start", "segment_end", "item_entries", "bound"])
-def plan_kernel(
-    ends_ptr, block_ptr, entry_ptr, end_ptr, first_ptr, J, segments, head_start, segment_start, segment_end,
-    item_entries, bound, BLOCKS: tl.constexpr,
+@triton.jit(do_not_specialize=["J", "segments", "item_entries", "num_chunks"])
+def first_item_kernel(
+    ends_ptr, first_ptr, chunk_ptr, J, segments, item_entries, num_chunks, BLOCKS: tl.constexpr
 ):  # fmt: skip
-    """Cut each block's entries of segments segment_start .. segment_end - 1 into items."""
+    """Number of each block's first item, among the items of one head and chunk."""
     head = tl.program_id(0)
-    ends_ptr += (head_start + head).to(tl.int64) * J * segments
+    chunk = tl.program_id(1)
+    segment_start, segment_end = tl.load(chunk_ptr + chunk), tl.load(chunk_ptr + chunk + 1)
+    ends_ptr += head.to(tl.int64) * J * segments
+    first_ptr += (head * num_chunks + chunk) * (J + 1)
     total = 0
-    tl.store(first_ptr + head * (J + 1), total)
+    tl.store(first_ptr, total)
     for first in range(0, J, BLOCKS):
         j = first + tl.arange(0, BLOCKS)
         live = j < J
         row = j.to(tl.int64) * segments
-        begins = live & (row + segment_start > 0)
-        entry = tl.load(ends_ptr + row + segment_start - 1, mask=begins, other=0)
+        entry = tl.load(ends_ptr + row + segment_start - 1, mask=live & (row + segment_start > 0), other=0)
         end = tl.load(ends_ptr + row + segment_end - 1, mask=live, other=0)
         count = tl.where(live, tl.cdiv(end - entry, item_entries), 0)
-        place = total + tl.cumsum(count, 0)
-        tl.store(first_ptr + head * (J + 1) + j + 1, place, mask=live)
-        place += head * bound - count
-        for i in range(tl.max(count, 0)):
-            item = live & (i < count)
-            tl.store(block_ptr + place + i, j, mask=item)
-            tl.store(entry_ptr + place + i, entry + i * item_entries, mask=item)
-            tl.store(end_ptr + place + i, tl.minimum(entry + (i + 1) * item_entries, end), mask=item)
+        tl.store(first_ptr + j + 1, total + tl.cumsum(count, 0), mask=live)
         total += tl.sum(count, 0)
+
+
+@triton.jit(do_not_specialize=["J", "segments", "item_entries", "num_chunks", "bound", "steps"])
+def item_kernel(
+    ends_ptr, first_ptr, item_ptr, chunk_ptr, J, segments, item_entries, num_chunks, bound, steps, BLOCK: tl.constexpr
+):
+    """Block, first entry and end of each item; block -1 for those beyond the last."""
+    head = tl.program_id(1)
+    chunk = tl.program_id(2)
+    segment_start, segment_end = tl.load(chunk_ptr + chunk), tl.load(chunk_ptr + chunk + 1)
+    ends_ptr += head.to(tl.int64) * J * segments
+    first_ptr += (head * num_chunks + chunk) * (J + 1)
+    item = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    j = find_document(first_ptr, item, J, steps)  # the last block whose items begin at or before this one
+    live = j < J
+    row = j.to(tl.int64) * segments
+    entry = tl.load(ends_ptr + row + segment_start - 1, mask=live & (row + segment_start > 0), other=0)
+    entry += (item - tl.load(first_ptr + j)) * item_entries
+    end = tl.load(ends_ptr + row + segment_end - 1, mask=live, other=0)
+    item_ptr += ((chunk.to(tl.int64) * tl.num_programs(1) + head) * bound + item) * 3
+    tl.store(item_ptr, tl.where(live, j, -1), mask=item < bound)
+    tl.store(item_ptr + 1, entry, mask=item < bound)
+    tl.store(item_ptr + 2, tl.minimum(entry + item_entries, end), mask=item < bound)
 
 
 def invert(block_indices: Tensor, geometry: BlockGeometry, layout: Layout | None, num_keys: int) -> Inversion:
@@ -190,20 +207,24 @@ def cut_chunks(num_heads: int, num_tokens: int, token_bytes: int, segment: int, 
     return [Chunk(h, h + 1, t, min(t + tokens, num_tokens)) for h in range(num_heads) for t in starts]
 
 
-def plan(inversion: Inversion, chunk: Chunk, item_entries: int) -> Items:
-    """The work items of a chunk."""
-    heads, num_blocks, segments = chunk.head_end - chunk.head, *inversion.ends.shape[1:]
-    bound = num_items(inversion, chunk, item_entries)
-    device = inversion.ends.device
-    block = torch.full((heads, bound), -1, dtype=torch.int32, device=device)
-    entry, end = torch.empty_like(block), torch.empty_like(block)
-    first = torch.empty(heads, num_blocks + 1, dtype=torch.int32, device=device)
-    segment = inversion.segment
-    plan_kernel[(heads,)](
-        inversion.ends, block, entry, end, first, num_blocks, segments, chunk.head, chunk.token // segment,
-        triton.cdiv(chunk.token_end, segment), item_entries, bound, BLOCKS=1024,
-    )  # fmt: skip
-    return Items(block, entry, end, first)
+def plan(inversion: Inversion, chunks: list[Chunk], item_entries: int) -> list[Items]:
+    """The work items of every chunk, all made at once; each chunk's token ranges are the same for all heads."""
+    heads, num_blocks, segments = inversion.ends.shape
+    device, segment = inversion.ends.device, inversion.segment
+    starts = sorted({c.token for c in chunks})
+    num_ranges = len(starts)
+    step = starts[1] // segment if num_ranges > 1 else segments
+    bounds = torch.arange(num_ranges + 1, dtype=torch.int32, device=device).mul_(step).clamp_(max=segments)
+    bound = max(num_items(inversion, chunk, item_entries) for chunk in chunks)
+    first = torch.empty(heads, num_ranges, num_blocks + 1, dtype=torch.int32, device=device)
+    items = torch.empty(num_ranges, heads, bound, 3, dtype=torch.int32, device=device)
+    sizes = (num_blocks, segments, item_entries, num_ranges)
+    first_item_kernel[(heads, num_ranges)](inversion.ends, first, bounds, *sizes, BLOCKS=1024)
+    item_kernel[(triton.cdiv(bound, 256), heads, num_ranges)](
+        inversion.ends, first, items, bounds, *sizes, bound, (num_blocks + 1).bit_length(), BLOCK=256
+    )
+    places = [(starts.index(c.token), c.head, c.head_end) for c in chunks]
+    return [Items(items[i, head:end], first[head:end, i]) for i, head, end in places]
 
 
 def num_items(inversion: Inversion, chunk: Chunk, item_entries: int) -> int:

@@ -41,7 +41,8 @@ def score_tile(q: Tensor, group_size: int, large: bool) -> dict[str, int]:
 @triton.jit
 def _score_step(
     scores_ptr, q, k_desc, lse, column_end, key, chunk_key, row_start, column_k, scale_log2,
-    MASKED: tl.constexpr, HEADS: tl.constexpr, TOKENS: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    MASKED: tl.constexpr, HEADS: tl.constexpr, TOKENS: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK_KEYS: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Store the group-summed probabilities of keys key .. key + BLOCK_N - 1, at their place after `chunk_key`."""
     k = k_desc.load([row_start + key, column_k])
@@ -51,23 +52,23 @@ def _score_step(
     if MASKED:
         p = tl.where((keys >= 0)[:, None] & (keys[:, None] < column_end[None, :]), p, 0.0)
     mass = tl.sum(tl.reshape(p, [BLOCK_N, HEADS, TOKENS]), 1)
-    tl.store(scores_ptr + (keys - chunk_key)[:, None] * TOKENS + tl.arange(0, TOKENS)[None, :], mass)
+    tl.store(scores_ptr + tl.arange(0, TOKENS)[None, :] * CHUNK_KEYS + (keys - chunk_key)[:, None], mass)
 
 
 @triton.jit
-def _threshold(bits, COUNT: tl.constexpr, SUB: tl.constexpr):
-    """The COUNT-th largest of each row of non-negative int32 keys (0 if there are fewer; -1 is no key).
+def _threshold(bits, COUNT: tl.constexpr):
+    """The COUNT-th largest of each token's non-negative int32 keys (0 if there are fewer; -1 is no key).
 
-    Two bits a pass; the three counts of a pass share one int32, so a row has less than 1024 keys.
+    Two bits a pass; the three counts of a pass share one int32, so a token has less than 1024 keys.
     """
-    has_top = tl.sum((bits >= (1 << 30)).to(tl.int32), 1) >= COUNT
+    has_top = tl.sum(tl.sum((bits >= (1 << 30)).to(tl.int32), 0), 1) >= COUNT
     threshold = tl.where(has_top, 1 << 30, 0)
     for i in range(15):
         step = 1 << (28 - 2 * i)
-        one = (bits >= (threshold + step)[:, None]).to(tl.int32)
-        two = (bits >= (threshold + 2 * step)[:, None]).to(tl.int32)
-        three = (bits >= (threshold + 3 * step)[:, None]).to(tl.int32)
-        counts = tl.sum(one + two * 1024 + three * 1048576, 1)
+        one = (bits >= (threshold + step)[None, :, None]).to(tl.int32)
+        two = (bits >= (threshold + 2 * step)[None, :, None]).to(tl.int32)
+        three = (bits >= (threshold + 3 * step)[None, :, None]).to(tl.int32)
+        counts = tl.sum(tl.sum(one + two * 1024 + three * 1048576, 0), 1)
         digit = ((counts & 1023) >= COUNT).to(tl.int32) + (((counts >> 10) & 1023) >= COUNT).to(tl.int32)
         threshold += step * (digit + ((counts >> 20) >= COUNT).to(tl.int32))
     return threshold
@@ -75,50 +76,59 @@ def _threshold(bits, COUNT: tl.constexpr, SUB: tl.constexpr):
 
 @triton.jit
 def _merge(
-    out_ptr, scores_ptr, list_ptr, start_block, end_block, written, own, live,
+    out_ptr, scores_ptr, list_ptr, start_block, end_block, written, own, live, token, last,
     COUNT: tl.constexpr, INIT: tl.constexpr, LOCAL: tl.constexpr, SPAN: tl.constexpr, REACH: tl.constexpr,
-    STRIDE_LIST: tl.constexpr, PADDED: tl.constexpr, CHUNK: tl.constexpr, TOKENS: tl.constexpr, SUB: tl.constexpr,
-    token, last,
+    STRIDE_LIST: tl.constexpr, PADDED: tl.constexpr, CHUNK: tl.constexpr, CHUNK_KEYS: tl.constexpr, SUB: tl.constexpr,
 ):  # fmt: skip
-    """Choose the best COUNT of the running list and of the blocks start_block .. end_block - 1, for SUB tokens."""
-    c = tl.arange(0, CHUNK)
+    """Choose the best COUNT of the running list and of the blocks start_block .. end_block - 1, for SUB tokens.
+
+    Candidates are [CHUNK / LANES, SUB, LANES]: a warp holds whole tokens, so that no sum crosses warps.
+    """
+    LANES: tl.constexpr = CHUNK if CHUNK < 128 else 128
+    ROWS: tl.constexpr = CHUNK // LANES
+    c = (tl.arange(0, ROWS) * LANES)[:, None, None] + tl.arange(0, LANES)[None, None, :]
+    token = token[None, :, None]
+    own = own[None, :, None]
+    live = live[None, :, None]
     j = start_block + c - PADDED
     fresh = (c >= PADDED) & (j < end_block)
-    score = tl.zeros([SUB, CHUNK], tl.float32)
+    score = tl.zeros([ROWS, SUB, LANES], tl.float32)
     for offset in tl.static_range(SPAN + REACH - 1):
         i = offset + 1 - REACH
         weight = tl.minimum(i + REACH, SPAN) - tl.maximum(i, 0)  # overlap(i, j) / d, Eq. 9
         key = (c - PADDED) * SPAN + offset
-        inside = fresh & (key < written)
-        mass = tl.load(scores_ptr + key[None, :] * TOKENS + token[:, None], mask=inside[None, :], other=0.0)
+        mass = tl.load(scores_ptr + token * CHUNK_KEYS + key, mask=fresh & (key < written) & (token >= 0), other=0.0)
         score += weight * mass
     bits = tl.minimum(score.to(tl.int32, bitcast=True), 0x7F7FFFFF)
-    forced = (j < INIT)[None, :] | (j[None, :] > own[:, None] - LOCAL)
-    bits = tl.where(forced, 0x7F800000, bits)
-    bits = tl.where(fresh[None, :] & (j[None, :] <= own[:, None]), bits, -1)
-    listed = (c < PADDED) & (start_block > 0)
-    entry = list_ptr + token[:, None] * PADDED + c[None, :]
-    bits = tl.where((c < PADDED)[None, :], tl.load(entry, mask=listed[None, :], other=-1), bits)
-    block = tl.where((c < PADDED)[None, :], tl.load(entry + STRIDE_LIST, mask=listed[None, :], other=-1), j[None, :])
+    bits = tl.where((j < INIT) | (j > own - LOCAL), 0x7F800000, bits)  # forced
+    bits = tl.where(fresh & (j <= own), bits, -1)
+    listed = (c < PADDED) & (start_block > 0) & (token >= 0)
+    entry = list_ptr + token * PADDED + c
+    bits = tl.where(c < PADDED, tl.load(entry, mask=listed, other=-1), bits)
+    block = tl.where(c < PADDED, tl.load(entry + STRIDE_LIST, mask=listed, other=-1), j)
 
-    threshold = _threshold(bits, COUNT, SUB)
-    above = bits > threshold[:, None]
-    tied = bits == threshold[:, None]
-    room = COUNT - tl.sum(above.to(tl.int32), 1)
-    chosen = above | (tied & (tl.cumsum(tied.to(tl.int32), 1) <= room[:, None]))
-    place = tl.cumsum(chosen.to(tl.int32), 1) - 1
-    num_chosen = tl.sum(chosen.to(tl.int32), 1)
-    rest = c[None, :] >= num_chosen[:, None]
+    threshold = _threshold(bits, COUNT)[None, :, None]
+    above = (bits > threshold).to(tl.int32)
+    # Numbers of those above and, in the upper half, of those equal, up to each candidate in the order of blocks.
+    mark = above + (bits == threshold).to(tl.int32) * 65536
+    row_marks = tl.sum(mark, 2)
+    before = tl.cumsum(mark, 2) + (tl.cumsum(row_marks, 0) - row_marks)[:, :, None]
+    marks = tl.sum(row_marks, 0)[None, :, None]
+    room = COUNT - (marks & 65535)
+    chosen = (above > 0) | ((bits == threshold) & ((before >> 16) <= room))
+    place = (before & 65535) + tl.minimum(before >> 16, room) - 1
+    rest = c >= (marks & 65535) + tl.minimum(marks >> 16, room)
+    none = tl.full([ROWS, SUB, LANES], -1, tl.int32)
     tl.debug_barrier()  # every thread has read the list
     if last:
-        target = out_ptr[:, None]
-        tl.store(target + place, block, mask=chosen & live[:, None])
-        tl.store(target + c[None, :], tl.full([SUB, CHUNK], -1, tl.int32), mask=rest & live[:, None] & (c < COUNT)[None, :])
+        target = out_ptr[None, :, None]
+        tl.store(target + place, block, mask=chosen & live)
+        tl.store(target + c, none, mask=rest & live & (c < COUNT))
     else:
-        target = list_ptr + token[:, None] * PADDED
+        target = list_ptr + token * PADDED
         tl.store(target + place, bits, mask=chosen)
         tl.store(target + place + STRIDE_LIST, block, mask=chosen)
-        tl.store(target + c[None, :], tl.full([SUB, CHUNK], -1, tl.int32), mask=rest & (c < PADDED)[None, :])
+        tl.store(target + c, none, mask=rest & (c < PADDED))
 
 
 @triton.jit(do_not_specialize=["T", "N", "q_start", "num_docs", "steps", "num_tiles", "tiles_each"])
@@ -182,13 +192,13 @@ def score_topk_kernel(
                 for key in tl.range(full_start, full_end, BLOCK_N):
                     _score_step(
                         scores_ptr, q, k_desc, lse, column_end, key, chunk_key, b * N + cmp_start, group * DK,
-                        scale_log2, False, HEADS, TOKENS, BLOCK_N, PRECISION,
+                        scale_log2, False, HEADS, TOKENS, BLOCK_N, CHUNK_KEYS, PRECISION,
                     )  # fmt: skip
                 for i in tl.range(num_masked):
                     key = tl.where(i < num_left, chunk_key + i * BLOCK_N, full_end + (i - num_left) * BLOCK_N)
                     _score_step(
                         scores_ptr, q, k_desc, lse, column_end, key, chunk_key, b * N + cmp_start, group * DK,
-                        scale_log2, True, HEADS, TOKENS, BLOCK_N, PRECISION,
+                        scale_log2, True, HEADS, TOKENS, BLOCK_N, CHUNK_KEYS, PRECISION,
                     )  # fmt: skip
                 tl.debug_barrier()  # the chunk's scores are complete
                 for sub in range(0, TOKENS, SUB):
@@ -197,8 +207,8 @@ def score_topk_kernel(
                     out_row = ((b.to(tl.int64) * T + first_token + token) * HKV + group) * COUNT
                     _merge(
                         out_ptr + out_row, scores_ptr, list_ptr, start_block, end_block, chunk_end - chunk_key, own,
-                        first_token + token < doc_end, COUNT, INIT, LOCAL, SPAN, REACH, TOKENS * PADDED, PADDED, CHUNK,
-                        TOKENS, SUB, token, end_block == num_blocks,
+                        first_token + token < doc_end, token, end_block == num_blocks,
+                        COUNT, INIT, LOCAL, SPAN, REACH, TOKENS * PADDED, PADDED, CHUNK, CHUNK_KEYS, SUB,
                     )  # fmt: skip
                 tl.debug_barrier()  # the scores are read, the list is complete
 
@@ -242,7 +252,7 @@ def select_blocks(
     tiles_each = triton.cdiv(T, tokens) + (0 if layout is None else num_docs)
     num_tiles = tiles_each * B * Hkv
     programs = min(num_tiles, programs_each * num_multiprocessors(q))
-    scores = torch.empty(programs, keys, tokens, dtype=torch.float32, device=q.device)
+    scores = torch.empty(programs, tokens, keys, dtype=torch.float32, device=q.device)
     lists = torch.empty(programs, 2, tokens, padded, dtype=torch.int32, device=q.device)
     bounds = (lists, lists) if layout is None else (layout.cu_seqlens, layout.cu_compressed)
     k_desc: TensorDescriptor = describe(k_cmp, block_n)

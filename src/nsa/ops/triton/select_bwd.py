@@ -19,7 +19,7 @@ from torch import Tensor
 from nsa.geometry import BlockGeometry
 from nsa.ops.triton.common import LOG2E, Layout, dot_precision, has_large_shared_memory
 from nsa.ops.triton.dense_bwd import make_delta
-from nsa.ops.triton.invert import Inversion, cut_chunks, invert, num_items, plan
+from nsa.ops.triton.invert import Inversion, cut_chunks, invert, plan
 from nsa.ops.triton.select_fwd import item_keys
 
 SCRATCH_BYTES = 512 * 2**20
@@ -33,29 +33,34 @@ def select_backward_tile(q: Tensor, head_dim: int, value_head_dim: int, large: b
         return {"BLOCK_M": 16, "num_warps": 4, "num_stages": 1}
     if not large:
         return {"BLOCK_M": 16 if widest > 128 else 32, "num_warps": 4, "num_stages": 1}
-    return {"BLOCK_M": 64, "num_warps": 8 if widest > 128 else 4, "num_stages": 1}
+    return {"BLOCK_M": 64, "num_warps": 8 if widest > 128 else 4, "num_stages": 2}
 
 
 @triton.jit(do_not_specialize=["T", "S", "q_start", "head_start", "token_start", "num_tokens", "bound"])
 def select_backward_kernel(
     q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, part_ptr, dk_ptr, dv_ptr, key_ptr,
-    entries_ptr, block_ptr, entry_ptr, end_ptr, doc_ptr, base_ptr,
+    entries_ptr, item_ptr, doc_ptr, doc_end_ptr, base_ptr,
     scale_log2, log2e, T, S, q_start, head_start, token_start, num_tokens, bound,
     H: tl.constexpr, HKV: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BLOCK: tl.constexpr, RATIO: tl.constexpr,
     SLOTS: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     G: tl.constexpr = H // HKV
     item = tl.program_id(1) * bound + tl.program_id(0)
-    block = tl.load(block_ptr + item)
+    item_ptr += item.to(tl.int64) * 3
+    block = tl.load(item_ptr)
     if block >= 0:
-        entry = tl.load(entry_ptr + item)
-        num_rows = (tl.load(end_ptr + item) - entry) * G
+        entry = tl.load(item_ptr + 1)
+        num_rows = (tl.load(item_ptr + 2) - entry) * G
         head = head_start + tl.program_id(1)
         b = (head // HKV).to(tl.int64)
         group = head % HKV
         entries_ptr += head.to(tl.int64) * T * SLOTS
         key_start = item_keys(entries_ptr, entry, block, doc_ptr, base_ptr, SLOTS, RATIO, BLOCK, PACKED)
-        tl.store(key_ptr + item, key_start)
+        key_end = tl.minimum(key_start + BLOCK, S)
+        if PACKED:
+            key_end = tl.minimum(key_end, tl.load(doc_end_ptr + tl.load(entries_ptr + entry) // SLOTS))
+        tl.store(key_ptr + 2 * item, key_start)
+        tl.store(key_ptr + 2 * item + 1, key_end)
         n = tl.arange(0, BLOCK_N)
         live_key = (n < BLOCK) & (key_start + n < S)
         key_row = (b * S + key_start + n) * HKV + group
@@ -119,21 +124,21 @@ def select_query_reduce_kernel(
     tl.store(dq_ptr + dq_row[:, None] * DK + column[None, :], dq, mask=live[:, None])
 
 
-@triton.jit(do_not_specialize=["S", "J", "head_start", "bound"])
+@triton.jit(do_not_specialize=["S", "first_stride", "head_start", "bound"])
 def select_key_reduce_kernel(
-    item_dk_ptr, item_dv_ptr, key_ptr, first_ptr, dk_ptr, dv_ptr, scale, S, J, head_start, bound,
+    item_dk_ptr, item_dv_ptr, key_ptr, first_ptr, dk_ptr, dv_ptr, scale, S, first_stride, head_start, bound,
     HKV: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Add the items of a block, in order, to the fp32 gradients of its keys."""
     j = tl.program_id(0)
     head = head_start + tl.program_id(1)
-    first_ptr += tl.program_id(1) * (J + 1) + j
+    first_ptr += tl.program_id(1).to(tl.int64) * first_stride + j
     first, end = tl.load(first_ptr), tl.load(first_ptr + 1)
     if first < end:
         item = tl.program_id(1) * bound + first
         n = tl.arange(0, BLOCK_N)
-        key = tl.load(key_ptr + item) + n
-        live = ((n < BLOCK) & (key < S))[:, None]
+        key = tl.load(key_ptr + 2 * item) + n
+        live = (key < tl.load(key_ptr + 2 * item + 1))[:, None]  # a short last block ends where the next document begins
         key_row = (((head // HKV).to(tl.int64) * S + key) * HKV + head % HKV)[:, None]
         dk_column, dv_column = tl.arange(0, DK)[None, :], tl.arange(0, DV)[None, :]
         dk = tl.load(dk_ptr + key_row * DK + dk_column, mask=live, other=0.0)
@@ -166,22 +171,22 @@ def select_backward(
     inversion = inversion or invert(block_indices, geometry, layout, S)
     slots, block = inversion.slots, inversion.sub_block
     block_n = max(16, triton.next_power_of_2(block))
-    documents = (q, q) if layout is None else (layout.doc_start, layout.block_base)
+    documents = (q, q, q) if layout is None else (layout.doc_start, layout.doc_end, layout.block_base)
     item_entries = max(1, item_rows // G)
     chunks = cut_chunks(B * Hkv, T, G * slots * Dk * q.element_size(), inversion.segment, scratch_bytes)
     most = max((c.head_end - c.head) * (c.token_end - c.token) for c in chunks)
     part = q.new_empty(most * G * slots, Dk)
-    most_items = max((c.head_end - c.head) * num_items(inversion, c, item_entries) for c in chunks)
+    plans = plan(inversion, chunks, item_entries)
+    most_items = max(items.table[..., 0].numel() for items in plans)
     item_dk = torch.empty(most_items * block, Dk, dtype=torch.float32, device=k.device)
     item_dv = torch.empty(most_items * block, Dv, dtype=torch.float32, device=k.device)
-    item_key = torch.empty(most_items, dtype=torch.int32, device=k.device)
-    for chunk in chunks:
+    item_key = torch.empty(most_items, 2, dtype=torch.int32, device=k.device)
+    for chunk, items in zip(chunks, plans, strict=True):
         heads, tokens = chunk.head_end - chunk.head, chunk.token_end - chunk.token
-        items = plan(inversion, chunk, item_entries)
-        bound, num_blocks = items.block.shape[1], items.first.shape[1] - 1
+        bound, num_blocks = items.table.shape[1], items.first.shape[1] - 1
         select_backward_kernel[(bound, heads)](
             q, k, v, dout, lse, delta, part, item_dk, item_dv, item_key,
-            inversion.entries, items.block, items.entry, items.end, *documents,
+            inversion.entries, items.table, *documents,
             scale * LOG2E, LOG2E, T, S, q_start, chunk.head, chunk.token, tokens, bound,
             H=H, HKV=Hkv, DK=Dk, DV=Dv, BLOCK=block, RATIO=inversion.ratio, SLOTS=slots, PACKED=layout is not None,
             PRECISION=dot_precision(q), BLOCK_N=block_n, **tile,
@@ -193,7 +198,7 @@ def select_backward(
             ROWS=rows, num_warps=4,
         )  # fmt: skip
         select_key_reduce_kernel[(num_blocks, heads)](
-            item_dk, item_dv, item_key, items.first, dk, dv, scale, S, num_blocks, chunk.head, bound,
+            item_dk, item_dv, item_key, items.first, dk, dv, scale, S, items.first.stride(0), chunk.head, bound,
             HKV=Hkv, DK=Dk, DV=Dv, BLOCK=block, BLOCK_N=block_n, num_warps=8,
         )  # fmt: skip
     return dq, dk.to(k.dtype), dv.to(v.dtype)

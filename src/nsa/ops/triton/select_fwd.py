@@ -48,17 +48,17 @@ def item_keys(
 
 @triton.jit(do_not_specialize=["T", "S", "q_start", "head_start", "token_start", "num_tokens", "bound"])
 def select_forward_kernel(
-    q_ptr, k_ptr, v_ptr, part_ptr, part_lse_ptr, entries_ptr, block_ptr, entry_ptr, end_ptr, doc_ptr, base_ptr,
+    q_ptr, k_ptr, v_ptr, part_ptr, part_lse_ptr, entries_ptr, item_ptr, doc_ptr, base_ptr,
     scale_log2, T, S, q_start, head_start, token_start, num_tokens, bound,
     H: tl.constexpr, HKV: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BLOCK: tl.constexpr, RATIO: tl.constexpr,
     SLOTS: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     G: tl.constexpr = H // HKV
-    item = tl.program_id(1) * bound + tl.program_id(0)
-    block = tl.load(block_ptr + item)
+    item_ptr += (tl.program_id(1).to(tl.int64) * bound + tl.program_id(0)) * 3
+    block = tl.load(item_ptr)
     if block >= 0:
-        entry = tl.load(entry_ptr + item)
-        num_rows = (tl.load(end_ptr + item) - entry) * G
+        entry = tl.load(item_ptr + 1)
+        num_rows = (tl.load(item_ptr + 2) - entry) * G
         head = head_start + tl.program_id(1)
         b = (head // HKV).to(tl.int64)
         group = head % HKV
@@ -156,12 +156,11 @@ def select_forward(
     most = max((c.head_end - c.head) * (c.token_end - c.token) for c in chunks)
     part = q.new_empty(most * G * slots, Dv)
     part_lse = q.new_empty(most * G * slots, dtype=torch.float32)
-    for chunk in chunks:
+    for chunk, items in zip(chunks, plan(inversion, chunks, item_entries), strict=True):
         heads, tokens = chunk.head_end - chunk.head, chunk.token_end - chunk.token
-        items = plan(inversion, chunk, item_entries)
-        bound = items.block.shape[1]
+        bound = items.table.shape[1]
         select_forward_kernel[(bound, heads)](
-            q, k, v, part, part_lse, inversion.entries, items.block, items.entry, items.end, *documents,
+            q, k, v, part, part_lse, inversion.entries, items.table, *documents,
             scale * LOG2E, T, S, q_start, chunk.head, chunk.token, tokens, bound, DK=Dk, BLOCK=inversion.sub_block,
             PACKED=layout is not None, PRECISION=dot_precision(q),
             BLOCK_N=max(16, triton.next_power_of_2(inversion.sub_block)), **shape, **tile,
