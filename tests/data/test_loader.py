@@ -63,11 +63,24 @@ def test_the_stream_depends_on_the_seed_alone(make_loader) -> None:
     assert not torch.equal(next(make_loader(seed=3)).input_ids, next(make_loader(seed=4)).input_ids)
 
 
-def test_every_epoch_has_an_order_of_its_own(make_loader) -> None:
-    loader = make_loader(lengths=[8] * 64, rows_per_batch=64)
-    first, second = take(loader, 2)
-    assert first.document_ids[:, 0].tolist() != second.document_ids[:, 0].tolist()
-    assert sorted(first.document_ids[:, 0].tolist()) == sorted(second.document_ids[:, 0].tolist()) == list(range(64))
+def test_every_epoch_has_an_order_of_documents(make_loader) -> None:
+    """Windows of 32 documents: which are in the first one is drawn anew."""
+    loader = make_loader(lengths=[8] * 128, rows_per_batch=32, window_tokens=256)
+    windows = [sorted(batch.document_ids[:, 0].tolist()) for batch in take(loader, 8)]
+    for epoch in (windows[:4], windows[4:]):
+        assert sorted(document for window in epoch for document in window) == list(range(128))
+    assert windows[0] != windows[4]
+    other_seed = make_loader(lengths=[8] * 128, rows_per_batch=32, window_tokens=256, seed=4)
+    assert sorted(next(other_seed).document_ids[:, 0].tolist()) != windows[0]
+
+
+def test_every_epoch_has_an_order_of_rows(make_loader) -> None:
+    """One document: only its rows can be shuffled."""
+    first, second = take(make_loader(lengths=[8 * 64], rows_per_batch=64), 2)
+    assert first.input_ids.tolist() != second.input_ids.tolist()
+    assert sorted(first.input_ids.tolist()) == sorted(second.input_ids.tolist())
+    other_seed = next(make_loader(lengths=[8 * 64], rows_per_batch=64, seed=4))
+    assert other_seed.input_ids.tolist() != first.input_ids.tolist()
 
 
 def test_a_batch_mixes_documents_that_fill_many_rows(make_loader) -> None:

@@ -138,6 +138,16 @@ def test_token_ends_count_utf8_bytes(bpe_folder: Path, text: str) -> None:
         assert end == next(start for start in starts_of_characters if start >= exact)
 
 
+def test_white_space_that_has_no_token_is_counted(tmp_path: Path) -> None:
+    backend = tokenizers.Tokenizer(models.WordLevel({"é": 0, "b": 1, "?": 2, "<eos>": 3}, unk_token="?"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>").save_pretrained(tmp_path)
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.encode(" é  zz b\n\n") == [0, 2, 1]
+    assert tokenizer.token_ends(" é  zz b\n\n").tolist() == [3, 7, 11]
+    assert tokenizer.token_ends(" ").tolist() == []
+
+
 def test_gpt2_is_read_from_the_installed_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     pairs = [first + second for first, second in product(alphabet, alphabet)][:50_000]
@@ -168,6 +178,19 @@ def test_an_unknown_tokenizer_is_named(no_hub: None, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no folder nobody/nothing, and the Hub gives no tokenizer nobody/nothing"):
         load_tokenizer("nobody/nothing")
     with pytest.raises(DataError, match=r"neither tokenizer\.json nor encoder\.json with vocab\.bpe"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_folder_that_also_holds_an_unknown_model_loads(bpe_folder: Path, tmp_path: Path) -> None:
+    load_tokenizer(bpe_folder).save(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "no-such-model"}', encoding="utf-8")
+    assert load_tokenizer(tmp_path).vocab_size == 321
+
+
+@pytest.mark.parametrize("content", ["", "{"])
+def test_a_damaged_tokenizer_file_is_named(tmp_path: Path, content: str) -> None:
+    (tmp_path / "tokenizer.json").write_text(content, encoding="utf-8")
+    with pytest.raises(DataError, match=f"the tokenizer in {tmp_path} cannot be loaded"):
         load_tokenizer(tmp_path)
 
 

