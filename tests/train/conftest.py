@@ -1,8 +1,7 @@
-"""A config for runs of seconds: a model of some thousand parameters on a few paragraphs of words."""
+"""The tiny config of `tiny_runs` as fixtures."""
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,56 +9,14 @@ from typing import Any
 import pytest
 
 from nsa.train.config import RunConfig
-
-TEXT = "the state of our union is strong and the people are many in all the land by the sea"
-MODEL = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "compress_block_size": 8,
-    "compress_stride": 4,
-    "select_block_size": 16,
-    "num_selected_blocks": 3,
-    "window_size": 16,
-}
-TRAIN = {"steps": 6, "sequence_length": 64, "batch_tokens": 512, "micro_batch_rows": 4, "log_every_steps": 2}
+from tiny_runs import builder, tiny_config_values, write_corpus
 
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A text file of 120 paragraphs."""
-    draw, words = random.Random(0), TEXT.split()
     path = tmp_path_factory.mktemp("corpus") / "words.txt"
-    paragraphs = [" ".join(draw.choices(words, k=draw.randint(20, 60))) for _ in range(120)]
-    path.write_text("\n\n".join(paragraphs), encoding="utf-8")
+    write_corpus(path)
     return path
-
-
-def tiny_config_values(corpus: Path, runs: Path) -> dict[str, Any]:
-    """The tiny config as a YAML file would hold it."""
-    return {
-        "run": {"name": "tiny", "folder": str(runs), "device": "cpu"},
-        "model": dict(MODEL),
-        "data": {"source": "text", "paths": [str(corpus)], "text_split": "paragraphs", "heldout": 0.2},
-        "optim": {"lr": 1e-2, "warmup_steps": 2},
-        "train": dict(TRAIN),
-        "eval": {"every_steps": 3, "rows": 4},
-        "sample": {"max_new_tokens": 8, "prompts": ["the state "]},
-    }
-
-
-def builder(values: dict[str, Any]) -> Callable[..., RunConfig]:
-    """`build(run={"name": "b"}, train={"steps": 3})`: the config of `values` with some keys changed."""
-
-    def build(**changes: dict[str, Any]) -> RunConfig:
-        changed = {name: dict(section) for name, section in values.items()}
-        for name, section in changes.items():
-            changed.setdefault(name, {}).update(section)
-        return RunConfig.model_validate(changed)
-
-    return build
 
 
 @pytest.fixture

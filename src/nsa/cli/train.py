@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+from transformers.utils import logging
+
 from nsa.cli import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, EXIT_USAGE, fail
 from nsa.train.config import RunConfig
 from nsa.train.guards import TrainingError
@@ -22,6 +24,7 @@ def main(arguments: Sequence[str]) -> int:
     if not arguments or arguments[0].startswith("-"):
         print("usage: nsa train CONFIG [--section.key value ...]; CONFIG is a YAML file", file=sys.stderr)
         return EXIT_USAGE
+    logging.disable_progress_bar()
     path, *overrides = arguments
     try:
         config = load_config(path, overrides, prog=PROG)

@@ -1,0 +1,58 @@
+"""The command `nsa` itself, and what holds for all of its commands."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import nsa
+from nsa.cli import COMMANDS, main
+
+SOURCE = Path(nsa.__file__).parent
+
+
+def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    text = capsys.readouterr().out
+    for name, (_, summary) in COMMANDS.items():
+        assert re.search(rf"^  {name} +{re.escape(summary)}$", text, re.MULTILINE)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_each_command_explains_itself(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main([command, "--help"])
+    assert caught.value.code == 0
+    assert f"usage: nsa {command}" in capsys.readouterr().out
+
+
+def test_the_version_is_the_package_s(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"nsa {nsa.__version__}\n"
+
+
+def test_a_mistyped_command_is_answered_with_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["trian"]) == 2
+    assert "did you mean `nsa train`?" in capsys.readouterr().err
+    assert main(["qqqq"]) == 2
+    assert "choose one of train" in capsys.readouterr().err
+
+
+def test_without_a_command_the_usage_is_shown_as_an_error(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 2
+    assert "usage: nsa" in capsys.readouterr().out
+
+
+def test_help_needs_no_heavy_import() -> None:
+    code = "import sys; from nsa.cli import main; main(['--help']); sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, env={"PYTHONPATH": str(SOURCE.parent)}, timeout=60)
+
+
+def test_no_environment_variable_is_read() -> None:
+    readers = re.compile(r"\benviron\b|\bgetenv\b|\benvironb\b")
+    found = [str(path.relative_to(SOURCE)) for path in SOURCE.rglob("*.py") if readers.search(path.read_text())]
+    assert found == []
