@@ -183,7 +183,8 @@ def test_an_unknown_tokenizer_is_named(no_hub: None, tmp_path: Path) -> None:
 
 def test_a_folder_that_also_holds_an_unknown_model_loads(bpe_folder: Path, tmp_path: Path) -> None:
     load_tokenizer(bpe_folder).save(tmp_path)
-    (tmp_path / "config.json").write_text('{"model_type": "no-such-model"}', encoding="utf-8")
+    model = {"model_type": "no-such-model", "layer_types": ["no-such-layer"], "num_hidden_layers": 1}
+    (tmp_path / "config.json").write_text(json.dumps(model), encoding="utf-8")
     assert load_tokenizer(tmp_path).vocab_size == 321
 
 
