@@ -19,6 +19,8 @@ EXIT_DONE, EXIT_FAILED, EXIT_USAGE, EXIT_STOPPED = 0, 1, 2, 3
 # Command name -> (module with `main`, one line of help).
 COMMANDS = {
     "train": ("nsa.cli.train", "train a model from a YAML config"),
+    "generate": ("nsa.cli.generate", "continue a text, printed as it is produced"),
+    "inspect": ("nsa.cli.inspect", "show which blocks of a prompt each query selects"),
     "compare": ("nsa.cli.compare", "draw the loss curves of several runs into one picture and table"),
 }
 

@@ -1,0 +1,197 @@
+"""Which blocks each query selects: recorded from a model, as records for each query, and as statistics.
+
+    with record_selection(model) as selections:
+        model(input_ids, use_cache=False)
+    selection_statistics(selections[0], model.config.geometry)
+
+Recording hangs a function into `NSAAttention.aux_sink` and takes it out again; outside the `with` nothing is paid.
+
+Shapes: B rows, T queries, Hkv groups, n chosen blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nsa.attention import NSAAttention
+from nsa.geometry import BlockGeometry
+
+
+@contextmanager
+def record_selection(model: nn.Module) -> Iterator[dict[int, Tensor]]:
+    """Collect the chosen blocks of every NSA layer while the `with` lasts.
+
+    Args:
+        model: any module that holds `NSAAttention` layers, for example an `NSAForCausalLM`.
+
+    Yields:
+        a dictionary that fills up: the layer's number among the model's decoder layers (among its NSA layers where it
+        has no `layers` list) -> int32 `[B, T, Hkv, n]` on the CPU, the queries of all forward passes one after another.
+
+    Raises:
+        ValueError: the model has no NSA layer.
+    """
+    layers = nsa_layers(model)
+    if not layers:
+        raise ValueError("the model has no NSA layer, so that nothing is selected")
+    recorded: dict[int, Tensor] = {}
+    before = {index: layer.aux_sink for index, layer in layers.items()}
+
+    def sink_of(index: int) -> Any:
+        def sink(aux: Any) -> None:
+            blocks = aux.block_indices.detach().cpu()
+            recorded[index] = torch.cat([recorded[index], blocks], dim=1) if index in recorded else blocks
+
+        return sink
+
+    try:
+        for index, layer in layers.items():
+            layer.aux_sink = sink_of(index)
+        yield recorded
+    finally:
+        for index, layer in layers.items():
+            layer.aux_sink = before[index]
+
+
+def nsa_layers(model: nn.Module) -> dict[int, NSAAttention]:
+    """The NSA layers of a model by their number in its `layers` list, or among themselves where it has none."""
+    for module in model.modules():
+        decoder = getattr(module, "layers", None)
+        if isinstance(decoder, nn.ModuleList):
+            found = {i: [m for m in layer.modules() if isinstance(m, NSAAttention)] for i, layer in enumerate(decoder)}
+            return {i: attention[0] for i, attention in found.items() if attention}
+    return dict(enumerate(m for m in model.modules() if isinstance(m, NSAAttention)))
+
+
+def selected_tokens(block_indices: Tensor, geometry: BlockGeometry, positions: Tensor | None = None) -> Tensor:
+    """Distinct tokens up to the query's own that each query's blocks hold, `[.., T, Hkv, n] -> [.., T, Hkv]`.
+
+    Args:
+        block_indices: chosen blocks, -1 for none.
+        positions: position of each query, `[T]`; 0 to T-1 unless given.
+    """
+    position = _positions(block_indices, positions)[:, None, None]
+    start = block_indices * geometry.select_block_size
+    held = (position + 1 - start).clamp(max=geometry.select_block_size)
+    return held.masked_fill(block_indices < 0, 0).sum(-1)
+
+
+@dataclass(frozen=True)
+class SelectionStatistics:
+    """How a layer, or several together, select; a row is one query of one group.
+
+    Attributes:
+        num_rows: rows counted.
+        mean_selected_tokens, max_selected_tokens: tokens that a row's blocks hold, up to the query's own.
+        share_at_maximum: share of rows with all n blocks chosen.
+        mean_coverage: mean share of a query's context that its blocks hold.
+        blocks_chosen_share: share of the blocks after the forced initial ones that some later query chose beyond its
+            forced ones.
+        distance_histogram: how often a chosen block lay so many blocks before the query's own: "0", "1", "2-3", "4-7",
+            and so on by powers of two.
+    """
+
+    num_rows: int
+    mean_selected_tokens: float
+    max_selected_tokens: int
+    share_at_maximum: float
+    mean_coverage: float
+    blocks_chosen_share: float
+    distance_histogram: dict[str, int]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+
+def selection_statistics(
+    block_indices: Tensor, geometry: BlockGeometry, positions: Tensor | None = None
+) -> SelectionStatistics:
+    """Statistics of chosen blocks `[B, T, Hkv, n]`; stack the layers along B for several.
+
+    Args:
+        positions: position of each query, `[T]`; 0 to T-1 unless given.
+
+    Raises:
+        ValueError: there are no queries.
+    """
+    if block_indices.numel() == 0:
+        raise ValueError(f"statistics need at least one query, not block indices {list(block_indices.shape)}")
+    position = _positions(block_indices, positions)
+    own = (position // geometry.select_block_size)[:, None, None]
+    chosen = block_indices >= 0
+    tokens = selected_tokens(block_indices, geometry, positions)
+    return SelectionStatistics(
+        num_rows=tokens.numel(),
+        mean_selected_tokens=tokens.double().mean().item(),
+        max_selected_tokens=int(tokens.max()),
+        share_at_maximum=chosen.all(-1).double().mean().item(),
+        mean_coverage=(tokens.double() / (position + 1).unsqueeze(-1)).mean().item(),
+        blocks_chosen_share=_blocks_chosen_share(block_indices, own, geometry),
+        distance_histogram=_distance_histogram((own - block_indices)[chosen]),
+    )
+
+
+def selection_record(block_indices: list[int], position: int, geometry: BlockGeometry) -> dict[str, Any]:
+    """What one query of one group attends to and reads, as plain values for JSON.
+
+    Args:
+        block_indices: its chosen blocks, -1 for none.
+        position: of the query.
+
+    Returns:
+        `blocks`; `forced`, those that every query at this position has; `ranges`, the blocks as merged token ranges
+        `[start, end)` up to the query; `reads` by branch, predicted by the geometry and done.
+    """
+    size, length = geometry.select_block_size, position + 1
+    blocks = [j for j in block_indices if j >= 0]
+    ranges: list[list[int]] = []
+    for j in blocks:
+        start, end = j * size, min((j + 1) * size, length)
+        if ranges and ranges[-1][1] == start:
+            ranges[-1][1] = end
+        else:
+            ranges.append([start, end])
+    common = {"cmp": geometry.num_compressed(length), "win": min(geometry.window_size, length)}
+    predicted = common | {"slc": geometry.num_selected_blocks * size}
+    done = common | {"slc": sum(end - start for start, end in ranges)}
+    return {
+        "blocks": blocks,
+        "forced": [j for j in blocks if is_forced(j, position, geometry)],
+        "ranges": ranges,
+        "reads": {
+            "predicted": predicted | {"total": sum(predicted.values())},
+            "done": done | {"total": sum(done.values())},
+        },
+    }
+
+
+def is_forced(block: int, position: int, geometry: BlockGeometry) -> bool:
+    """Whether every query at `position` selects `block`, whatever the scores say."""
+    own = position // geometry.select_block_size
+    return block < geometry.num_init_blocks or own - geometry.num_local_blocks < block <= own
+
+
+def _positions(block_indices: Tensor, positions: Tensor | None) -> Tensor:
+    return torch.arange(block_indices.shape[-3]) if positions is None else positions
+
+
+def _blocks_chosen_share(block_indices: Tensor, own: Tensor, geometry: BlockGeometry) -> float:
+    """1.0 where no block can be chosen freely."""
+    first, last = geometry.num_init_blocks, int(own.max()) - geometry.num_local_blocks
+    if last < first:
+        return 1.0
+    free = (block_indices >= first) & (block_indices <= own - geometry.num_local_blocks)
+    return block_indices[free].unique().numel() / (last - first + 1)
+
+
+def _distance_histogram(distance: Tensor) -> dict[str, int]:
+    buckets = torch.bincount(torch.where(distance > 0, distance.double().log2().floor() + 1, 0).long())
+    names = ["0", "1", *(f"{2**i}-{2 ** (i + 1) - 1}" for i in range(1, len(buckets)))]
+    return dict(zip(names[: len(buckets)], buckets.tolist(), strict=True))
