@@ -174,6 +174,8 @@ def test_too_little_text_for_a_batch_names_the_numbers(make_loader) -> None:
         make_loader(lengths=[20, 9], world_size=2)
     with pytest.raises(DataError, match="fill 0 rows"):
         make_loader(lengths=[0, 0, 0])
+    with pytest.raises(DataError, match="fill 0 rows"):
+        make_loader(lengths=[0] * 100, window_tokens=16)
 
 
 def test_impossible_sizes_are_refused(make_loader) -> None:

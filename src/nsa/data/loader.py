@@ -188,13 +188,13 @@ class TrainLoader:
         order = np.random.default_rng((self._seed, epoch)).permutation(self._documents)
         kept: dict[int, np.ndarray] = {}
         self._encode(sorted({piece.document for piece in carry}), kept)
-        pieces, place, num_tokens = list(carry), first, 0
-        while place < len(order) and num_tokens < self._window_tokens:
+        pieces, place, num_inputs = list(carry), first, 0
+        while place < len(order) and num_inputs < self._window_tokens:
             chunk = order[place : place + ENCODE_CHUNK].tolist()
             self._encode(chunk, kept)
             for document in chunk:
                 pieces += cut_document(document, len(kept[document]), self._sequence_length)
-                num_tokens += len(kept[document])
+                num_inputs += len(kept[document]) - 1
             place += len(chunk)
         rows, self._rest = pack_rows(pieces, self._sequence_length)
         shuffled = np.random.default_rng((self._seed, epoch, first)).permutation(len(rows))
