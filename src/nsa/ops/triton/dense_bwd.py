@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from nsa.geometry import BlockGeometry
 from nsa.ops.triton.common import (
@@ -84,7 +85,8 @@ def _key_step(
     dk, dv, k, v, q_ptr, dout_ptr, lse_ptr, delta_ptr, doc_ptr, cmp_ptr, row_start, row_end, batch_row, head, key,
     scale_log2, log2e, T, S, q_start, k_start,
     H: tl.constexpr, G: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, SIZE: tl.constexpr, STRIDE: tl.constexpr,
-    WINDOW: tl.constexpr, PACKED: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr,
+    WINDOW: tl.constexpr, PACKED: tl.constexpr, TMA: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     row = row_start + tl.arange(0, BLOCK_M)
     if MASKED:
@@ -92,7 +94,11 @@ def _key_step(
         row = tl.minimum(row, row_end - 1)
     t = row // G
     row_64 = (batch_row + t) * H + head + row % G
-    q = tl.load(q_ptr + row_64[:, None] * DK + tl.arange(0, DK)[None, :])
+    if TMA:
+        box = [(batch_row + row_start // G).to(tl.int32), head, 0]
+        q = tl.reshape(q_ptr.load(box), [BLOCK_M, DK])
+    else:
+        q = tl.load(q_ptr + row_64[:, None] * DK + tl.arange(0, DK)[None, :])
     lse = tl.load(lse_ptr + row_64) * log2e
     s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
     p = tl.math.exp2(s * scale_log2 - lse[None, :])
@@ -100,7 +106,10 @@ def _key_step(
         first, end = key_interval(t, doc_ptr, cmp_ptr, S, q_start, k_start, SIZE, STRIDE, WINDOW, PACKED)
         seen = (key[:, None] >= first[None, :]) & (key[:, None] < end[None, :]) & live[None, :]
         p = tl.where(seen, p, 0.0)
-    dout = tl.load(dout_ptr + row_64[:, None] * DV + tl.arange(0, DV)[None, :])
+    if TMA:
+        dout = tl.reshape(dout_ptr.load(box), [BLOCK_M, DV])
+    else:
+        dout = tl.load(dout_ptr + row_64[:, None] * DV + tl.arange(0, DV)[None, :])
     dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION)
     delta = tl.load(delta_ptr + row_64)
     ds = p * (tl.dot(v, tl.trans(dout), input_precision=PRECISION) - delta[None, :])
@@ -114,7 +123,7 @@ def dense_key_kernel(
     scale, scale_log2, log2e, T, S, q_start, k_start, split_rows,
     H: tl.constexpr, HKV: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
     SIZE: tl.constexpr, STRIDE: tl.constexpr, WINDOW: tl.constexpr, PACKED: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr, TMA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     G: tl.constexpr = H // HKV
     b = (tl.program_id(1) // HKV).to(tl.int64)
@@ -145,14 +154,14 @@ def dense_key_kernel(
         dk, dv = _key_step(
             dk, dv, k, v, q_ptr, dout_ptr, lse_ptr, delta_ptr, doc_ptr, cmp_ptr, row_start, row_end, b * T, group * G,
             key, scale_log2, log2e, T, S, q_start, k_start,
-            H, G, DK, DV, SIZE, STRIDE, WINDOW, PACKED, False, PRECISION, BLOCK_M,
+            H, G, DK, DV, SIZE, STRIDE, WINDOW, PACKED, TMA, False, PRECISION, BLOCK_M,
         )  # fmt: skip
     for i in tl.range(num_masked):
         row_start = tl.where(i < num_left, row_low + i * BLOCK_M, full_end + (i - num_left) * BLOCK_M)
         dk, dv = _key_step(
             dk, dv, k, v, q_ptr, dout_ptr, lse_ptr, delta_ptr, doc_ptr, cmp_ptr, row_start, row_end, b * T, group * G,
             key, scale_log2, log2e, T, S, q_start, k_start,
-            H, G, DK, DV, SIZE, STRIDE, WINDOW, PACKED, True, PRECISION, BLOCK_M,
+            H, G, DK, DV, SIZE, STRIDE, WINDOW, PACKED, TMA, True, PRECISION, BLOCK_M,
         )  # fmt: skip
 
     shift = split * (tl.num_programs(1) // HKV).to(tl.int64) * S * HKV
@@ -223,6 +232,12 @@ def dense_query_kernel(
     tl.store(dq_ptr + q_offset, (dq * scale).to(dq_ptr.dtype.element_ty), mask=live[:, None])
 
 
+def describe_rows(x: Tensor, rows: int, group_size: int) -> TensorDescriptor:
+    """Boxes of `rows` rows, whole tokens with one group's heads, of `[B, T, H, D]` seen as `[B*T, H, D]`."""
+    B, T, heads, dim = x.shape
+    return TensorDescriptor(x, [B * T, heads, dim], [heads * dim, dim, 1], [rows // group_size, group_size, dim])
+
+
 def num_splits(q: Tensor, k: Tensor, v: Tensor, window: int, block_n: int) -> int:
     """Into how many parts the rows of the dK/dV kernel are cut, so that all multiprocessors have even work."""
     if window:
@@ -259,10 +274,15 @@ def dense_backward(
              "STRIDE": geometry.compress_stride, "WINDOW": window, "PACKED": layout is not None,
              "PRECISION": dot_precision(q)}  # fmt: skip
     numbers = (scale, scale * LOG2E, LOG2E, T, S, q_start, k_start)
-    rows = T * (H // Hkv)
+    G = H // Hkv
+    rows = T * G
+    # A tile of whole tokens is a box of q and dout; other group sizes are loaded row by row.
+    boxes = by_key["BLOCK_M"] % G == 0
+    queries = (describe_rows(q, by_key["BLOCK_M"], G), describe_rows(dout, by_key["BLOCK_M"], G)) if boxes else (q, dout)
     dense_key_kernel[(triton.cdiv(S, by_key["BLOCK_N"]), B * Hkv, splits)](
-        q, k, v, dout, lse, delta, dk, dv, *documents, *numbers, triton.cdiv(rows, splits), **shape, **by_key
-    )
+        queries[0], k, v, queries[1], lse, delta, dk, dv, *documents, *numbers, triton.cdiv(T, splits) * G, TMA=boxes,
+        **shape, **by_key,
+    )  # fmt: skip
     k_desc, v_desc = describe(k, by_query["BLOCK_N"]), describe(v, by_query["BLOCK_N"])
     dense_query_kernel[(triton.cdiv(rows, by_query["BLOCK_M"]), B * Hkv)](
         q, k_desc, v_desc, dout, lse, delta, dq, *documents[:2], *numbers, **shape, **by_query

@@ -1,8 +1,8 @@
 """From "which blocks does a token choose" to "which tokens chose a block": a counting sort on the device.
 
-The selected branch works block by block. The choice `[B, T, Hkv, n]` becomes, for each batch row and group, one list of
-entries (token * slots + slot) sorted by block and, within a block, by token, so that every later sum has one order. The
-lists are cut into items of at most `item_entries` entries of one block, the unit of work of the attention kernels.
+The selected branch works block by block. The choice `[B, T, Hkv, n]` becomes one list of
+entries (token * slots + slot) sorted by batch row, group, block and token, so that every later sum has one order. It is
+cut into items of at most `item_entries` entries of one block, the unit of work of the attention kernels.
 
 Blocks longer than 128 tokens are cut into `ratio` sub-blocks, each a slot of its own. Packed documents number their
 blocks from `Layout.block_base`. Legend: slots = n * ratio, J block numbers, segments of `segment` tokens.
@@ -28,7 +28,7 @@ class Inversion(NamedTuple):
     """Sorted entries of every block.
 
     Attributes:
-        entries: int32 `[B*Hkv, T*slots]`, token * slots + slot; only those before the last end are set.
+        entries: int32 `[B*Hkv*T*slots]`, token * slots + slot, one head's after another's; those before the last end.
         ends: int32 `[B*Hkv, J, segments]`, where each block's entries of each segment of tokens end.
         segment: tokens of one segment.
         sub_block: tokens of one sub-block.
@@ -121,7 +121,7 @@ def sort_kernel(
     for t in range(start, end):
         cursor = cursor_ptr + (head * J + number) * segments + tl.program_id(0)
         place = tl.load(cursor, mask=live, other=0)
-        tl.store(entries_ptr + head * T * SLOTS + place, t * SLOTS + slot, mask=live)
+        tl.store(entries_ptr + place, t * SLOTS + slot, mask=live)
         tl.store(cursor, place + 1, mask=live)
         choice_ptr += HKV * (SLOTS // RATIO)
         number, live = _block_numbers(choice_ptr, base_ptr, t + 1, t + 1 < end, slot, J, SLOTS, RATIO, PACKED)
@@ -144,7 +144,7 @@ def first_item_kernel(
         j = first + tl.arange(0, BLOCKS)
         live = j < J
         row = j.to(tl.int64) * segments
-        entry = tl.load(ends_ptr + row + segment_start - 1, mask=live & (row + segment_start > 0), other=0)
+        entry = tl.load(ends_ptr + row + segment_start - 1, mask=live & (head + row + segment_start > 0), other=0)
         end = tl.load(ends_ptr + row + segment_end - 1, mask=live, other=0)
         count = tl.where(live, tl.cdiv(end - entry, item_entries), 0)
         tl.store(first_ptr + j + 1, total + tl.cumsum(count, 0), mask=live)
@@ -165,7 +165,7 @@ def item_kernel(
     j = find_document(first_ptr, item, J, steps)  # the last block whose items begin at or before this one
     live = j < J
     row = j.to(tl.int64) * segments
-    entry = tl.load(ends_ptr + row + segment_start - 1, mask=live & (row + segment_start > 0), other=0)
+    entry = tl.load(ends_ptr + row + segment_start - 1, mask=live & (head + row + segment_start > 0), other=0)
     entry += (item - tl.load(first_ptr + j)) * item_entries
     end = tl.load(ends_ptr + row + segment_end - 1, mask=live, other=0)
     item_ptr += ((chunk.to(tl.int64) * tl.num_programs(1) + head) * bound + item) * 3
@@ -185,13 +185,13 @@ def invert(block_indices: Tensor, geometry: BlockGeometry, layout: Layout | None
     segment = max(128, triton.next_power_of_2(triton.cdiv(T, MAX_SEGMENTS)))
     segments = triton.cdiv(T, segment)
     counts = torch.zeros(B * Hkv, num_blocks, segments, dtype=torch.int32, device=device)
-    entries = torch.empty(B * Hkv, T * slots, dtype=torch.int32, device=device)
+    entries = torch.empty(B * Hkv * T * slots, dtype=torch.int32, device=device)
     base = block_indices if layout is None else layout.block_base
     shape = {"HKV": Hkv, "SLOTS": slots, "PADDED": triton.next_power_of_2(slots), "RATIO": ratio,
              "PACKED": layout is not None}  # fmt: skip
     sizes, grid = (T, num_blocks, segments, segment), (segments, B * Hkv)
     count_kernel[grid](block_indices, base, counts, *sizes, TOKENS=32, **shape)
-    ends = counts.flatten(1).cumsum(1, dtype=torch.int32).view_as(counts)
+    ends = counts.flatten().cumsum(0, dtype=torch.int32).view_as(counts)
     cursor = ends.sub_(counts)
     sort_kernel[grid](block_indices, base, cursor, entries, *sizes, num_warps=1, **shape)
     return Inversion(entries, cursor, segment, geometry.select_block_size // ratio, ratio, slots)

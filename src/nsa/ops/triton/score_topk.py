@@ -56,19 +56,24 @@ def _score_step(
 
 
 @triton.jit
+def _count(x):
+    """Sum of [ROWS, SUB, LANES] for each of the SUB tokens, [1, SUB, 1]: one layout throughout."""
+    return tl.sum(tl.sum(x, 0, keep_dims=True), 2, keep_dims=True)
+
+
+@triton.jit
 def _threshold(bits, COUNT: tl.constexpr):
     """The COUNT-th largest of each token's non-negative int32 keys (0 if there are fewer; -1 is no key).
 
     Two bits a pass; the three counts of a pass share one int32, so a token has less than 1024 keys.
     """
-    has_top = tl.sum(tl.sum((bits >= (1 << 30)).to(tl.int32), 0), 1) >= COUNT
-    threshold = tl.where(has_top, 1 << 30, 0)
+    threshold = tl.where(_count((bits >= (1 << 30)).to(tl.int32)) >= COUNT, 1 << 30, 0)
     for i in range(15):
         step = 1 << (28 - 2 * i)
-        one = (bits >= (threshold + step)[None, :, None]).to(tl.int32)
-        two = (bits >= (threshold + 2 * step)[None, :, None]).to(tl.int32)
-        three = (bits >= (threshold + 3 * step)[None, :, None]).to(tl.int32)
-        counts = tl.sum(tl.sum(one + two * 1024 + three * 1048576, 0), 1)
+        one = (bits >= threshold + step).to(tl.int32)
+        two = (bits >= threshold + 2 * step).to(tl.int32)
+        three = (bits >= threshold + 3 * step).to(tl.int32)
+        counts = _count(one + two * 1024 + three * 1048576)
         digit = ((counts & 1023) >= COUNT).to(tl.int32) + (((counts >> 10) & 1023) >= COUNT).to(tl.int32)
         threshold += step * (digit + ((counts >> 20) >= COUNT).to(tl.int32))
     return threshold
@@ -78,13 +83,14 @@ def _threshold(bits, COUNT: tl.constexpr):
 def _merge(
     out_ptr, scores_ptr, list_ptr, start_block, end_block, written, own, live, token, last,
     COUNT: tl.constexpr, INIT: tl.constexpr, LOCAL: tl.constexpr, SPAN: tl.constexpr, REACH: tl.constexpr,
-    STRIDE_LIST: tl.constexpr, PADDED: tl.constexpr, CHUNK: tl.constexpr, CHUNK_KEYS: tl.constexpr, SUB: tl.constexpr,
+    PADDED: tl.constexpr, CHUNK: tl.constexpr, CHUNK_KEYS: tl.constexpr, SUB: tl.constexpr,
 ):  # fmt: skip
     """Choose the best COUNT of the running list and of the blocks start_block .. end_block - 1, for SUB tokens.
 
-    Candidates are [CHUNK / LANES, SUB, LANES]: a warp holds whole tokens, so that no sum crosses warps.
+    Candidates are [CHUNK / 32, SUB, 32]: a warp holds whole tokens, so that no sum crosses warps. The list holds pairs
+    (bits, block) for the same reason: single words are not contiguous, so the compiler gives all accesses one layout.
     """
-    LANES: tl.constexpr = CHUNK if CHUNK < 128 else 128
+    LANES: tl.constexpr = 32
     ROWS: tl.constexpr = CHUNK // LANES
     c = (tl.arange(0, ROWS) * LANES)[:, None, None] + tl.arange(0, LANES)[None, None, :]
     token = token[None, :, None]
@@ -103,32 +109,33 @@ def _merge(
     bits = tl.where((j < INIT) | (j > own - LOCAL), 0x7F800000, bits)  # forced
     bits = tl.where(fresh & (j <= own), bits, -1)
     listed = (c < PADDED) & (start_block > 0) & (token >= 0)
-    entry = list_ptr + token * PADDED + c
+    entry = list_ptr + (token * PADDED + c) * 2
     bits = tl.where(c < PADDED, tl.load(entry, mask=listed, other=-1), bits)
-    block = tl.where(c < PADDED, tl.load(entry + STRIDE_LIST, mask=listed, other=-1), j)
+    block = tl.where(c < PADDED, tl.load(entry + 1, mask=listed, other=-1), j)
 
-    threshold = _threshold(bits, COUNT)[None, :, None]
+    threshold = _threshold(bits, COUNT)
     above = (bits > threshold).to(tl.int32)
     # Numbers of those above and, in the upper half, of those equal, up to each candidate in the order of blocks.
     mark = above + (bits == threshold).to(tl.int32) * 65536
-    row_marks = tl.sum(mark, 2)
-    before = tl.cumsum(mark, 2) + (tl.cumsum(row_marks, 0) - row_marks)[:, :, None]
-    marks = tl.sum(row_marks, 0)[None, :, None]
+    row_marks = tl.sum(mark, 2, keep_dims=True)
+    before = tl.cumsum(mark, 2) + tl.cumsum(row_marks, 0) - row_marks
+    marks = tl.sum(row_marks, 0, keep_dims=True)
     room = COUNT - (marks & 65535)
     chosen = (above > 0) | ((bits == threshold) & ((before >> 16) <= room))
     place = (before & 65535) + tl.minimum(before >> 16, room) - 1
     rest = c >= (marks & 65535) + tl.minimum(marks >> 16, room)
+    free = c + tl.minimum(before, 0)  # c, in a form that the compiler does not know to be contiguous
     none = tl.full([ROWS, SUB, LANES], -1, tl.int32)
     tl.debug_barrier()  # every thread has read the list
     if last:
         target = out_ptr[None, :, None]
         tl.store(target + place, block, mask=chosen & live)
-        tl.store(target + c, none, mask=rest & live & (c < COUNT))
+        tl.store(target + free, none, mask=rest & live & (c < COUNT))
     else:
-        target = list_ptr + token * PADDED
-        tl.store(target + place, bits, mask=chosen)
-        tl.store(target + place + STRIDE_LIST, block, mask=chosen)
-        tl.store(target + c, none, mask=rest & (c < PADDED))
+        target = list_ptr + token * PADDED * 2
+        tl.store(target + 2 * place, bits, mask=chosen)
+        tl.store(target + 2 * place + 1, block, mask=chosen)
+        tl.store(target + 2 * free, none, mask=rest & (c < PADDED))
 
 
 @triton.jit(do_not_specialize=["T", "N", "q_start", "num_docs", "steps", "num_tiles", "tiles_each"])
@@ -208,7 +215,7 @@ def score_topk_kernel(
                     _merge(
                         out_ptr + out_row, scores_ptr, list_ptr, start_block, end_block, chunk_end - chunk_key, own,
                         first_token + token < doc_end, token, end_block == num_blocks,
-                        COUNT, INIT, LOCAL, SPAN, REACH, TOKENS * PADDED, PADDED, CHUNK, CHUNK_KEYS, SUB,
+                        COUNT, INIT, LOCAL, SPAN, REACH, PADDED, CHUNK, CHUNK_KEYS, SUB,
                     )  # fmt: skip
                 tl.debug_barrier()  # the scores are read, the list is complete
 
@@ -253,7 +260,7 @@ def select_blocks(
     num_tiles = tiles_each * B * Hkv
     programs = min(num_tiles, programs_each * num_multiprocessors(q))
     scores = torch.empty(programs, tokens, keys, dtype=torch.float32, device=q.device)
-    lists = torch.empty(programs, 2, tokens, padded, dtype=torch.int32, device=q.device)
+    lists = torch.empty(programs, tokens, padded, 2, dtype=torch.int32, device=q.device)
     bounds = (lists, lists) if layout is None else (layout.cu_seqlens, layout.cu_compressed)
     k_desc: TensorDescriptor = describe(k_cmp, block_n)
     score_topk_kernel[(programs,)](

@@ -1,7 +1,7 @@
 """Backward of the selected branch, block by block, without atomics: five products and ordered sums.
 
 A program holds one item's keys and values, runs over the rows that chose the block, and keeps dK and dV in registers;
-each row's part of dQ goes to a scratch at (token, head, slot). Items write their dK and dV to a scratch of their own.
+each row's part of dQ goes to a scratch at (token, slot, head). Items write their dK and dV to a scratch of their own.
 Two small kernels then add the slots of a row and the items of a block, in order, so that the result is bitwise
 repeatable. Long inputs go chunk by chunk; dK and dV accumulate in fp32 across chunks.
 
@@ -54,7 +54,6 @@ def select_backward_kernel(
         head = head_start + tl.program_id(1)
         b = (head // HKV).to(tl.int64)
         group = head % HKV
-        entries_ptr += head.to(tl.int64) * T * SLOTS
         key_start = item_keys(entries_ptr, entry, block, doc_ptr, base_ptr, SLOTS, RATIO, BLOCK, PACKED)
         key_end = tl.minimum(key_start + BLOCK, S)
         if PACKED:
@@ -87,8 +86,8 @@ def select_backward_kernel(
             ds = ds.to(q.dtype)
             dk = tl.dot(ds, q, dk, input_precision=PRECISION)
             dq = tl.dot(tl.trans(ds), k, input_precision=PRECISION)
-            part = (tl.program_id(1).to(tl.int64) * num_tokens + t - token_start) * (G * SLOTS)
-            part += (row % G) * SLOTS + place - t * SLOTS
+            part = (tl.program_id(1).to(tl.int64) * num_tokens - token_start) * SLOTS + place
+            part = part * G + row % G
             target = part_ptr + part[:, None] * DK + tl.arange(0, DK)[None, :]
             tl.store(target, dq.to(part_ptr.dtype.element_ty), mask=live[:, None])
         item_row = (item.to(tl.int64) * BLOCK + n)[:, None]
@@ -109,16 +108,16 @@ def select_query_reduce_kernel(
     live = row < num_tokens * G
     head = head_start + tl.program_id(1)
     token_row = (head // HKV).to(tl.int64) * T + token_start + row // G
-    part = (tl.program_id(1).to(tl.int64) * num_tokens * G + row) * SLOTS
+    part = (tl.program_id(1).to(tl.int64) * num_tokens + row // G) * (SLOTS * G) + row % G
     choice_ptr += (token_row * HKV + head % HKV) * (SLOTS // RATIO)
     acc = tl.zeros([ROWS, DK], tl.float32)
     column = tl.arange(0, DK)
     for first in range(0, SLOTS, GROUP):
-        slot = first + tl.arange(0, GROUP)
-        used = live[:, None] & (slot < SLOTS)[None, :]
-        used = used & (tl.load(choice_ptr[:, None] + slot[None, :] // RATIO, mask=used, other=-1) >= 0)
-        source = part_ptr + (part[:, None] + slot[None, :])[:, :, None] * DK + column[None, None, :]
-        acc += tl.sum(tl.load(source, mask=used[:, :, None], other=0.0).to(tl.float32), 1)
+        slot = first + tl.arange(0, GROUP)[:, None]
+        used = live[None, :] & (slot < SLOTS)
+        used = used & (tl.load(choice_ptr[None, :] + slot // RATIO, mask=used, other=-1) >= 0)
+        source = part_ptr + (part[None, :] + slot * G)[:, :, None] * DK + column[None, None, :]
+        acc += tl.sum(tl.load(source, mask=used[:, :, None], other=0.0).to(tl.float32), 0)
     dq_row = token_row * H + (head % HKV) * G + row % G
     dq = (acc * scale).to(dq_ptr.dtype.element_ty)
     tl.store(dq_ptr + dq_row[:, None] * DK + column[None, :], dq, mask=live[:, None])
@@ -191,7 +190,7 @@ def select_backward(
             H=H, HKV=Hkv, DK=Dk, DV=Dv, BLOCK=block, RATIO=inversion.ratio, SLOTS=slots, PACKED=layout is not None,
             PRECISION=dot_precision(q), BLOCK_N=block_n, **tile,
         )  # fmt: skip
-        rows = max(1, 512 // Dk)
+        rows = max(1, 1024 // Dk)
         select_query_reduce_kernel[(triton.cdiv(tokens * G, rows), heads)](
             part, block_indices, dq, scale, T, chunk.head, chunk.token, tokens,
             H=H, HKV=Hkv, DK=Dk, RATIO=inversion.ratio, SLOTS=slots, GROUP=min(16, triton.next_power_of_2(slots)),

@@ -1,11 +1,11 @@
 """Forward of the selected branch, block by block: full tiles of the rows that chose a block, then a reduction.
 
 A program holds one block's keys and values and runs over the (token, slot) entries that chose it, BLOCK_M rows (entry,
-head) at a time. Each row's softmax over the block and its log-sum-exp go to a scratch at (token, head, slot); a second
+head) at a time. Each row's softmax over the block and its log-sum-exp go to a scratch at (token, slot, head); a second
 kernel weighs and adds a row's slots in order. The scratch stays under SCRATCH_BYTES: long inputs go chunk by chunk.
 
 Shapes: q `[B, T, H, Dk]`, k `[B, S, Hkv, Dk]`, v `[B, S, Hkv, Dv]`, block_indices `[B, T, Hkv, n]`; partial outputs
-`[heads, tokens, G, slots, Dv]` of a chunk, in the dtype of q; their log-sum-exps, base 2, without the last size.
+`[heads, tokens, slots, G, Dv]` of a chunk, in the dtype of q; their log-sum-exps, base 2, without the last size.
 """
 
 from __future__ import annotations
@@ -62,7 +62,6 @@ def select_forward_kernel(
         head = head_start + tl.program_id(1)
         b = (head // HKV).to(tl.int64)
         group = head % HKV
-        entries_ptr += head.to(tl.int64) * T * SLOTS
         key_start = item_keys(entries_ptr, entry, block, doc_ptr, base_ptr, SLOTS, RATIO, BLOCK, PACKED)
         n = tl.arange(0, BLOCK_N)
         live_key = (n < BLOCK) & (key_start + n < S)
@@ -85,8 +84,8 @@ def select_forward_kernel(
             total = tl.sum(p, 1)
             out = tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
             out = out / tl.where(total == 0.0, 1.0, total)[:, None]
-            part = (tl.program_id(1).to(tl.int64) * num_tokens + t - token_start) * (G * SLOTS)
-            part += (row % G) * SLOTS + place - t * SLOTS
+            part = (tl.program_id(1).to(tl.int64) * num_tokens - token_start) * SLOTS + place
+            part = part * G + row % G
             target = part_ptr + part[:, None] * DV + tl.arange(0, DV)[None, :]
             tl.store(target, out.to(part_ptr.dtype.element_ty), mask=live[:, None])
             lse = tl.where(total == 0.0, float("-inf"), best + tl.math.log2(total))
@@ -105,27 +104,29 @@ def select_reduce_kernel(
     live = row < num_tokens * G
     head = head_start + tl.program_id(1)
     token_row = (head // HKV).to(tl.int64) * T + token_start + row // G
-    part = (tl.program_id(1).to(tl.int64) * num_tokens * G + row) * SLOTS
+    part = (tl.program_id(1).to(tl.int64) * num_tokens + row // G) * (SLOTS * G) + row % G
     choice_ptr += (token_row * HKV + head % HKV) * (SLOTS // RATIO)
 
-    slot = tl.arange(0, PADDED)
-    used = live[:, None] & (slot < SLOTS)[None, :]
-    used = used & (tl.load(choice_ptr[:, None] + slot[None, :] // RATIO, mask=used, other=-1) >= 0)
-    lse = tl.load(part_lse_ptr + part[:, None] + slot[None, :], mask=used, other=float("-inf"))
-    best = tl.max(lse, 1)
+    # Slots come first, so that a thread holds all slots of its columns and no sum crosses threads.
+    slot = tl.arange(0, PADDED)[:, None]
+    used = live[None, :] & (slot < SLOTS)
+    used = used & (tl.load(choice_ptr[None, :] + slot // RATIO, mask=used, other=-1) >= 0)
+    lse = tl.load(part_lse_ptr + part[None, :] + slot * G, mask=used, other=float("-inf"))
+    best = tl.max(lse, 0)
     best = tl.where(best == float("-inf"), 0.0, best)
-    total = tl.sum(tl.math.exp2(lse - best[:, None]), 1)
+    total = tl.sum(tl.math.exp2(lse - best[None, :]), 0)
 
     acc = tl.zeros([ROWS, DV], tl.float32)
     column = tl.arange(0, DV)
     for first in range(0, SLOTS, GROUP):
-        slot = first + tl.arange(0, GROUP)
-        used = live[:, None] & (slot < SLOTS)[None, :]
-        used = used & (tl.load(choice_ptr[:, None] + slot[None, :] // RATIO, mask=used, other=-1) >= 0)
-        lse = tl.load(part_lse_ptr + part[:, None] + slot[None, :], mask=used, other=float("-inf"))
-        weight = tl.math.exp2(lse - best[:, None])
-        source = part_ptr + (part[:, None] + slot[None, :])[:, :, None] * DV + column[None, None, :]
-        acc += tl.sum(tl.load(source, mask=used[:, :, None], other=0.0).to(tl.float32) * weight[:, :, None], 1)
+        slot = first + tl.arange(0, GROUP)[:, None]
+        used = live[None, :] & (slot < SLOTS)
+        used = used & (tl.load(choice_ptr[None, :] + slot // RATIO, mask=used, other=-1) >= 0)
+        place = part[None, :] + slot * G
+        lse = tl.load(part_lse_ptr + place, mask=used, other=float("-inf"))
+        weight = tl.math.exp2(lse - best[None, :])
+        source = part_ptr + place[:, :, None] * DV + column[None, None, :]
+        acc += tl.sum(tl.load(source, mask=used[:, :, None], other=0.0).to(tl.float32) * weight[:, :, None], 0)
     out = acc / tl.where(total == 0.0, 1.0, total)[:, None]
     out_row = token_row * H + (head % HKV) * G + row % G
     tl.store(out_ptr + out_row[:, None] * DV + column[None, :], out.to(out_ptr.dtype.element_ty), mask=live[:, None])
@@ -165,7 +166,7 @@ def select_forward(
             PACKED=layout is not None, PRECISION=dot_precision(q),
             BLOCK_N=max(16, triton.next_power_of_2(inversion.sub_block)), **shape, **tile,
         )  # fmt: skip
-        rows = max(1, 512 // Dv)
+        rows = max(1, 1024 // Dv)
         select_reduce_kernel[(triton.cdiv(tokens * G, rows), heads)](
             part, part_lse, block_indices, out, lse, T, chunk.head, chunk.token, tokens,
             PADDED=triton.next_power_of_2(slots), GROUP=min(16, triton.next_power_of_2(slots)), ROWS=rows, LN2=LN2,
