@@ -153,7 +153,7 @@ def test_prompts_that_the_model_cannot_read_are_refused(folder, model, tmp_path,
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     model.save_pretrained(tmp_path)
     PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", eos_token="<eos>").save_pretrained(tmp_path)
-    assert "cannot encode 'w', 'y' of the prompt" in refused(capsys, tmp_path, "--prompt", "go on way")
+    assert "cannot encode 'a', 'w', 'y' of the prompt" in refused(capsys, tmp_path, "--prompt", "go on way")
     words = Tokenizer(models.WordLevel({"go": 0, "on": 270, "<eos>": 1}, unk_token="<eos>"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>").save_pretrained(tmp_path)
