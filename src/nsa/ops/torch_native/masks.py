@@ -30,7 +30,7 @@ class Tile(NamedTuple):
 
 
 class Mask(Protocol):
-    num_queries: int  # of a tile
+    max_queries: int  # of a tile
 
     def keys(self, first: int, last: int) -> tuple[int, int]:
         """Rows start .. stop-1 of the key tensor that queries at positions first .. last may see."""
@@ -71,7 +71,7 @@ def bias_like(scores: Tensor, hidden: Tensor) -> Tensor:
 class CompressedMask:
     """Compressed token i is visible to t when i d + l - 1 <= t."""
 
-    num_queries = 128
+    max_queries = 256
 
     def __init__(self, geometry: BlockGeometry) -> None:
         self.geometry, self.biases = geometry, Biases()
@@ -92,8 +92,8 @@ class WindowMask:
 
     def __init__(self, geometry: BlockGeometry, k_start: int) -> None:
         self.window_size, self.k_start, self.biases = geometry.window_size, k_start, Biases()
-        # A tile multiplies num_queries - 1 keys more than a window has.
-        self.num_queries = 128 if self.window_size > 128 else 64
+        # A tile multiplies max_queries - 1 keys more than a window has.
+        self.max_queries = 128 if self.window_size > 128 else 64
 
     def keys(self, first: int, last: int) -> tuple[int, int]:
         return max(0, first - self.window_size + 1) - self.k_start, last + 1 - self.k_start

@@ -15,7 +15,7 @@ from torch import Tensor
 # The operator that Inductor emits for linear layers; absent from builds without oneDNN.
 _LINEAR = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
 MIN_ONE_BY_ONE = 1 << 21  # multiply-adds of one lane
-MIN_CONTRACTION = 256  # rows summed over, from which a^T b is faster as (b^T a)^T
+MIN_CONTRACTION = 256  # rows summed over, from which a^T b is faster as (b^T a)^T than from a copy of a^T
 
 
 def keep_freed_memory() -> None:
@@ -56,8 +56,10 @@ def nn(a: Tensor, b: Tensor) -> Tensor:
 
 def tn(a: Tensor, b: Tensor) -> Tensor:
     """a^T b: `[g, K, M], [g, K, N] -> [g, M, N]`."""
-    if a.shape[0] == 1 and a.shape[1] >= MIN_CONTRACTION and one_by_one(a, a.numel() * b.shape[2]):
-        return _linear(b[0].t(), a[0].t()).transpose(1, 2)
+    if a.shape[0] == 1 and one_by_one(a, a.numel() * b.shape[2]):
+        if a.shape[1] >= MIN_CONTRACTION:
+            return _linear(b[0].t(), a[0].t()).transpose(1, 2)
+        return _linear(a[0].t().contiguous(), b[0].t())
     return torch.bmm(a.transpose(1, 2), b)
 
 

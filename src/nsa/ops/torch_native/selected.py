@@ -50,7 +50,7 @@ def backward(
 def blockwise_is_cheaper(q: Tensor, k: Tensor, geometry: BlockGeometry, q_start: int) -> bool:
     """Compare the scores that each route computes for one group, with what a visit of a block costs."""
     length, num_heads = q.shape[1], q.shape[2] // k.shape[2]
-    all_keys = num_heads * length * (q_start + (length + SelectedMask.num_queries) / 2)
+    all_keys = num_heads * length * (q_start + (length + tiles.TILE_ROWS / num_heads) / 2)
     chosen_keys = num_heads * length * geometry.num_selected_blocks * geometry.select_block_size
     visits = geometry.num_select_blocks(q_start + length)
     return BLOCKWISE_COST * chosen_keys + VISIT_COST * visits < all_keys
@@ -59,7 +59,7 @@ def blockwise_is_cheaper(q: Tensor, k: Tensor, geometry: BlockGeometry, q_start:
 class SelectedMask:
     """Key s is visible to t when block s // l' is chosen and s <= t."""
 
-    num_queries = 128
+    max_queries = 256
 
     def __init__(self, geometry: BlockGeometry, block_indices: Tensor) -> None:
         self.block_size, self.block_indices, self.biases = geometry.select_block_size, block_indices, Biases()

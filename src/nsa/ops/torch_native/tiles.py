@@ -11,7 +11,6 @@ and k groups, rows R*C with the heads outermost. Precision: everything is comput
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -20,7 +19,7 @@ from nsa.ops.torch_native.masks import Mask, Tile
 from nsa.ops.torch_native.products import nn, nt, one_by_one, tn
 
 LOG2_E, LN_2 = math.log2(math.e), math.log(2.0)
-TILE_ELEMENTS = 1 << 19
+TILE_ELEMENTS, TILE_ROWS = 1 << 19, 512
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -50,11 +49,13 @@ def scores_view(scores: Tensor, tile: Tile, num_heads: int) -> Tensor:
     return scores.unflatten(1, (num_heads, -1)).unflatten(0, (-1, num_groups))
 
 
-def plan(q: Tensor, num_groups: int, mask: Mask, q_start: int) -> Iterator[Tile]:
-    """Tiles of about TILE_ELEMENTS scores, or of one group of one batch row; queries that see no key are in none."""
+def plan(q: Tensor, num_groups: int, mask: Mask, q_start: int) -> list[Tile]:
+    """Tiles of TILE_ROWS rows a group and about TILE_ELEMENTS scores; the first queries, blind, may be in none."""
+    tiles = []
     num_rows, length, num_heads = q.shape[0], q.shape[1], q.shape[2] // num_groups
-    for t0 in range(0, length, mask.num_queries):
-        t1 = min(length, t0 + mask.num_queries)
+    num_queries = min(mask.max_queries, max(16, TILE_ROWS // num_heads))
+    for t0 in range(0, length, num_queries):
+        t1 = min(length, t0 + num_queries)
         start, stop = mask.keys(q_start + t0, q_start + t1 - 1)
         if stop <= start:
             continue
@@ -65,7 +66,13 @@ def plan(q: Tensor, num_groups: int, mask: Mask, q_start: int) -> Iterator[Tile]
         for b0 in range(0, num_rows, batch_step):
             for g0 in range(0, num_groups, group_step):
                 batch, groups = slice(b0, min(num_rows, b0 + batch_step)), slice(g0, g0 + group_step)
-                yield Tile(batch, groups, slice(t0, t1), slice(start, stop), q_start + t0)
+                tiles.append(Tile(batch, groups, slice(t0, t1), slice(start, stop), q_start + t0))
+    return tiles
+
+
+def num_blind(tiles: list[Tile], q: Tensor) -> int:
+    """Queries before the first tile: those that see no key."""
+    return tiles[0].queries.start if tiles else q.shape[1]
 
 
 def key_rows(x: Tensor, tile: Tile) -> Tensor:
@@ -76,11 +83,14 @@ def key_rows(x: Tensor, tile: Tile) -> Tensor:
 def forward(q: Tensor, k: Tensor, v: Tensor, mask: Mask, q_start: int, scale: float) -> tuple[Tensor, Tensor]:
     """Softmax attention under `mask`: out `[B, T, H, Dv]` and natural log-sum-exp `[B, T, H]`."""
     num_groups, num_heads = k.shape[2], q.shape[2] // k.shape[2]
-    out = q.new_zeros(*q.shape[:3], v.shape[3])
-    lse = q.new_full(q.shape[:3], -torch.inf, dtype=compute_dtype(q))
+    out = q.new_empty(*q.shape[:3], v.shape[3])
+    lse = q.new_empty(q.shape[:3], dtype=compute_dtype(q))
     q_view, out_view, lse_view = (by_group(x, num_groups) for x in (q, out, lse))
     keys, values = keys_by_group(k), keys_by_group(v)
-    for tile in plan(q, num_groups, mask, q_start):
+    tiles = plan(q, num_groups, mask, q_start)
+    out[:, : num_blind(tiles, q)] = 0
+    lse[:, : num_blind(tiles, q)] = -torch.inf
+    for tile in tiles:
         scores = nt(rows(q_view, tile).mul_(scale * LOG2_E), key_rows(keys, tile))
         mask.hide(scores_view(scores, tile, num_heads), tile)
         o, tile_lse = softmax_product(scores, key_rows(values, tile))
@@ -113,12 +123,14 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v; probabilities are recomputed from `lse`."""
     num_groups, num_heads = k.shape[2], q.shape[2] // k.shape[2]
-    dq = torch.zeros_like(q, memory_format=torch.contiguous_format)
+    dq = torch.empty_like(q, memory_format=torch.contiguous_format)
     q_view, dq_view, dout_view, out_view, lse_view = (by_group(x, num_groups) for x in (q, dq, dout, out, lse))
     dlse_view = None if dlse is None else by_group(dlse, num_groups)
     keys, values = keys_by_group(k), keys_by_group(v)
     dkeys, dvalues = torch.zeros_like(keys), torch.zeros_like(values)
-    for tile in plan(q, num_groups, mask, q_start):
+    tiles = plan(q, num_groups, mask, q_start)
+    dq[:, : num_blind(tiles, q)] = 0
+    for tile in tiles:
         q_rows, do = rows(q_view, tile).mul_(scale * LOG2_E), rows(dout_view, tile)
         delta = (scores_view(do, tile, num_heads) * out_view[tile.batch, tile.groups, :, tile.queries]).sum(dim=-1)
         delta = delta.flatten(0, 1).flatten(1, 2)
