@@ -76,9 +76,11 @@ def _selected(q: Tensor, view: CacheView, blocks: Tensor, last: Tensor, geometry
     position = (blocks.unsqueeze(-1) * geometry.select_block_size + offset).flatten(2)  # [B,K,n*l']
     visible = (position >= 0) & (position <= last.view(-1, 1, 1))
     position = position.clamp(min=0, max=view.k.shape[1] - 1)
-    row = torch.arange(q.shape[0], device=q.device).view(-1, 1, 1)
-    group = torch.arange(q.shape[1], device=q.device).view(1, -1, 1)
-    k, v = view.k[row, position, group], view.v[row, position, group]  # [B,K,n*l',D]
+    stream = torch.arange(q.shape[0] * q.shape[1], device=q.device).view(*q.shape[:2], 1) * view.k.shape[1]
+    index = (stream + position).flatten()
+    # The cache lies heads first, so that flattening it copies nothing.
+    k, v = (x.transpose(1, 2).flatten(0, 2).index_select(0, index) for x in (view.k, view.v))
+    k, v = (x.view(*position.shape, -1) for x in (k, v))  # [B,K,n*l',D]
     p = _softmax_over(q, k, visible.unsqueeze(2))
     return p @ v.to(p.dtype)
 
