@@ -160,19 +160,22 @@ def random_bytes(seed: int) -> Iterator[Rows]:
 
 
 def test_the_loss_weighs_every_valid_label_of_the_step_alike(tiny) -> None:
-    """One micro-batch has a single label: the step's loss is the mean over tokens, not over micro-batches."""
+    """One micro-batch has a single label: loss and gradient are means over tokens, not over micro-batches."""
     trainer = Trainer(tiny(train={"batch_tokens": 512, "micro_batch_rows": 4}))
     full, sparse = next(random_bytes(0)), next(random_bytes(1))
     sparse.labels[:] = -100
     sparse.labels[2, 10] = 7
-    single = []
+    by_token = []
     for batch in (full, sparse):
-        logits = trainer.model(input_ids=batch.input_ids, use_cache=False).logits.log_softmax(-1)
+        log_probabilities = trainer.model(input_ids=batch.input_ids, use_cache=False).logits.log_softmax(-1)
         chosen = batch.labels.clamp(min=0).unsqueeze(-1)
-        single.append(-logits.gather(-1, chosen).squeeze(-1)[batch.labels >= 0])
+        by_token.append(-log_probabilities.gather(-1, chosen).squeeze(-1)[batch.labels >= 0])
+    mean = torch.cat(by_token).mean()
+    gradients = torch.autograd.grad(mean, list(trainer.model.parameters()))
     trainer._batches = iter([full, sparse])
     record, _ = trainer.train_step()
-    assert record.loss == pytest.approx(torch.cat(single).mean().item(), rel=1e-5)
+    assert record.loss == pytest.approx(mean.item(), rel=1e-5)
+    assert record.grad_norm == pytest.approx(torch.cat([g.flatten() for g in gradients]).norm().item(), rel=1e-5)
 
 
 def test_random_bytes_are_never_predicted_better_than_their_entropy(tiny) -> None:
@@ -331,7 +334,9 @@ def test_bf16_trains_with_fp32_weights(tiny) -> None:
     records = [trainer.train_step()[0] for _ in range(2)]
     assert all(math.isfinite(record.loss) for record in records)
     assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
-    assert records[0].loss == pytest.approx(Trainer(tiny()).train_step()[0].loss, rel=0.01)
+    in_fp32 = Trainer(tiny()).train_step()[0].loss
+    assert records[0].loss == pytest.approx(in_fp32, rel=0.01)
+    assert records[0].loss != in_fp32
 
 
 def test_a_device_that_is_not_here_is_refused() -> None:

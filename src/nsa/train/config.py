@@ -203,8 +203,8 @@ class EvalSection(Section):
 class SampleSection(Section):
     """Text that the model continues before and after training."""
 
-    prompts: Annotated[tuple[str, ...], Field(min_length=1)] = ("The state of the union is ",)
-    """Beginnings to continue."""
+    prompts: tuple[Annotated[str, Field(min_length=1)], ...] = ("The state of the union is ",)
+    """Beginnings to continue; none may be empty."""
     max_new_tokens: NonNegativeInt = 200
     """Tokens to generate for each prompt; 0 writes no samples."""
     temperature: PositiveFloat = 0.8

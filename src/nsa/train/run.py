@@ -138,7 +138,8 @@ class Trainer:
         )
         self.held_out = build_eval_batches(config.data, **rows, rows_per_batch=config.eval.rows)
         eos = self.tokenizer.eos_id
-        self.model = build_model(config, vocab_size=self.tokenizer.vocab_size, eos_token_id=eos).to(self.device)
+        self.model = build_model(config, vocab_size=self.tokenizer.vocab_size, eos_token_id=eos)
+        self.model.to(self.device)  # pyright: ignore[reportArgumentType]  (transformers wraps `to`)
         self.optimizer = build_optimizer(self.model, config.optim)
         self.guard = StepGuard(config.guards)
         self.step, self.tokens, self.saved_step = 0, 0, 0
