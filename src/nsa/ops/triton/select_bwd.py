@@ -20,7 +20,7 @@ from nsa.geometry import BlockGeometry
 from nsa.ops.triton.common import LOG2E, Layout, dot_precision, has_large_shared_memory
 from nsa.ops.triton.dense_bwd import make_delta
 from nsa.ops.triton.invert import Inversion, cut_chunks, invert, plan
-from nsa.ops.triton.select_fwd import item_keys
+from nsa.ops.triton.select_fwd import REDUCE_ELEMENTS, item_keys
 
 SCRATCH_BYTES = 512 * 2**20
 ITEM_ROWS = 8192
@@ -100,7 +100,7 @@ def select_backward_kernel(
 def select_query_reduce_kernel(
     part_ptr, choice_ptr, dq_ptr, scale, T, head_start, token_start, num_tokens,
     H: tl.constexpr, HKV: tl.constexpr, DK: tl.constexpr, RATIO: tl.constexpr, SLOTS: tl.constexpr,
-    GROUP: tl.constexpr, ROWS: tl.constexpr,
+    ROWS: tl.constexpr,
 ):  # fmt: skip
     """dQ of a row: the sum over its slots, in fp32."""
     G: tl.constexpr = H // HKV
@@ -111,16 +111,14 @@ def select_query_reduce_kernel(
     part = (tl.program_id(1).to(tl.int64) * num_tokens + row // G) * (SLOTS * G) + row % G
     choice_ptr += (token_row * HKV + head % HKV) * (SLOTS // RATIO)
     acc = tl.zeros([ROWS, DK], tl.float32)
-    column = tl.arange(0, DK)
-    for first in range(0, SLOTS, GROUP):
-        slot = first + tl.arange(0, GROUP)[:, None]
-        used = live[None, :] & (slot < SLOTS)
-        used = used & (tl.load(choice_ptr[None, :] + slot // RATIO, mask=used, other=-1) >= 0)
-        source = part_ptr + (part[None, :] + slot * G)[:, :, None] * DK + column[None, None, :]
-        acc += tl.sum(tl.load(source, mask=used[:, :, None], other=0.0).to(tl.float32), 0)
+    column = tl.arange(0, DK)[None, :]
+    for slot in tl.range(0, SLOTS, loop_unroll_factor=4):
+        used = live & (tl.load(choice_ptr + slot // RATIO, mask=live, other=-1) >= 0)
+        place = part + slot * G
+        acc += tl.load(part_ptr + place[:, None] * DK + column, mask=used[:, None], other=0.0).to(tl.float32)
     dq_row = token_row * H + (head % HKV) * G + row % G
     dq = (acc * scale).to(dq_ptr.dtype.element_ty)
-    tl.store(dq_ptr + dq_row[:, None] * DK + column[None, :], dq, mask=live[:, None])
+    tl.store(dq_ptr + dq_row[:, None] * DK + column, dq, mask=live[:, None])
 
 
 @triton.jit(do_not_specialize=["S", "first_stride", "head_start", "bound"])
@@ -190,11 +188,10 @@ def select_backward(
             H=H, HKV=Hkv, DK=Dk, DV=Dv, BLOCK=block, RATIO=inversion.ratio, SLOTS=slots, PACKED=layout is not None,
             PRECISION=dot_precision(q), BLOCK_N=block_n, **tile,
         )  # fmt: skip
-        rows = max(1, 1024 // Dk)
+        rows = max(1, REDUCE_ELEMENTS // Dk)
         select_query_reduce_kernel[(triton.cdiv(tokens * G, rows), heads)](
             part, block_indices, dq, scale, T, chunk.head, chunk.token, tokens,
-            H=H, HKV=Hkv, DK=Dk, RATIO=inversion.ratio, SLOTS=slots, GROUP=min(16, triton.next_power_of_2(slots)),
-            ROWS=rows, num_warps=4,
+            H=H, HKV=Hkv, DK=Dk, RATIO=inversion.ratio, SLOTS=slots, ROWS=rows, num_warps=4,
         )  # fmt: skip
         select_key_reduce_kernel[(num_blocks, heads)](
             item_dk, item_dv, item_key, items.first, dk, dv, scale, S, items.first.stride(0), chunk.head, bound,

@@ -21,6 +21,7 @@ from nsa.ops.triton.invert import Inversion, cut_chunks, invert, plan
 
 SCRATCH_BYTES = 768 * 2**20
 ITEM_ROWS = 2048
+REDUCE_ELEMENTS = 2048
 
 
 def select_tile(q: Tensor, head_dim: int, value_head_dim: int, large: bool) -> dict[str, int]:
@@ -83,7 +84,7 @@ def select_forward_kernel(
             p = tl.math.exp2(s - best[:, None])
             total = tl.sum(p, 1)
             out = tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
-            out = out / tl.where(total == 0.0, 1.0, total)[:, None]
+            out = out * (1.0 / tl.where(total == 0.0, 1.0, total))[:, None]
             part = (tl.program_id(1).to(tl.int64) * num_tokens - token_start) * SLOTS + place
             part = part * G + row % G
             target = part_ptr + part[:, None] * DV + tl.arange(0, DV)[None, :]
@@ -96,9 +97,9 @@ def select_forward_kernel(
 def select_reduce_kernel(
     part_ptr, part_lse_ptr, choice_ptr, out_ptr, lse_ptr, T, head_start, token_start, num_tokens,
     H: tl.constexpr, HKV: tl.constexpr, DV: tl.constexpr, RATIO: tl.constexpr, SLOTS: tl.constexpr,
-    PADDED: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, LN2: tl.constexpr,
+    PADDED: tl.constexpr, ROWS: tl.constexpr, LN2: tl.constexpr,
 ):  # fmt: skip
-    """Weigh a row's slots by their log-sum-exps and add them, GROUP slots at a time."""
+    """Weigh a row's slots by their log-sum-exps and add them in order."""
     G: tl.constexpr = H // HKV
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     live = row < num_tokens * G
@@ -107,29 +108,25 @@ def select_reduce_kernel(
     part = (tl.program_id(1).to(tl.int64) * num_tokens + row // G) * (SLOTS * G) + row % G
     choice_ptr += (token_row * HKV + head % HKV) * (SLOTS // RATIO)
 
-    # Slots come first, so that a thread holds all slots of its columns and no sum crosses threads.
-    slot = tl.arange(0, PADDED)[:, None]
-    used = live[None, :] & (slot < SLOTS)
-    used = used & (tl.load(choice_ptr[None, :] + slot // RATIO, mask=used, other=-1) >= 0)
-    lse = tl.load(part_lse_ptr + part[None, :] + slot * G, mask=used, other=float("-inf"))
-    best = tl.max(lse, 0)
+    slots = tl.arange(0, PADDED)[None, :]
+    set_slots = live[:, None] & (slots < SLOTS)
+    set_slots = set_slots & (tl.load(choice_ptr[:, None] + slots // RATIO, mask=set_slots, other=-1) >= 0)
+    lse = tl.load(part_lse_ptr + part[:, None] + slots * G, mask=set_slots, other=float("-inf"))
+    best = tl.max(lse, 1)
     best = tl.where(best == float("-inf"), 0.0, best)
-    total = tl.sum(tl.math.exp2(lse - best[None, :]), 0)
+    total = tl.sum(tl.math.exp2(lse - best[:, None]), 1)
 
     acc = tl.zeros([ROWS, DV], tl.float32)
-    column = tl.arange(0, DV)
-    for first in range(0, SLOTS, GROUP):
-        slot = first + tl.arange(0, GROUP)[:, None]
-        used = live[None, :] & (slot < SLOTS)
-        used = used & (tl.load(choice_ptr[None, :] + slot // RATIO, mask=used, other=-1) >= 0)
-        place = part[None, :] + slot * G
-        lse = tl.load(part_lse_ptr + place, mask=used, other=float("-inf"))
-        weight = tl.math.exp2(lse - best[None, :])
-        source = part_ptr + place[:, :, None] * DV + column[None, None, :]
-        acc += tl.sum(tl.load(source, mask=used[:, :, None], other=0.0).to(tl.float32) * weight[:, :, None], 0)
+    column = tl.arange(0, DV)[None, :]
+    for slot in tl.range(0, SLOTS, loop_unroll_factor=4):
+        used = live & (tl.load(choice_ptr + slot // RATIO, mask=live, other=-1) >= 0)
+        place = part + slot * G
+        weight = tl.math.exp2(tl.load(part_lse_ptr + place, mask=used, other=float("-inf")) - best)
+        value = tl.load(part_ptr + place[:, None] * DV + column, mask=used[:, None], other=0.0)
+        acc += value.to(tl.float32) * weight[:, None]
     out = acc / tl.where(total == 0.0, 1.0, total)[:, None]
     out_row = token_row * H + (head % HKV) * G + row % G
-    tl.store(out_ptr + out_row[:, None] * DV + column[None, :], out.to(out_ptr.dtype.element_ty), mask=live[:, None])
+    tl.store(out_ptr + out_row[:, None] * DV + column, out.to(out_ptr.dtype.element_ty), mask=live[:, None])
     tl.store(lse_ptr + out_row, tl.where(total == 0.0, float("-inf"), (best + tl.math.log2(total)) * LN2), mask=live)
 
 
@@ -166,10 +163,10 @@ def select_forward(
             PACKED=layout is not None, PRECISION=dot_precision(q),
             BLOCK_N=max(16, triton.next_power_of_2(inversion.sub_block)), **shape, **tile,
         )  # fmt: skip
-        rows = max(1, 1024 // Dv)
+        rows = max(1, REDUCE_ELEMENTS // Dv)
         select_reduce_kernel[(triton.cdiv(tokens * G, rows), heads)](
             part, part_lse, block_indices, out, lse, T, chunk.head, chunk.token, tokens,
-            PADDED=triton.next_power_of_2(slots), GROUP=min(16, triton.next_power_of_2(slots)), ROWS=rows, LN2=LN2,
+            PADDED=triton.next_power_of_2(slots), ROWS=rows, LN2=LN2,
             num_warps=4, **shape,
         )  # fmt: skip
     return out, lse
