@@ -1,0 +1,76 @@
+"""The README's commands and code blocks run as they are written."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from nsa.cli import main
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+PYTHON = [text for language, text in BLOCKS if language == "python"]
+COMMANDS = [line[2:] for language, text in BLOCKS if language == "console" for line in text.splitlines()]
+
+# The showcase run takes minutes: the commands that use it get a run folder of the same name, made in seconds.
+TINY = {
+    "model.hidden_size": 32,
+    "model.intermediate_size": 64,
+    "model.num_hidden_layers": 1,
+    "train.steps": 2,
+    "train.sequence_length": 64,
+    "train.batch_tokens": 128,
+    "train.micro_batch_rows": 2,
+    "optim.warmup_steps": 1,
+    "data.max_eval_tokens": 256,
+    "eval.rows": 2,
+    "sample.max_new_tokens": 4,
+}
+TINY_ARGUMENTS = [word for key, value in TINY.items() for word in (f"--{key}", str(value))]
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    """A folder with the configs and a tiny `runs/showcase`, the working directory of the module's tests."""
+    folder = tmp_path_factory.mktemp("readme")
+    (folder / "configs").symlink_to(ROOT / "configs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert main(["train", "configs/train_showcase.yaml", *TINY_ARGUMENTS]) == 0
+        yield folder
+
+
+@pytest.mark.parametrize("code", PYTHON, ids=lambda code: code.splitlines()[-1][:40])
+def test_python_block_runs(code, workplace):
+    exec(compile(code, "README.md", "exec"), {})
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_command_runs(command, workplace, capsys):
+    words = shlex.split(command)
+    assert words[0] == "nsa"
+    small = TINY_ARGUMENTS if words[1] == "train" else []
+    assert main([*words[1:], *small]) == 0
+    assert capsys.readouterr().out
+
+
+def test_the_readme_has_blocks_to_run():
+    assert len(PYTHON) >= 3
+    assert len(COMMANDS) >= 3
+
+
+@pytest.mark.parametrize(
+    "document", ["README.md", "CONTRIBUTING.md", *sorted(str(p) for p in (ROOT / "docs").glob("*.md"))]
+)
+def test_links_lead_somewhere(document):
+    path = ROOT / document
+    for target in re.findall(r"\]\(([^)#]+)\)", path.read_text(encoding="utf-8")):
+        assert target.startswith("https://") or (path.parent / target).exists(), target
+
+
+def test_paths_named_in_backticks_exist():
+    for document in ("README.md", "CONTRIBUTING.md"):
+        for path in re.findall(r"`((?:src|tests|configs|docs|examples)/[\w./]+)`", (ROOT / document).read_text()):
+            assert (ROOT / path).exists(), f"{document}: {path}"
