@@ -157,10 +157,8 @@ def compressed_attention(
         out `[B, T, H, Dv]`, zero where nothing is visible, and the natural log-sum-exp `[B, T, H]`, there -inf.
     """
     check.check_keys(q, k_cmp, v_cmp, ("k_cmp", "v_cmp"))
-    check.check_cu_seqlens(cu_seqlens, q)
-    _check_q_start(q_start, cu_seqlens)
+    scale, backend = _resolve(q, geometry, cu_seqlens, q_start, scale, backend)
     check.check_compressed(k_cmp, q_start + q.shape[1], geometry, cu_seqlens)
-    scale, backend = _scale(q, scale), choose_backend(backend, q, geometry)
     if backend == "reference":
         return reference.compressed_attention(q, k_cmp, v_cmp, geometry, cu_seqlens, q_start, scale)
     return torch.ops.nsa.compressed_attention(q, k_cmp, v_cmp, cu_seqlens, geometry.as_tuple(), q_start, scale, backend)
@@ -189,12 +187,10 @@ def select_blocks(
         int32 `[B, T, Hkv, n]`, ascending block indices of the query's document, padded with -1.
     """
     check.check_keys(q, k_cmp, k_cmp, ("k_cmp", "k_cmp"))
-    check.check_cu_seqlens(cu_seqlens, q)
-    _check_q_start(q_start, cu_seqlens)
+    scale, backend = _resolve(q, geometry, cu_seqlens, q_start, scale, backend)
     check.check_compressed(k_cmp, q_start + q.shape[1], geometry, cu_seqlens)
     if lse.shape != q.shape[:3]:
         raise ValueError(f"lse must be {list(q.shape[:3])} (B, T, H), not {list(lse.shape)}")
-    scale, backend = _scale(q, scale), choose_backend(backend, q, geometry)
     q, k_cmp, lse = q.detach(), k_cmp.detach(), lse.detach()
     if backend == "reference":
         return reference.select_blocks(q, k_cmp, lse, geometry, cu_seqlens, q_start, scale)
@@ -223,8 +219,7 @@ def selected_attention(
         out `[B, T, H, Dv]` and the natural log-sum-exp `[B, T, H]`.
     """
     check.check_keys(q, k, v)
-    check.check_cu_seqlens(cu_seqlens, q)
-    _check_q_start(q_start, cu_seqlens)
+    scale, backend = _resolve(q, geometry, cu_seqlens, q_start, scale, backend)
     check.check_length("k", k, q_start + q.shape[1], "one for each position up to the last query's")
     check.check_tensor("block_indices", block_indices, "B T Hkv n")
     expected = (*q.shape[:2], k.shape[2], geometry.num_selected_blocks)
@@ -232,7 +227,6 @@ def selected_attention(
         raise ValueError(
             f"block_indices must be int32 {list(expected)}, not {block_indices.dtype} {list(block_indices.shape)}"
         )
-    scale, backend = _scale(q, scale), choose_backend(backend, q, geometry)
     if backend == "reference":
         return reference.selected_attention(q, k, v, block_indices, geometry, cu_seqlens, q_start, scale)
     constants = (cu_seqlens, geometry.as_tuple(), q_start, scale, backend)
@@ -261,28 +255,27 @@ def window_attention(
         out `[B, T, H, Dv]` and the natural log-sum-exp `[B, T, H]`.
     """
     check.check_keys(q, k, v)
-    check.check_cu_seqlens(cu_seqlens, q)
-    _check_q_start(q_start, cu_seqlens)
+    scale, backend = _resolve(q, geometry, cu_seqlens, q_start, scale, backend)
     check.check_length("k", k, q_start + q.shape[1] - k_start, "positions k_start to the last query's")
     if not 0 <= k_start <= max(0, q_start - geometry.window_size + 1):
         raise ValueError(
             f"keys from position {k_start} miss part of the first query's window: position {q_start} sees "
             f"{max(0, q_start - geometry.window_size + 1)}..{q_start}"
         )
-    scale, backend = _scale(q, scale), choose_backend(backend, q, geometry)
     if backend == "reference":
         return reference.window_attention(q, k, v, geometry, cu_seqlens, q_start, k_start, scale)
     constants = (cu_seqlens, geometry.as_tuple(), q_start, k_start, scale, backend)
     return torch.ops.nsa.window_attention(q, k, v, *constants)
 
 
-def _scale(q: Tensor, scale: float | None) -> float:
-    return q.shape[-1] ** -0.5 if scale is None else float(scale)
-
-
-def _check_q_start(q_start: int, cu_seqlens: Tensor | None) -> None:
+def _resolve(
+    q: Tensor, geometry: BlockGeometry, cu_seqlens: Tensor | None, q_start: int, scale: float | None, backend: str
+) -> tuple[float, str]:
+    """The scale and backend of a call, after the checks that all stages share."""
+    check.check_cu_seqlens(cu_seqlens, q)
     if q_start < 0 or (q_start and cu_seqlens is not None):
         raise ValueError(f"q_start {q_start} must be 0 for packed input and never negative")
+    return q.shape[-1] ** -0.5 if scale is None else float(scale), choose_backend(backend, q, geometry)
 
 
 class DecodeAux(NamedTuple):
@@ -327,7 +320,7 @@ def nsa_decode(
             f"the cache view is of {len(cache_view.lengths)} rows with {list(cache_view.num_new)} new tokens, but q is "
             f"{list(q.shape)}; pass the view that the append of these tokens returned"
         )
-    scale, backend = _scale(q, scale), choose_backend(backend, q, geometry)
+    scale, backend = _resolve(q, geometry, None, 0, scale, backend)
     if q.shape[1] == 1 and min(cache_view.num_new) == 1 and backend != "reference":
         outs, block_indices = decode.decode_step(q, cache_view, geometry, scale)
     else:
