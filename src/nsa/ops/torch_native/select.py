@@ -1,7 +1,11 @@
 """The choice of blocks: compressed probabilities, a stencil to block importance, an exact top-n.
 
-Shapes: q `[B, T, H, Dk]`, k_cmp `[B, N, K, Dk]`, lse `[B, T, H]`; a tile has C queries, N' visible compressed tokens
-and J candidate blocks. Result int32 `[B, T, K, n]`.
+Equal keys must give bit-equal importance, or ties would not go to the lower index. Products and exp2 treat the ends of
+their operands differently, so that keys are rows here, padded to whole vectors, exp2 runs over whole vectors, and sums
+are made one addition after the other.
+
+Shapes: q `[B, T, H, Dk]`, k_cmp `[B, N, K, Dk]`, lse `[B, T, H]`; a tile has C queries, N' compressed tokens and J
+candidate blocks. Result int32 `[B, T, K, n]`.
 """
 
 from __future__ import annotations
@@ -14,44 +18,57 @@ from nsa.ops.torch_native import tiles
 from nsa.ops.torch_native.masks import CompressedMask
 from nsa.ops.torch_native.products import nt
 
+KEY_ROWS = 32  # keys are padded to a multiple of this
+UNSPLIT = 1 << 15  # elements that PyTorch gives to one thread, in whole vectors
+
 
 def forward(q: Tensor, k_cmp: Tensor, lse: Tensor, geometry: BlockGeometry, q_start: int, scale: float) -> Tensor:
     """The n blocks of each query and group, ascending, padded with -1 (Eq. 8-12)."""
-    num_groups, num_heads = k_cmp.shape[2], q.shape[2] // k_cmp.shape[2]
+    num_groups = k_cmp.shape[2]
     chosen = q.new_empty(q.shape[0], q.shape[1], num_groups, geometry.num_selected_blocks, dtype=torch.int32)
-    mask = CompressedMask(geometry)
-    q_view, lse_view = tiles.by_group(q, num_groups), tiles.by_group(lse, num_groups)
-    keys = tiles.keys_by_group(k_cmp)
-    chosen_view = chosen.transpose(1, 2)
-    for tile in tiles.plan(q, num_groups, _EveryQuery(geometry), q_start):
-        stop = min(tile.keys.stop, geometry.num_compressed(q_start + tile.queries.stop))
-        tile = tile._replace(keys=slice(0, stop))
-        scores = nt(tiles.rows(q_view, tile).mul_(scale * tiles.LOG2_E), tiles.key_rows(keys, tile))
-        scores = tiles.scores_view(scores, tile, num_heads)
-        mask.hide(scores, tile)
-        tile_lse = tiles.safe_lse(lse_view[tile.batch, tile.groups, :, tile.queries])
-        p = scores.sub_(tile_lse.unsqueeze(-1)).exp2_().sum(dim=2)
+    mask = _EveryQuery(geometry)
+    q_view, lse_view, chosen_view = (
+        tiles.by_group(q, num_groups),
+        tiles.by_group(lse, num_groups),
+        chosen.transpose(1, 2),
+    )
+    keys = torch.nn.functional.pad(tiles.keys_by_group(k_cmp), (0, 0, 0, -k_cmp.shape[1] % KEY_ROWS))
+    for tile in tiles.plan(q, num_groups, mask, q_start):
+        tile = tile._replace(keys=slice(0, -(-tile.keys.stop // KEY_ROWS) * KEY_ROWS))
+        scores = nt(tiles.key_rows(keys, tile), tiles.rows(q_view, tile).mul_(scale * tiles.LOG2_E))
+        mask.hide(tiles.scores_view(scores.transpose(1, 2), tile, q_view.shape[2]), tile)
+        scores.sub_(tiles.safe_lse(tiles.lane_vector(lse_view, tile)).unsqueeze(1))
+        for part in scores.flatten().split(UNSPLIT):
+            part.exp2_()
+        p, *others = scores.unflatten(2, (q_view.shape[2], -1)).unbind(2)
+        for other in others:
+            p.add_(other)
         importance = block_importance(p, geometry, geometry.num_select_blocks(q_start + tile.queries.stop))
-        chosen_view[tile.batch, tile.groups, tile.queries] = choose(importance, geometry, tile.first)
+        index = choose(importance.transpose(1, 2).contiguous(), geometry, tile.first)
+        chosen_view[tile.batch, tile.groups, tile.queries] = index.unflatten(
+            0, (-1, tile.groups.stop - tile.groups.start)
+        )
     return chosen
 
 
 class _EveryQuery(CompressedMask):
-    """As the compressed branch, but queries that see no compressed token still choose blocks."""
+    """As the compressed branch, but queries that see no compressed token have a tile too, of one hidden key."""
 
     def keys(self, first: int, last: int) -> tuple[int, int]:
         return 0, max(1, super().keys(first, last)[1])
 
 
 def block_importance(p: Tensor, geometry: BlockGeometry, num_blocks: int) -> Tensor:
-    """Eq. 9: `[..., N'] -> [..., J]`, a strided stencil over the compressed tokens that touch a block."""
+    """Eq. 9: `[..., N', C] -> [..., J, C]`, a strided stencil over the compressed tokens that touch a block."""
     span, before = geometry.strides_per_select, -geometry.overlap_start
     # From the first block's first neighbour (before 0) to the last block's last.
-    padded = p.new_zeros(*p.shape[:-1], num_blocks * span + before)
-    padded[..., before : before + p.shape[-1]] = p
-    importance = p.new_zeros(*p.shape[:-1], num_blocks)
+    padded = p.new_zeros(*p.shape[:-2], num_blocks * span + before, p.shape[-1])
+    count = min(p.shape[-2], num_blocks * span)
+    padded[..., before : before + count, :] = p[..., :count, :]
+    importance = p.new_zeros(*p.shape[:-2], num_blocks, p.shape[-1])
     for offset, weight in enumerate(geometry.overlap_weights):
-        importance.add_(padded[..., offset::span][..., :num_blocks], alpha=weight)
+        # Multiplied first: add_(alpha) may fuse or not from element to element.
+        importance.add_(padded[..., offset::span, :][..., :num_blocks, :] * weight)
     return importance
 
 
