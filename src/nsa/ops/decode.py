@@ -22,10 +22,10 @@ def decode_step(
     dtype = torch.promote_types(q.dtype, torch.float32)
     q = (q[:, 0].to(dtype) * scale).unflatten(1, (groups, -1))  # [B,K,R,D]
     last = torch.tensor(view.lengths, device=q.device) - 1
-    out_cmp, p_cmp = _compressed(q, view, geometry)
-    blocks = _choose(p_cmp, last, max(view.lengths), geometry)
-    out_slc = _selected(q, view, blocks, last, geometry)
-    out_win = _window(q, view, geometry)
+    out_cmp, p_cmp = compressed_step(q, view, geometry)
+    blocks = choose_step(p_cmp, last, max(view.lengths), geometry)
+    out_slc = selected_step(q, view, blocks, last, geometry)
+    out_win = window_step(q, view, geometry)
     outs = (x.flatten(1, 2).unsqueeze(1).to(view.v.dtype) for x in (out_cmp, out_slc, out_win))
     return tuple(outs), blocks.to(torch.int32).unsqueeze(1)  # pyright: ignore[reportReturnType]
 
@@ -39,7 +39,8 @@ def _softmax_over(q: Tensor, k: Tensor, visible: Tensor | None) -> Tensor:
     return scores.masked_fill(~visible, -torch.inf).softmax(dim=-1).masked_fill(~visible, 0.0)
 
 
-def _compressed(q: Tensor, view: CacheView, geometry: BlockGeometry) -> tuple[Tensor, Tensor]:
+def compressed_step(q: Tensor, view: CacheView, geometry: BlockGeometry) -> tuple[Tensor, Tensor]:
+    """Output `[B,K,R,D]` of the compressed branch and its weights `[B,K,R,N]`; `q` `[B,K,R,D]` is scaled already."""
     counts = [geometry.num_compressed(length) for length in view.lengths]
     most = max(counts)
     k, v = view.k_cmp[:, :most].transpose(1, 2), view.v_cmp[:, :most].transpose(1, 2)
@@ -51,7 +52,7 @@ def _compressed(q: Tensor, view: CacheView, geometry: BlockGeometry) -> tuple[Te
     return p @ v.to(p.dtype), p
 
 
-def _choose(p_cmp: Tensor, last: Tensor, longest: int, geometry: BlockGeometry) -> Tensor:
+def choose_step(p_cmp: Tensor, last: Tensor, longest: int, geometry: BlockGeometry) -> Tensor:
     """The n blocks of each row and group, ascending, -1 for none, `[B,K,n]` (Eq. 9, 10, forced blocks, top-n)."""
     num_blocks = geometry.num_select_blocks(longest)
     weights = torch.tensor(geometry.overlap_weights, dtype=p_cmp.dtype, device=p_cmp.device)
@@ -71,7 +72,8 @@ def _choose(p_cmp: Tensor, last: Tensor, longest: int, geometry: BlockGeometry) 
     return torch.nn.functional.pad(chosen, (0, geometry.num_selected_blocks - count), value=-1)
 
 
-def _selected(q: Tensor, view: CacheView, blocks: Tensor, last: Tensor, geometry: BlockGeometry) -> Tensor:
+def selected_step(q: Tensor, view: CacheView, blocks: Tensor, last: Tensor, geometry: BlockGeometry) -> Tensor:
+    """Output `[B,K,R,D]` of the selected branch; `last` `[B]` is the position of each row's query."""
     offset = torch.arange(geometry.select_block_size, device=q.device)
     position = (blocks.unsqueeze(-1) * geometry.select_block_size + offset).flatten(2)  # [B,K,n*l']
     visible = (position >= 0) & (position <= last.view(-1, 1, 1))
@@ -85,7 +87,8 @@ def _selected(q: Tensor, view: CacheView, blocks: Tensor, last: Tensor, geometry
     return p @ v.to(p.dtype)
 
 
-def _window(q: Tensor, view: CacheView, geometry: BlockGeometry) -> Tensor:
+def window_step(q: Tensor, view: CacheView, geometry: BlockGeometry) -> Tensor:
+    """Output `[B,K,R,D]` of the window branch."""
     ends = [length - start for length, start in zip(view.lengths, view.win_start, strict=True)]
     firsts = [max(0, end - min(geometry.window_size, length)) for end, length in zip(ends, view.lengths, strict=True)]
     low, high = min(firsts), max(ends)
