@@ -15,6 +15,8 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
+from nsa.data import open_source
+from nsa.data.heldout import split_documents
 from nsa.train.checkpoint import newest_checkpoint
 from nsa.train.guards import TrainingError
 from nsa.train.load_config import load_config
@@ -44,6 +46,7 @@ def test_a_run_leaves_every_file(finished: Path) -> None:
     assert {
         "config.yaml",
         "env.json",
+        "data_index.json",
         "status.json",
         "training.csv",
         "val.csv",
@@ -96,6 +99,16 @@ def test_metrics_status_and_environment_tell_the_same_story(finished: Path) -> N
     report = (finished / "report.md").read_text()
     for part in (f"{last['val_bits_per_byte']:.4f}", "(curves.png)", "[prompt] the state", f"{last['val_loss']:.4f}"):
         assert part in report
+
+
+def test_the_data_index_and_the_report_name_the_held_out_documents(finished: Path, module_tiny) -> None:
+    index = json.loads((finished / "data_index.json").read_text())
+    config = module_tiny()
+    source = open_source(config.data)
+    training, held_out = split_documents(source, config.data.heldout)
+    assert index["held_out_documents"] == [source.name(document) for document in held_out]
+    assert index["num_training_documents"] == len(training)
+    assert source.name(held_out[0]) in (finished / "report.md").read_text()
 
 
 def test_tensorboard_has_the_losses(finished: Path) -> None:

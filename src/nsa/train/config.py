@@ -187,8 +187,7 @@ class GuardSection(Section):
     max_skipped_steps: PositiveInt = 5
     """More skipped steps in a row than this end the run as failed."""
     entropy_floor_nats: NonNegativeFloat | None = None
-    """Least loss per token that the data allows; a lower one means a leak and ends the run as failed. The data's own
-    floor, where it knows one, unless given."""
+    """Least loss per token that the data allows; a lower one means a leak and ends the run as failed."""
 
 
 class EvalSection(Section):

@@ -25,12 +25,10 @@ class StepGuard:
 
     Args:
         config: what to do, and when.
-        data_floor_nats: the least loss per token the data allows, where it knows; the config's own value comes first.
     """
 
-    def __init__(self, config: GuardSection, data_floor_nats: float | None = None) -> None:
+    def __init__(self, config: GuardSection) -> None:
         self.config = config
-        self.floor_nats = data_floor_nats if config.entropy_floor_nats is None else config.entropy_floor_nats
         self.num_skipped = 0
         self._skipped_in_a_row = 0
         self._losses: deque[float] = deque(maxlen=SPIKE_HISTORY)
@@ -69,9 +67,10 @@ class StepGuard:
 
     def check_floor(self, loss: float, what: str) -> None:
         """Raise `TrainingError` for a loss that the data's entropy does not allow; `what` names it."""
-        if self.floor_nats and loss < self.floor_nats * (1 - FLOOR_TOLERANCE):
+        floor = self.config.entropy_floor_nats
+        if floor is not None and loss < floor * (1 - FLOOR_TOLERANCE):
             raise TrainingError(
-                f"{what} is {loss:.4f} nats per token, below the data's floor of {self.floor_nats:.4f}: the model sees "
+                f"{what} is {loss:.4f} nats per token, below the data's floor of {floor:.4f}: the model sees "
                 f"what it should predict. Check labels, masks and the held-out documents; "
                 f"if the floor itself is wrong, set guards.entropy_floor_nats"
             )

@@ -66,7 +66,8 @@ def prepare(config: RunConfig, command: Sequence[str] = ()) -> tuple[Trainer, Ru
     trainer = Trainer(config)
     print(trainer.describe(), flush=True)
     env = snapshot(trainer.device, command)
-    return trainer, RunFolder.create(path, config_yaml=dump_config(config), env=env)
+    folder = RunFolder.create(path, config_yaml=dump_config(config), env=env, data_index=trainer.data_index())
+    return trainer, folder
 
 
 def train(trainer: Trainer, folder: RunFolder) -> Outcome:
@@ -226,12 +227,26 @@ class Trainer:
             "model": f"{self.model.num_parameters():,} parameters, {config.model.num_hidden_layers} layers "
             f"({', '.join(config.model.layer_types)}), {config.train.precision}",
             "device": f"{self.device}, {torch.get_num_threads()} threads; NSA backend {why}",
-            "data": f"{config.data.source}, tokenizer {self.tokenizer.name}, vocabulary {self.tokenizer.vocab_size}",
+            "data": f"{config.data.source}, {self.loader.num_documents} documents to train on and "
+            f"{len(self.held_out.document_names)} held out ({self.held_out.num_labels:,} tokens); tokenizer "
+            f"{self.tokenizer.name}, vocabulary {self.tokenizer.vocab_size}",
             "steps": f"{config.train.steps} of {config.train.batch_tokens:,} tokens "
             f"({config.num_micro_batches} x {config.train.micro_batch_rows} rows of "
             f"{config.train.sequence_length}), {total:,} in all",
         }
         return "\n".join(f"{name:<7} {text}" for name, text in lines.items())
+
+    def data_index(self) -> dict[str, Any]:
+        """What is trained and evaluated on, for `data_index.json`."""
+        return {
+            "source": self.config.data.source,
+            "paths": list(self.config.data.paths),
+            "tokenizer": self.tokenizer.name,
+            "num_training_documents": self.loader.num_documents,
+            "held_out_documents": list(self.held_out.document_names),
+            "num_held_out_tokens": self.held_out.num_labels,
+            "num_held_out_bytes": self.held_out.num_bytes,
+        }
 
     def metrics(self, stopped_by: str | None) -> dict[str, Any]:
         """The run in numbers, for `metrics.json` and the report."""

@@ -28,6 +28,7 @@ class RunFolder:
         self.path = path
         self.config_yaml = path / "config.yaml"
         self.env_json = path / "env.json"
+        self.data_index_json = path / "data_index.json"
         self.training_csv = path / "training.csv"
         self.val_csv = path / "val.csv"
         self.metrics_json = path / "metrics.json"
@@ -39,8 +40,8 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
 
     @classmethod
-    def create(cls, path: Path, *, config_yaml: str, env: dict[str, Any]) -> RunFolder:
-        """Make the folder with `config.yaml`, `env.json` and `status.json`.
+    def create(cls, path: Path, *, config_yaml: str, env: dict[str, Any], data_index: dict[str, Any]) -> RunFolder:
+        """Make the folder with `config.yaml`, `env.json`, `data_index.json` and `status.json`.
 
         Raises:
             ValueError: it exists already; nothing in it is touched.
@@ -51,6 +52,7 @@ class RunFolder:
         folder.samples.mkdir()
         write_text(folder.config_yaml, config_yaml)
         write_json(folder.env_json, env)
+        write_json(folder.data_index_json, data_index)
         folder.write_status("running", step=0)
         return folder
 

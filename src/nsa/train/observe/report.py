@@ -9,17 +9,20 @@ from nsa.train.config import RunConfig
 from nsa.train.run_folder import RunFolder, write_text
 
 UNTRAINED_TOLERANCE_NATS = 0.5  # an untrained model further from ln(vocabulary) than this is worth a look
+SHOWN_DOCUMENTS = 30  # held-out names that the report lists
 
 
 def write_report(folder: RunFolder, config: RunConfig, metrics: dict[str, Any]) -> None:
     """Write `report.md` from the contents of `metrics.json`, `env.json` and the samples."""
     env = json.loads(folder.env_json.read_text(encoding="utf-8"))
+    index = json.loads(folder.data_index_json.read_text(encoding="utf-8"))
     ended = f"stopped by {metrics['stopped_by']} at step {metrics['step']}" if metrics["stopped_by"] else "finished"
     sections = [
         f"# Run {config.run.name}\n\nThis run {ended} of {config.train.steps} steps.",
         "## Results\n\n" + table(results(metrics)),
         f"![Loss curves]({folder.curves_png.name})",
         "## Samples\n\nSame prompts and random numbers before and after training.\n\n" + _samples(folder),
+        "## Held-out documents\n\n" + _held_out(index["held_out_documents"]),
         "## Config\n\nAll of it is in `config.yaml`.\n\n" + table(_config(config)),
         "## Machine\n\n" + table(_machine(env)),
         "## Files\n\n`training.csv` has every optimizer step, `val.csv` every evaluation, `metrics.json` the results, "
@@ -66,6 +69,12 @@ def _samples(folder: RunFolder) -> str:
         for path in files
     ]
     return "\n\n".join(block.rstrip() for block in blocks) or "None were asked for."
+
+
+def _held_out(names: list[str]) -> str:
+    shown = "; ".join(names[:SHOWN_DOCUMENTS])
+    rest = f"; and {len(names) - SHOWN_DOCUMENTS} more" if len(names) > SHOWN_DOCUMENTS else ""
+    return f"Never trained on: {shown}{rest}. `data_index.json` has them all."
 
 
 def _config(config: RunConfig) -> dict[str, str]:
