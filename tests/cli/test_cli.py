@@ -36,8 +36,8 @@ def test_the_version_is_the_package_s(capsys: pytest.CaptureFixture[str]) -> Non
 
 
 def test_a_mistyped_command_is_answered_with_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["trian"]) == 2
-    assert "did you mean `nsa train`?" in capsys.readouterr().err
+    assert main(["comp"]) == 2
+    assert "did you mean `nsa compare`?" in capsys.readouterr().err
     assert main(["qqqq"]) == 2
     assert "choose one of train" in capsys.readouterr().err
 

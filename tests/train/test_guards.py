@@ -51,9 +51,15 @@ def test_a_loss_below_the_floor_is_an_error() -> None:
     assert guard.allows(2, floor - 0.02, 1.0)
     with pytest.raises(TrainingError, match=r"step 3 is 5\.4000 .*floor of 5\.5452"):
         guard.allows(3, 5.4, 1.0)
-    with pytest.raises(TrainingError, match="held-out"):
-        guard.check_floor(5.0, "the held-out loss")
+    with pytest.raises(TrainingError, match="held-out loss after step 3 is 5"):
+        guard.check_evaluation(3, 5.0)
 
 
 def test_without_a_floor_every_loss_is_possible() -> None:
     assert StepGuard(GuardSection()).allows(1, 1e-9, 1.0)
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf])
+def test_a_held_out_loss_that_is_not_finite_ends_the_run(loss: float) -> None:
+    with pytest.raises(TrainingError, match=r"held-out loss after step 9 is (nan|inf)"):
+        StepGuard(GuardSection()).check_evaluation(9, loss)

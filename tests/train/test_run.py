@@ -18,11 +18,13 @@ from torch import Tensor
 from nsa.data import open_source
 from nsa.data.heldout import split_documents
 from nsa.train.checkpoint import newest_checkpoint
+from nsa.train.device import choose_device
 from nsa.train.guards import TrainingError
 from nsa.train.load_config import load_config
 from nsa.train.observe.csv_log import TRAINING_COLUMNS, VALIDATION_COLUMNS, read_csv
 from nsa.train.optim import learning_rate
-from nsa.train.run import Outcome, Trainer, choose_device, prepare, train
+from nsa.train.run import Outcome, prepare, train
+from nsa.train.trainer import Trainer
 
 
 def run(config) -> Outcome:

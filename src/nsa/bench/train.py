@@ -15,7 +15,7 @@ import statistics
 from dataclasses import dataclass
 
 from nsa.train.config import RunConfig
-from nsa.train.run import Trainer
+from nsa.train.trainer import Trainer
 
 
 @dataclass(frozen=True)

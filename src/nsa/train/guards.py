@@ -44,7 +44,7 @@ class StepGuard:
         Raises:
             TrainingError: the run must end here; the weights are those of the step before.
         """
-        self.check_floor(loss, f"the training loss of step {step}")
+        self._check_floor(loss, f"the training loss of step {step}")
         finite = math.isfinite(loss) and math.isfinite(grad_norm)
         if finite and not self._is_spike(loss):
             self._losses.append(loss)
@@ -65,8 +65,13 @@ class StepGuard:
             )
         return False
 
-    def check_floor(self, loss: float, what: str) -> None:
-        """Raise `TrainingError` for a loss that the data's entropy does not allow; `what` names it."""
+    def check_evaluation(self, step: int, loss: float) -> None:
+        """Raise `TrainingError` for a held-out loss that is not finite or lower than the data allows."""
+        if not math.isfinite(loss):
+            raise TrainingError(f"the held-out loss after step {step} is {loss}; lower optim.lr or look at the data")
+        self._check_floor(loss, f"the held-out loss after step {step}")
+
+    def _check_floor(self, loss: float, what: str) -> None:
         floor = self.config.entropy_floor_nats
         if floor is not None and loss < floor * (1 - FLOOR_TOLERANCE):
             raise TrainingError(

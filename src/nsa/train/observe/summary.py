@@ -1,0 +1,77 @@
+"""A run in words before it starts, and in numbers when it has ended."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from nsa.ops.routing import explain_backend
+
+if TYPE_CHECKING:
+    from nsa.train.trainer import Trainer
+
+FINAL_LOSSES = 20  # training losses whose mean stands for the end of training
+
+
+def describe(trainer: Trainer) -> str:
+    """What is about to run, in a few lines."""
+    config, geometry = trainer.config, trainer.config.model.geometry
+    probe = torch.empty(0, device=trainer.device)
+    backend = config.model.attention_backend
+    why = f"{backend}, asked for"
+    if backend == "auto":
+        why = "{}, {}".format(*explain_backend(probe, geometry))
+    total = config.train.steps * config.train.batch_tokens
+    lines = {
+        "run": Path(config.run.folder) / config.run.name,
+        "model": f"{trainer.model.num_parameters():,} parameters, {config.model.num_hidden_layers} layers "
+        f"({', '.join(config.model.layer_types)}), {config.train.precision}",
+        "device": f"{trainer.device}, {torch.get_num_threads()} threads; NSA backend {why}",
+        "data": f"{config.data.source}, {trainer.loader.num_documents} documents to train on and "
+        f"{len(trainer.held_out.document_names)} held out ({trainer.held_out.num_labels:,} tokens); tokenizer "
+        f"{trainer.tokenizer.name}, vocabulary {trainer.tokenizer.vocab_size}",
+        "steps": f"{config.train.steps} of {config.train.batch_tokens:,} tokens "
+        f"({config.num_micro_batches} x {config.train.micro_batch_rows} rows of "
+        f"{config.train.sequence_length}), {total:,} in all",
+    }
+    return "\n".join(f"{name:<7} {text}" for name, text in lines.items())
+
+
+def data_index(trainer: Trainer) -> dict[str, Any]:
+    """What is trained and evaluated on, for `data_index.json`."""
+    return {
+        "source": trainer.config.data.source,
+        "paths": list(trainer.config.data.paths),
+        "tokenizer": trainer.tokenizer.name,
+        "num_training_documents": trainer.loader.num_documents,
+        "held_out_documents": list(trainer.held_out.document_names),
+        "num_held_out_tokens": trainer.held_out.num_labels,
+        "num_held_out_bytes": trainer.held_out.num_bytes,
+    }
+
+
+def final_metrics(trainer: Trainer, stopped_by: str | None) -> dict[str, Any]:
+    """The run in numbers, for `metrics.json` and the report."""
+    first, last = trainer.evaluations[0], trainer.evaluations[-1]
+    tail = trainer.losses[-FINAL_LOSSES:]
+    return {
+        "step": trainer.step,
+        "tokens": trainer.tokens,
+        "stopped_by": stopped_by,
+        "num_parameters": trainer.model.num_parameters(),
+        "vocab_size": trainer.tokenizer.vocab_size,
+        "log_vocab_size": math.log(trainer.tokenizer.vocab_size),
+        "untrained_val_loss": first.val_loss,
+        "train_loss": sum(tail) / len(tail) if tail else None,
+        **{name: value for name, value in asdict(last).items() if name != "step"},
+        "best_val_loss": min(record.val_loss for record in trainer.evaluations),
+        "num_skipped_steps": trainer.guard.num_skipped,
+        "train_s": trainer.train_s,
+        "wall_s": time.perf_counter() - trainer.start_s,
+        "tokens_per_s": trainer.tokens / trainer.train_s if trainer.train_s else None,
+    }
