@@ -105,7 +105,7 @@ def _forward_group(q: Tensor, k: Tensor, v: Tensor, num_heads: int, stops: Itera
         o = acc.index_select(0, queries).view(*keep.shape, -1).mul_(keep.unsqueeze(-1))
         o.add_(nn(p.flatten(0, 1).unsqueeze(0), v[None, keys]).view_as(o))
         acc.index_copy_(0, queries, o.flatten(1))
-    out = acc.view(*total.shape, -1).div_(total.clamp(min=limits.tiny).unsqueeze(-1))
+    out = acc.view(*total.shape, v.shape[1]).div_(total.clamp(min=limits.tiny).unsqueeze(-1))
     return out, total.log2_().add_(top).mul_(LN_2)
 
 
