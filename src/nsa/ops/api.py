@@ -101,7 +101,10 @@ def nsa_attention(
     block_indices = select_blocks(q, k_cmp, lse_cmp, geometry, **options)
     out_slc, lse_slc = selected_attention(q, k, v, block_indices, geometry, **options)
     out_win, lse_win = window_attention(q, k_win, v_win, geometry, **options)
-    out = combine(out_cmp, out_slc, out_win, gates)
+    if choose_backend(backend, q, geometry) == "triton":
+        out = torch.ops.nsa.combine(out_cmp, out_slc, out_win, gates, "triton")
+    else:
+        out = combine(out_cmp, out_slc, out_win, gates)
     return (out, NSAAux(block_indices, lse_cmp, lse_slc, lse_win)) if return_aux else out
 
 

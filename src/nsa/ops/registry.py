@@ -35,6 +35,9 @@ _SCHEMAS = {
     "selected_attention_backward": f"({_SAVED}, Tensor block_indices, {_KEYS}) -> (Tensor, Tensor, Tensor)",
     "window_attention_backward": f"({_SAVED}, Tensor? cu_seqlens, int[] geometry, int q_start, int k_start, "
     "float scale, str backend) -> (Tensor, Tensor, Tensor)",
+    "combine": "(Tensor out_cmp, Tensor out_slc, Tensor out_win, Tensor gates, str backend) -> Tensor",
+    "combine_backward": "(Tensor dout, Tensor out_cmp, Tensor out_slc, Tensor out_win, Tensor gates, str backend) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
 }
 
 
@@ -127,3 +130,27 @@ def _mean_pool_backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
 
 
 torch.library.register_autograd("nsa::mean_pool", _mean_pool_backward, setup_context=_mean_pool_setup, lib=_library)
+
+
+@torch.library.register_fake("nsa::combine", lib=_library)
+def _combine_fake(out_cmp: Tensor, out_slc: Tensor, out_win: Tensor, gates: Tensor, backend: str) -> Tensor:
+    return out_cmp.new_empty(out_cmp.shape)
+
+
+@torch.library.register_fake("nsa::combine_backward", lib=_library)
+def _combine_backward_fake(
+    dout: Tensor, out_cmp: Tensor, out_slc: Tensor, out_win: Tensor, gates: Tensor, backend: str
+) -> tuple[Tensor, ...]:
+    return tuple(x.new_empty(x.shape) for x in (out_cmp, out_slc, out_win, gates))
+
+
+def _combine_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.backend = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _combine_backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+    return (*torch.ops.nsa.combine_backward(dout, *ctx.saved_tensors, ctx.backend), None)
+
+
+torch.library.register_autograd("nsa::combine", _combine_backward, setup_context=_combine_setup, lib=_library)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
+
+import torch
 from torch import Tensor
 
 from nsa.geometry import BlockGeometry
 
 BACKENDS = ("reference", "torch", "triton")
+TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+MAX_TRITON_HEAD_SIZE = 256
 
 
 def choose_backend(backend: str, x: Tensor, geometry: BlockGeometry) -> str:
@@ -35,4 +40,15 @@ def explain_backend(x: Tensor, geometry: BlockGeometry) -> tuple[str, str]:
 
 
 def _why_not_triton(x: Tensor) -> str | None:
-    return "this version has no Triton kernels yet"
+    if x.device.type != "cuda":
+        return f"it needs a CUDA device of compute capability 8.0 or newer, not {x.device.type!r}"
+    if x.dtype not in TRITON_DTYPES:
+        return f"it takes fp16, bf16 and fp32, not {x.dtype}"
+    if x.shape[-1] > MAX_TRITON_HEAD_SIZE:
+        return f"it takes head sizes up to {MAX_TRITON_HEAD_SIZE}, not {x.shape[-1]}"
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    capability = torch.cuda.get_device_capability(x.device)
+    if capability < (8, 0):
+        return f"it needs compute capability 8.0 or newer, not {capability[0]}.{capability[1]}"
+    return None

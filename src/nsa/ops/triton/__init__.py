@@ -1,7 +1,8 @@
 """The Triton backend: the functions that `nsa.ops.registry` calls, `<stage>_forward` and `<stage>_backward`.
 
 Reading order: common (which keys a query sees), dense_fwd and dense_bwd (compressed and window branch), score_topk (the
-choice of blocks), invert (its inversion), select_fwd and select_bwd (selected branch), compress (mean pooling).
+choice of blocks), invert (its inversion), select_fwd and select_bwd (selected branch), combine (gates),
+compress (mean pooling).
 
 Arguments and shapes are those of the operators in `nsa.ops.registry`; `geometry` is `BlockGeometry.as_tuple()`. Nothing
 here waits for the device, keeps state between calls, or depends on the order in which programs run.
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from nsa.geometry import BlockGeometry
-from nsa.ops.triton import compress, dense_bwd, dense_fwd, score_topk, select_bwd, select_fwd
+from nsa.ops.triton import combine, compress, dense_bwd, dense_fwd, score_topk, select_bwd, select_fwd
 from nsa.ops.triton.common import fit, make_layout
 
 Geometry = Sequence[int]
@@ -76,8 +77,6 @@ def select_blocks_forward(
         return score_topk.select_blocks(fit(q), fit(k_cmp), lse, shape, layout, q_start, scale)
 
 
-
-
 def selected_attention_forward(
     q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, cu_seqlens: Tensor | None, geometry: Geometry,
     q_start: int, scale: float,
@@ -100,6 +99,18 @@ def selected_attention_backward(
             fit(dout), dlse, fit(q), fit(k), fit(v), fit(out), lse, block_indices, shape, layout, q_start, scale
         )
         return _cut(dq, q), _cut(dk, k), _cut(dv, v)
+
+
+def combine_forward(out_cmp: Tensor, out_slc: Tensor, out_win: Tensor, gates: Tensor) -> Tensor:
+    with torch.cuda.device_of(gates):
+        return combine.combine(out_cmp, out_slc, out_win, gates)
+
+
+def combine_backward(
+    dout: Tensor, out_cmp: Tensor, out_slc: Tensor, out_win: Tensor, gates: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    with torch.cuda.device_of(gates):
+        return combine.combine_backward(dout, out_cmp, out_slc, out_win, gates)
 
 
 def _dense_forward(

@@ -55,7 +55,9 @@ def query_tile(q: Tensor, head_dim: int, value_head_dim: int, large: bool) -> di
 
 
 @triton.jit(do_not_specialize=["num_rows"])
-def delta_kernel(out_ptr, dout_ptr, dlse_ptr, delta_ptr, num_rows, DV: tl.constexpr, DLSE: tl.constexpr, ROWS: tl.constexpr):
+def delta_kernel(
+    out_ptr, dout_ptr, dlse_ptr, delta_ptr, num_rows, DV: tl.constexpr, DLSE: tl.constexpr, ROWS: tl.constexpr
+):
     """delta = sum(out * dout) - dlse, so that dS = P (dP - delta) covers the log-sum-exp's gradient too."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     offset = row[:, None] * DV + tl.arange(0, DV)[None, :]
@@ -278,7 +280,9 @@ def dense_backward(
     rows = T * G
     # A tile of whole tokens is a box of q and dout; other group sizes are loaded row by row.
     boxes = by_key["BLOCK_M"] % G == 0
-    queries = (describe_rows(q, by_key["BLOCK_M"], G), describe_rows(dout, by_key["BLOCK_M"], G)) if boxes else (q, dout)
+    queries = (
+        (describe_rows(q, by_key["BLOCK_M"], G), describe_rows(dout, by_key["BLOCK_M"], G)) if boxes else (q, dout)
+    )
     dense_key_kernel[(triton.cdiv(S, by_key["BLOCK_N"]), B * Hkv, splits)](
         queries[0], k, v, queries[1], lse, delta, dk, dv, *documents, *numbers, triton.cdiv(T, splits) * G, TMA=boxes,
         **shape, **by_key,

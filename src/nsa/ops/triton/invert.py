@@ -45,15 +45,17 @@ class Inversion(NamedTuple):
 
 
 class Items(NamedTuple):
-    """Work items of one chunk.
+    """Work items of every range of tokens.
 
     Attributes:
-        table: int32 `[heads, bound, 3]`: block (-1 where there is no item), first entry, end of the entries.
-        first: int32 `[heads, J + 1]`: the items of a block are first[j] .. first[j + 1] - 1.
+        table: int32 `[ranges, B*Hkv, bound, 3]`: block (-1 where there is no item), first entry, end of the entries.
+        first: int32 `[ranges, B*Hkv, J + 1]`: the items of a block are first[j] .. first[j + 1] - 1.
+        range_tokens: tokens of one range.
     """
 
     table: Tensor
     first: Tensor
+    range_tokens: int
 
 
 class Chunk(NamedTuple):
@@ -128,16 +130,16 @@ def sort_kernel(
         tl.debug_barrier()  # the next token reads the counters
 
 
-@triton.jit(do_not_specialize=["J", "segments", "item_entries", "num_chunks"])
+@triton.jit(do_not_specialize=["J", "segments", "item_entries", "range_segments"])
 def first_item_kernel(
-    ends_ptr, first_ptr, chunk_ptr, J, segments, item_entries, num_chunks, BLOCKS: tl.constexpr
+    ends_ptr, first_ptr, J, segments, item_entries, range_segments, BLOCKS: tl.constexpr
 ):  # fmt: skip
-    """Number of each block's first item, among the items of one head and chunk."""
+    """Number of each block's first item, among the items of one head and range."""
     head = tl.program_id(0)
-    chunk = tl.program_id(1)
-    segment_start, segment_end = tl.load(chunk_ptr + chunk), tl.load(chunk_ptr + chunk + 1)
+    segment_start = tl.program_id(1) * range_segments
+    segment_end = tl.minimum(segment_start + range_segments, segments)
     ends_ptr += head.to(tl.int64) * J * segments
-    first_ptr += (head * num_chunks + chunk) * (J + 1)
+    first_ptr += (tl.program_id(1) * tl.num_programs(0) + head) * (J + 1)
     total = 0
     tl.store(first_ptr, total)
     for first in range(0, J, BLOCKS):
@@ -151,16 +153,16 @@ def first_item_kernel(
         total += tl.sum(count, 0)
 
 
-@triton.jit(do_not_specialize=["J", "segments", "item_entries", "num_chunks", "bound", "steps"])
+@triton.jit(do_not_specialize=["J", "segments", "item_entries", "range_segments", "bound", "steps"])
 def item_kernel(
-    ends_ptr, first_ptr, item_ptr, chunk_ptr, J, segments, item_entries, num_chunks, bound, steps, BLOCK: tl.constexpr
+    ends_ptr, first_ptr, item_ptr, J, segments, item_entries, range_segments, bound, steps, BLOCK: tl.constexpr
 ):
     """Block, first entry and end of each item; block -1 for those beyond the last."""
     head = tl.program_id(1)
-    chunk = tl.program_id(2)
-    segment_start, segment_end = tl.load(chunk_ptr + chunk), tl.load(chunk_ptr + chunk + 1)
+    segment_start = tl.program_id(2) * range_segments
+    segment_end = tl.minimum(segment_start + range_segments, segments)
     ends_ptr += head.to(tl.int64) * J * segments
-    first_ptr += (head * num_chunks + chunk) * (J + 1)
+    first_ptr += (tl.program_id(2) * tl.num_programs(1) + head) * (J + 1)
     item = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     j = find_document(first_ptr, item, J, steps)  # the last block whose items begin at or before this one
     live = j < J
@@ -168,7 +170,7 @@ def item_kernel(
     entry = tl.load(ends_ptr + row + segment_start - 1, mask=live & (head + row + segment_start > 0), other=0)
     entry += (item - tl.load(first_ptr + j)) * item_entries
     end = tl.load(ends_ptr + row + segment_end - 1, mask=live, other=0)
-    item_ptr += ((chunk.to(tl.int64) * tl.num_programs(1) + head) * bound + item) * 3
+    item_ptr += ((tl.program_id(2).to(tl.int64) * tl.num_programs(1) + head) * bound + item) * 3
     tl.store(item_ptr, tl.where(live, j, -1), mask=item < bound)
     tl.store(item_ptr + 1, entry, mask=item < bound)
     tl.store(item_ptr + 2, tl.minimum(entry + item_entries, end), mask=item < bound)
@@ -197,9 +199,9 @@ def invert(block_indices: Tensor, geometry: BlockGeometry, layout: Layout | None
     return Inversion(entries, cursor, segment, geometry.select_block_size // ratio, ratio, slots)
 
 
-def cut_chunks(num_heads: int, num_tokens: int, token_bytes: int, segment: int, budget: int) -> list[Chunk]:
-    """Chunks whose scratch of `token_bytes` for each head and token stays within `budget` where a segment does."""
-    tokens = max(segment, budget // token_bytes // segment * segment)
+def cut_chunks(num_heads: int, num_tokens: int, token_bytes: int, granule: int, budget: int) -> list[Chunk]:
+    """Chunks of whole granules of tokens whose scratch of `token_bytes` a head and token stays within `budget`."""
+    tokens = max(granule, budget // token_bytes // granule * granule)
     if tokens >= num_tokens:
         heads = max(1, min(num_heads, budget // (token_bytes * num_tokens)))
         return [Chunk(h, min(h + heads, num_heads), 0, num_tokens) for h in range(0, num_heads, heads)]
@@ -207,27 +209,17 @@ def cut_chunks(num_heads: int, num_tokens: int, token_bytes: int, segment: int, 
     return [Chunk(h, h + 1, t, min(t + tokens, num_tokens)) for h in range(num_heads) for t in starts]
 
 
-def plan(inversion: Inversion, chunks: list[Chunk], item_entries: int) -> list[Items]:
-    """The work items of every chunk, all made at once; each chunk's token ranges are the same for all heads."""
+def plan(inversion: Inversion, num_tokens: int, range_tokens: int, item_entries: int) -> Items:
+    """The work items of every range of `range_tokens` tokens (whole segments), all made at once."""
     heads, num_blocks, segments = inversion.ends.shape
-    device, segment = inversion.ends.device, inversion.segment
-    starts = sorted({c.token for c in chunks})
-    num_ranges = len(starts)
-    step = starts[1] // segment if num_ranges > 1 else segments
-    bounds = torch.arange(num_ranges + 1, dtype=torch.int32, device=device).mul_(step).clamp_(max=segments)
-    bound = max(num_items(inversion, chunk, item_entries) for chunk in chunks)
-    first = torch.empty(heads, num_ranges, num_blocks + 1, dtype=torch.int32, device=device)
-    items = torch.empty(num_ranges, heads, bound, 3, dtype=torch.int32, device=device)
-    sizes = (num_blocks, segments, item_entries, num_ranges)
-    first_item_kernel[(heads, num_ranges)](inversion.ends, first, bounds, *sizes, BLOCKS=1024)
+    device, range_segments = inversion.ends.device, triton.cdiv(range_tokens, inversion.segment)
+    num_ranges = triton.cdiv(num_tokens, range_tokens)
+    bound = min(range_tokens, num_tokens) * inversion.slots // item_entries + num_blocks
+    first = torch.empty(num_ranges, heads, num_blocks + 1, dtype=torch.int32, device=device)
+    table = torch.empty(num_ranges, heads, bound, 3, dtype=torch.int32, device=device)
+    sizes = (num_blocks, segments, item_entries, range_segments)
+    first_item_kernel[(heads, num_ranges)](inversion.ends, first, *sizes, BLOCKS=1024)
     item_kernel[(triton.cdiv(bound, 256), heads, num_ranges)](
-        inversion.ends, first, items, bounds, *sizes, bound, (num_blocks + 1).bit_length(), BLOCK=256
+        inversion.ends, first, table, *sizes, bound, (num_blocks + 1).bit_length(), BLOCK=256
     )
-    places = [(starts.index(c.token), c.head, c.head_end) for c in chunks]
-    return [Items(items[i, head:end], first[head:end, i]) for i, head, end in places]
-
-
-def num_items(inversion: Inversion, chunk: Chunk, item_entries: int) -> int:
-    """The most items that one head of a chunk can have."""
-    tokens = chunk.token_end - chunk.token
-    return tokens * inversion.slots // item_entries + inversion.ends.shape[1]
+    return Items(table, first, range_tokens)

@@ -51,7 +51,9 @@ def _score_step(
     tl.store(mass_ptr + token_row[None, :] * width + keys[:, None], mass, mask=live_token[None, :])
 
 
-@triton.jit(do_not_specialize=["T", "N", "q_start", "num_docs", "steps", "head_start", "token_start", "token_end", "first_tile"])
+@triton.jit(
+    do_not_specialize=["T", "N", "q_start", "num_docs", "steps", "head_start", "token_start", "token_end", "first_tile"]
+)
 def score_kernel(
     q_ptr, k_desc, lse_ptr, mass_ptr, cu_ptr, cu_cmp_ptr, scale_log2, log2e,
     T, N, q_start, num_docs, steps, head_start, token_start, token_end, first_tile, width,
@@ -184,7 +186,7 @@ def choice_kernel(
 
 def select_blocks(
     q: Tensor, k_cmp: Tensor, lse: Tensor, geometry: BlockGeometry, layout: Layout | None, q_start: int, scale: float,
-    tile: dict[str, int] | None = None, scratch_bytes: int = SCRATCH_BYTES, max_chunk: int = 512,
+    tile: dict[str, int] | None = None, scratch_bytes: int = SCRATCH_BYTES, max_chunk: int = 256,
 ) -> Tensor:  # fmt: skip
     """int32 `[B, T, Hkv, n]`, ascending, padded with -1 (Eq. 8-12), for fitting tensors."""
     B, T, H, Dk = q.shape

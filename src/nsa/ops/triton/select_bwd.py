@@ -22,8 +22,8 @@ from nsa.ops.triton.dense_bwd import make_delta
 from nsa.ops.triton.invert import Inversion, cut_chunks, invert, plan
 from nsa.ops.triton.select_fwd import REDUCE_ELEMENTS, item_keys
 
-SCRATCH_BYTES = 512 * 2**20
-ITEM_ROWS = 8192
+SCRATCH_BYTES = 768 * 2**20
+ITEM_ROWS = 4096
 
 
 def select_backward_tile(q: Tensor, head_dim: int, value_head_dim: int, large: bool) -> dict[str, int]:
@@ -135,7 +135,9 @@ def select_key_reduce_kernel(
         item = tl.program_id(1) * bound + first
         n = tl.arange(0, BLOCK_N)
         key = tl.load(key_ptr + 2 * item) + n
-        live = (key < tl.load(key_ptr + 2 * item + 1))[:, None]  # a short last block ends where the next document begins
+        live = (key < tl.load(key_ptr + 2 * item + 1))[
+            :, None
+        ]  # a short last block ends where the next document begins
         key_row = (((head // HKV).to(tl.int64) * S + key) * HKV + head % HKV)[:, None]
         dk_column, dv_column = tl.arange(0, DK)[None, :], tl.arange(0, DV)[None, :]
         dk = tl.load(dk_ptr + key_row * DK + dk_column, mask=live, other=0.0)
@@ -173,17 +175,19 @@ def select_backward(
     chunks = cut_chunks(B * Hkv, T, G * slots * Dk * q.element_size(), inversion.segment, scratch_bytes)
     most = max((c.head_end - c.head) * (c.token_end - c.token) for c in chunks)
     part = q.new_empty(most * G * slots, Dk)
-    plans = plan(inversion, chunks, item_entries)
-    most_items = max(items.table[..., 0].numel() for items in plans)
+    items = plan(inversion, T, max(c.token_end - c.token for c in chunks), item_entries)
+    bound, num_blocks = items.table.shape[2], items.first.shape[2] - 1
+    most_items = max(c.head_end - c.head for c in chunks) * bound
     item_dk = torch.empty(most_items * block, Dk, dtype=torch.float32, device=k.device)
     item_dv = torch.empty(most_items * block, Dv, dtype=torch.float32, device=k.device)
     item_key = torch.empty(most_items, 2, dtype=torch.int32, device=k.device)
-    for chunk, items in zip(chunks, plans, strict=True):
+    for chunk in chunks:
         heads, tokens = chunk.head_end - chunk.head, chunk.token_end - chunk.token
-        bound, num_blocks = items.table.shape[1], items.first.shape[1] - 1
+        place = (chunk.token // items.range_tokens, slice(chunk.head, chunk.head_end))
+        table, first = items.table[place], items.first[place]
         select_backward_kernel[(bound, heads)](
             q, k, v, dout, lse, delta, part, item_dk, item_dv, item_key,
-            inversion.entries, items.table, *documents,
+            inversion.entries, table, *documents,
             scale * LOG2E, LOG2E, T, S, q_start, chunk.head, chunk.token, tokens, bound,
             H=H, HKV=Hkv, DK=Dk, DV=Dv, BLOCK=block, RATIO=inversion.ratio, SLOTS=slots, PACKED=layout is not None,
             PRECISION=dot_precision(q), BLOCK_N=block_n, **tile,
@@ -194,7 +198,7 @@ def select_backward(
             H=H, HKV=Hkv, DK=Dk, RATIO=inversion.ratio, SLOTS=slots, ROWS=rows, num_warps=4,
         )  # fmt: skip
         select_key_reduce_kernel[(num_blocks, heads)](
-            item_dk, item_dv, item_key, items.first, dk, dv, scale, S, items.first.stride(0), chunk.head, bound,
+            item_dk, item_dv, item_key, first, dk, dv, scale, S, num_blocks + 1, chunk.head, bound,
             HKV=Hkv, DK=Dk, DV=Dv, BLOCK=block, BLOCK_N=block_n, num_warps=8,
         )  # fmt: skip
     return dq, dk.to(k.dtype), dv.to(v.dtype)

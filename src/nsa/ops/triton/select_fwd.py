@@ -20,7 +20,7 @@ from nsa.ops.triton.common import LN2, LOG2E, Layout, dot_precision, has_large_s
 from nsa.ops.triton.invert import Inversion, cut_chunks, invert, plan
 
 SCRATCH_BYTES = 768 * 2**20
-ITEM_ROWS = 2048
+ITEM_ROWS = 1024
 REDUCE_ELEMENTS = 2048
 
 
@@ -31,7 +31,7 @@ def select_tile(q: Tensor, head_dim: int, value_head_dim: int, large: bool) -> d
         return {"BLOCK_M": 16, "num_warps": 4, "num_stages": 1}
     if not large:
         return {"BLOCK_M": 32 if widest > 128 else 64, "num_warps": 4, "num_stages": 1}
-    return {"BLOCK_M": 64, "num_warps": 8 if widest > 128 else 4, "num_stages": 2}
+    return {"BLOCK_M": 64, "num_warps": 8 if widest > 128 else 4, "num_stages": 1}
 
 
 @triton.jit
@@ -55,12 +55,12 @@ def select_forward_kernel(
     SLOTS: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     G: tl.constexpr = H // HKV
+    head = head_start + tl.program_id(1)
     item_ptr += (tl.program_id(1).to(tl.int64) * bound + tl.program_id(0)) * 3
     block = tl.load(item_ptr)
     if block >= 0:
         entry = tl.load(item_ptr + 1)
         num_rows = (tl.load(item_ptr + 2) - entry) * G
-        head = head_start + tl.program_id(1)
         b = (head // HKV).to(tl.int64)
         group = head % HKV
         key_start = item_keys(entries_ptr, entry, block, doc_ptr, base_ptr, SLOTS, RATIO, BLOCK, PACKED)
@@ -154,13 +154,15 @@ def select_forward(
     most = max((c.head_end - c.head) * (c.token_end - c.token) for c in chunks)
     part = q.new_empty(most * G * slots, Dv)
     part_lse = q.new_empty(most * G * slots, dtype=torch.float32)
-    for chunk, items in zip(chunks, plan(inversion, chunks, item_entries), strict=True):
+    items = plan(inversion, T, max(c.token_end - c.token for c in chunks), item_entries)
+    bound = items.table.shape[2]
+    for chunk in chunks:
         heads, tokens = chunk.head_end - chunk.head, chunk.token_end - chunk.token
-        bound = items.table.shape[1]
+        table = items.table[chunk.token // items.range_tokens, chunk.head : chunk.head_end]
         select_forward_kernel[(bound, heads)](
-            q, k, v, part, part_lse, inversion.entries, items.table, *documents,
-            scale * LOG2E, T, S, q_start, chunk.head, chunk.token, tokens, bound, DK=Dk, BLOCK=inversion.sub_block,
-            PACKED=layout is not None, PRECISION=dot_precision(q),
+            q, k, v, part, part_lse, inversion.entries, table, *documents,
+            scale * LOG2E, T, S, q_start, chunk.head, chunk.token, tokens, bound,
+            DK=Dk, BLOCK=inversion.sub_block, PACKED=layout is not None, PRECISION=dot_precision(q),
             BLOCK_N=max(16, triton.next_power_of_2(inversion.sub_block)), **shape, **tile,
         )  # fmt: skip
         rows = max(1, REDUCE_ELEMENTS // Dv)
