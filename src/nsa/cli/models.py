@@ -12,7 +12,7 @@ from transformers.utils import logging
 import nsa.hf  # noqa: F401  (registers the model with the auto classes)
 from nsa.data.tokenizers import Tokenizer, load_tokenizer
 from nsa.train.checkpoint import newest_checkpoint
-from nsa.train.run import choose_device
+from nsa.train.device import choose_device
 
 
 def load_model(folder: Path, device: str = "auto") -> tuple[PreTrainedModel, Tokenizer]:
