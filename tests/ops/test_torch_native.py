@@ -122,6 +122,15 @@ def test_gradients_equal_finite_differences_log_sum_exps_included(name, cu):
         check(lambda *x: finite(*selected_attention(*x, blocks, geometry, **options)), q, k, v)
 
 
+@pytest.mark.parametrize("name", ROUTES)
+def test_blocks_after_a_query_are_not_seen(name):
+    geometry = BlockGeometry(4, 2, 4, 4, window_size=4)
+    blocks = torch.tensor([0, 3, 6, 7], dtype=torch.int32).expand(1, 30, 1, 4)
+    tensors = [torch.randn(1, 30, n, 4, dtype=torch.float64) for n in (2, 1, 1)]
+    with route(name):
+        assert_equal_to_reference(selected_attention, tensors, blocks, geometry)
+
+
 def noncontiguous(x: torch.Tensor) -> torch.Tensor:
     """The same numbers with other strides: heads outermost in memory."""
     return x.transpose(1, 2).contiguous().transpose(1, 2)
@@ -233,10 +242,10 @@ def lowest_blocks(position: int, geometry: BlockGeometry) -> list[int]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("block", [32, 16], ids=["weights 1 2 2 2 1", "no overlap"])
+@pytest.mark.parametrize("sizes", [(32, 16, 64, 6), (16, 16, 64, 6), (16, 16, 16, 4, 1, 1), (4, 4, 4, 6, 1, 1)])
 @pytest.mark.parametrize("length", [333, 1500])
-def test_equal_keys_tie_to_the_lower_block(dtype, block, length):
-    geometry = BlockGeometry(block, 16, 64, 6)
+def test_equal_keys_tie_to_the_lower_block(dtype, sizes, length):
+    geometry = BlockGeometry(*sizes)
     q, key = torch.randn(1, length, 6, 64, dtype=dtype), torch.randn(1, 1, 2, 64, dtype=dtype)
     k_cmp = key.expand(1, geometry.num_compressed(length), 2, 64)
     _, lse = compressed_attention(q, k_cmp, k_cmp, geometry, backend="torch")
