@@ -21,6 +21,7 @@ COMMANDS = {
     "train": ("nsa.cli.train", "train a model from a YAML config"),
     "generate": ("nsa.cli.generate", "continue a text, printed as it is produced"),
     "inspect": ("nsa.cli.inspect", "show which blocks of a prompt each query selects"),
+    "bench": ("nsa.cli.bench", "measure speed and memory on this machine"),
     "compare": ("nsa.cli.compare", "draw the loss curves of several runs into one picture and table"),
 }
 
