@@ -3,6 +3,9 @@
 Shapes: out_cmp, out_slc, out_win, dout `[B, T, H, Dv]`, gates `[B, T, H, 3]`; row = a token's head.
 """
 
+# Kernels are typed by Triton, not by Python.
+# pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportReturnType=false
+# pyright: reportGeneralTypeIssues=false, reportPossiblyUnboundVariable=false
 from __future__ import annotations
 
 import torch

@@ -4,6 +4,9 @@ Shapes: x `[B, T, Hkv, D]`, out `[B, N, Hkv, D]`; C = Hkv * D columns. The backw
 at most l/d blocks, so no two programs write one element.
 """
 
+# Kernels are typed by Triton, not by Python.
+# pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportReturnType=false
+# pyright: reportGeneralTypeIssues=false, reportPossiblyUnboundVariable=false
 from __future__ import annotations
 
 import torch

@@ -1,9 +1,12 @@
 """Forward of the compressed and the window branch: flash attention over the interval of keys that each query sees.
 
-Shapes: q `[B, T, H, Dk]`, k `[B, S, Hkv, Dk]`, v `[B, S, Hkv, Dv]`. A tile holds BLOCK_M rows (token, head of the group)
-of one group. Keys that all rows of a tile see go through a loop without masks; the ends of the interval through another.
+Shapes: q `[B, T, H, Dk]`, k `[B, S, Hkv, Dk]`, v `[B, S, Hkv, Dv]`. A tile holds BLOCK_M rows (token, head) of one
+group. Keys that all rows of a tile see go through a loop without masks, the ends of the interval through another.
 """
 
+# Kernels are typed by Triton, not by Python.
+# pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportReturnType=false
+# pyright: reportGeneralTypeIssues=false, reportPossiblyUnboundVariable=false
 from __future__ import annotations
 
 import torch

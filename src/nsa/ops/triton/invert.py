@@ -8,6 +8,9 @@ Blocks longer than 128 tokens are cut into `ratio` sub-blocks, each a slot of it
 blocks from `Layout.block_base`. Legend: slots = n * ratio, J block numbers, segments of `segment` tokens.
 """
 
+# Kernels are typed by Triton, not by Python.
+# pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportReturnType=false
+# pyright: reportGeneralTypeIssues=false, reportPossiblyUnboundVariable=false
 from __future__ import annotations
 
 from typing import NamedTuple

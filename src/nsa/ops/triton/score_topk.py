@@ -2,7 +2,7 @@
 
 The score kernel holds the queries of TOKENS tokens as columns, head-major (column = head * TOKENS + token), so that the
 sum over the heads of a group stays within a thread. For each compressed key it multiplies again, takes the probability
-from the final log-sum-exp, and stores the group's sum: fp32 `[heads, tokens, keys]` of one chunk, at most SCRATCH_BYTES.
+from the final log-sum-exp, and stores the group's sum: fp32 `[heads, tokens, keys]` of a chunk, about SCRATCH_BYTES.
 The choice kernel has one warp for each token and group. It forms the blocks' importance by the Eq. 9 stencil and finds
 the n-th largest by bisection on the bits of the scores, CHUNK candidates at a time merged into a running list of n. Any
 length takes this one path, and ties go to the lower index because list and candidates stay in index order.
@@ -10,6 +10,9 @@ length takes this one path, and ties go to the lower index because list and cand
 Shapes: q `[B, T, H, Dk]`, k_cmp `[B, N, Hkv, Dk]`, lse `[B, T, H]`, out int32 `[B, T, Hkv, n]`.
 """
 
+# Kernels are typed by Triton, not by Python.
+# pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportReturnType=false
+# pyright: reportGeneralTypeIssues=false, reportPossiblyUnboundVariable=false
 from __future__ import annotations
 
 import torch
@@ -164,7 +167,7 @@ def choice_kernel(
             threshold = _threshold(bits, COUNT)
             above = (bits > threshold).to(tl.int32)
             tied = (bits == threshold).to(tl.int32)
-            # Numbers of those above and, in the upper half, of those equal, up to each candidate in the order of blocks.
+            # Numbers of those above and, in the upper half, of those equal, up to each candidate.
             before = tl.cumsum(above + tied * 65536, 0)
             num_above = tl.sum(above, 0)
             room = COUNT - num_above

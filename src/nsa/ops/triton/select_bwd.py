@@ -9,6 +9,9 @@ Shapes: as in `select_fwd`, dout `[B, T, H, Dv]`, lse and delta `[B, T, H]`; dK 
 `[heads, bound, sub_block, D]`, fp32.
 """
 
+# Kernels are typed by Triton, not by Python.
+# pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportReturnType=false
+# pyright: reportGeneralTypeIssues=false, reportPossiblyUnboundVariable=false
 from __future__ import annotations
 
 import torch
@@ -135,9 +138,8 @@ def select_key_reduce_kernel(
         item = tl.program_id(1) * bound + first
         n = tl.arange(0, BLOCK_N)
         key = tl.load(key_ptr + 2 * item) + n
-        live = (key < tl.load(key_ptr + 2 * item + 1))[
-            :, None
-        ]  # a short last block ends where the next document begins
+        # A short last block ends where the next document begins.
+        live = (key < tl.load(key_ptr + 2 * item + 1))[:, None]
         key_row = (((head // HKV).to(tl.int64) * S + key) * HKV + head % HKV)[:, None]
         dk_column, dv_column = tl.arange(0, DK)[None, :], tl.arange(0, DV)[None, :]
         dk = tl.load(dk_ptr + key_row * DK + dk_column, mask=live, other=0.0)
@@ -172,7 +174,8 @@ def select_backward(
     block_n = max(16, triton.next_power_of_2(block))
     documents = (q, q, q) if layout is None else (layout.doc_start, layout.doc_end, layout.block_base)
     item_entries = max(1, item_rows // G)
-    chunks = cut_chunks(B * Hkv, T, G * slots * Dk * q.element_size(), inversion.segment, scratch_bytes)
+    token_bytes = G * slots * Dk * q.element_size()
+    chunks = cut_chunks(B * Hkv, T, token_bytes, inversion.segment, scratch_bytes)
     most = max((c.head_end - c.head) * (c.token_end - c.token) for c in chunks)
     part = q.new_empty(most * G * slots, Dk)
     items = plan(inversion, T, max(c.token_end - c.token for c in chunks), item_entries)

@@ -8,6 +8,9 @@ Shapes: q `[B, T, H, Dk]`, k `[B, S, Hkv, Dk]`, v `[B, S, Hkv, Dv]`, block_indic
 `[heads, tokens, slots, G, Dv]` of a chunk, in the dtype of q; their log-sum-exps, base 2, without the last size.
 """
 
+# Kernels are typed by Triton, not by Python.
+# pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportReturnType=false
+# pyright: reportGeneralTypeIssues=false, reportPossiblyUnboundVariable=false
 from __future__ import annotations
 
 import torch
@@ -31,7 +34,9 @@ def select_tile(q: Tensor, head_dim: int, value_head_dim: int, large: bool) -> d
         return {"BLOCK_M": 16, "num_warps": 4, "num_stages": 1}
     if not large:
         return {"BLOCK_M": 32 if widest > 128 else 64, "num_warps": 4, "num_stages": 1}
-    return {"BLOCK_M": 64, "num_warps": 8 if widest > 128 else 4, "num_stages": 1}
+    if widest > 128:
+        return {"BLOCK_M": 64, "num_warps": 8, "num_stages": 1}
+    return {"BLOCK_M": 64, "num_warps": 4, "num_stages": 1, "maxnreg": 128}  # four programs a multiprocessor
 
 
 @triton.jit
@@ -70,27 +75,31 @@ def select_forward_kernel(
         k = tl.load(k_ptr + key_row[:, None] * DK + tl.arange(0, DK)[None, :], mask=live_key[:, None], other=0.0)
         v = tl.load(v_ptr + key_row[:, None] * DV + tl.arange(0, DV)[None, :], mask=live_key[:, None], other=0.0)
         position = tl.where(live_key, key_start + n, S) - q_start
+        # One 64-bit base for each tensor; offsets within the chunk fit 32 bits (see `chunk_token_bytes`).
+        q_ptr += ((b * T + token_start) * H + group * G) * DK
+        part_row = tl.program_id(1).to(tl.int64) * num_tokens * (SLOTS * G)
+        part_ptr += part_row * DV
+        part_lse_ptr += part_row
+        entries_ptr += entry
         for start in tl.range(0, num_rows, BLOCK_M):
-            row = start + tl.arange(0, BLOCK_M)
-            live = row < num_rows
-            place = tl.load(entries_ptr + entry + row // G, mask=live, other=0)
+            row = tl.minimum(start + tl.arange(0, BLOCK_M), num_rows - 1)  # the last row may repeat, with its own value
+            place = tl.load(entries_ptr + row // G)
             t = place // SLOTS
-            q_row = (b * T + t) * H + group * G + row % G
-            q = tl.load(q_ptr + q_row[:, None] * DK + tl.arange(0, DK)[None, :], mask=live[:, None], other=0.0)
-            s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2
-            s = tl.where(position[None, :] <= t[:, None], s, float("-inf"))
-            best = tl.max(s, 1)
+            q_row = (t - token_start) * H + row % G
+            q = tl.load(q_ptr + (q_row[:, None] * DK + tl.arange(0, DK)[None, :]))
+            s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+            # Entries are in the order of tokens: only the first few are of tokens within the block.
+            if (BLOCK < BLOCK_N) | (tl.load(entries_ptr + start // G) // SLOTS < key_start + BLOCK - q_start):
+                s = tl.where(position[None, :] <= t[:, None], s, float("-inf"))
+            best = tl.max(s, 1) * scale_log2
             best = tl.where(best == float("-inf"), 0.0, best)
-            p = tl.math.exp2(s - best[:, None])
+            p = tl.math.exp2(s * scale_log2 - best[:, None])
             total = tl.sum(p, 1)
             out = tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
             out = out * (1.0 / tl.where(total == 0.0, 1.0, total))[:, None]
-            part = (tl.program_id(1).to(tl.int64) * num_tokens - token_start) * SLOTS + place
-            part = part * G + row % G
-            target = part_ptr + part[:, None] * DV + tl.arange(0, DV)[None, :]
-            tl.store(target, out.to(part_ptr.dtype.element_ty), mask=live[:, None])
-            lse = tl.where(total == 0.0, float("-inf"), best + tl.math.log2(total))
-            tl.store(part_lse_ptr + part, lse, mask=live)
+            part = (place - token_start * SLOTS) * G + row % G
+            tl.store(part_ptr + (part[:, None] * DV + tl.arange(0, DV)[None, :]), out.to(part_ptr.dtype.element_ty))
+            tl.store(part_lse_ptr + part, tl.where(total == 0.0, float("-inf"), best + tl.math.log2(total)))
 
 
 @triton.jit(do_not_specialize=["T", "head_start", "token_start", "num_tokens"])
@@ -130,6 +139,11 @@ def select_reduce_kernel(
     tl.store(lse_ptr + out_row, tl.where(total == 0.0, float("-inf"), (best + tl.math.log2(total)) * LN2), mask=live)
 
 
+def chunk_token_bytes(scratch: int, columns: int, scratch_bytes: int) -> int:
+    """Scratch of a token, or more, so that a chunk's tokens of `columns` elements have offsets below 2**30."""
+    return max(scratch, -(-scratch_bytes * columns // 2**30))
+
+
 def select_forward(
     q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, geometry: BlockGeometry, layout: Layout | None,
     q_start: int, scale: float, inversion: Inversion | None = None, scratch_bytes: int = SCRATCH_BYTES,
@@ -149,7 +163,7 @@ def select_forward(
     documents = (q, q) if layout is None else (layout.doc_start, layout.block_base)
     shape = {"H": H, "HKV": Hkv, "DV": Dv, "RATIO": inversion.ratio, "SLOTS": slots}
     item_entries = max(1, item_rows // G)
-    token_bytes = G * slots * (Dv * q.element_size() + 4)
+    token_bytes = chunk_token_bytes(G * slots * (Dv * q.element_size() + 4), H * Dk, scratch_bytes)
     chunks = cut_chunks(B * Hkv, T, token_bytes, inversion.segment, scratch_bytes)
     most = max((c.head_end - c.head) * (c.token_end - c.token) for c in chunks)
     part = q.new_empty(most * G * slots, Dv)

@@ -1,0 +1,157 @@
+"""Every stage of the Triton backend against fp64, by the relative rule.
+
+A kernel's error may be twice that of the same mathematics done plainly in the low precision, three times for gradients.
+`plain` is that mathematics: masks from positions, products in the inputs' dtype, softmax in fp32. In fp64 it is the
+oracle; in the inputs' dtype it is the yardstick.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import Tensor
+
+from nsa import BlockGeometry
+from nsa.ops import reference, triton as backend
+
+PAPER = BlockGeometry()
+SMALL = BlockGeometry(8, 4, 16, 4, 1, 2, 24)
+
+# B, T, H, Hkv, Dk, Dv, geometry, document bounds, q_start, k_start, dtype
+CASES = [
+    *((1, 200, group, 1, 64, 64, SMALL, None, 0, 0, torch.bfloat16) for group in (1, 2, 3, 4, 5, 8, 12, 16, 32)),
+    *((1, 150, 4, 2, size, size, SMALL, None, 0, 0, torch.bfloat16) for size in (16, 32, 48, 80, 96, 128, 160, 256)),
+    *((2, 130, 8, 2, 192, 128, PAPER, None, 0, 0, dtype) for dtype in (torch.float16, torch.bfloat16)),
+    *((1, 120, 4, 2, size, 64, SMALL, None, 0, 0, torch.float32) for size in (64, 128, 256)),
+    (1, 700, 16, 1, 128, 128, PAPER, None, 0, 0, torch.bfloat16),
+    (1, 500, 16, 1, 128, 128, SMALL, [0, 0, 1, 70, 133, 133, 140, 400, 500], 0, 0, torch.bfloat16),
+    (1, 300, 8, 2, 64, 64, PAPER, [0, 100, 131, 300], 0, 0, torch.float32),
+    (1, 90, 8, 2, 64, 64, SMALL, None, 133, 100, torch.float16),
+    (1, 700, 4, 1, 32, 32, BlockGeometry(32, 16, 256, 3, 1, 1, 100), None, 0, 0, torch.bfloat16),
+    (1, 400, 5, 1, 80, 80, BlockGeometry(12, 4, 24, 5, 0, 2, 33), None, 0, 0, torch.bfloat16),
+    (1, 600, 8, 2, 128, 64, BlockGeometry(64, 8, 64, 8, 1, 1, 128), None, 0, 0, torch.bfloat16),
+    (1, 1, 4, 2, 64, 64, SMALL, None, 0, 0, torch.bfloat16),
+    (3, 31, 4, 1, 64, 64, PAPER, None, 0, 0, torch.bfloat16),
+]
+
+
+class Case:
+    def __init__(self, B, T, H, Hkv, Dk, Dv, geometry, bounds, q_start, k_start, dtype) -> None:
+        torch.manual_seed(0)
+        S = q_start + T
+        self.bounds = [0, S] if bounds is None else bounds
+        self.cu = None if bounds is None else torch.tensor(bounds, dtype=torch.int32, device="cuda")
+        N = sum(geometry.num_compressed(end - start) for start, end in pairwise(self.bounds))
+        self.geometry, self.dtype, self.q_start, self.k_start = geometry, dtype, q_start, k_start
+        self.scale = Dk**-0.5
+
+        def draw(*shape: int) -> Tensor:
+            return torch.randn(*shape, device="cuda").to(dtype)
+
+        self.q, self.k, self.v = draw(B, T, H, Dk), draw(B, S, Hkv, Dk), draw(B, S, Hkv, Dv)
+        self.k_cmp, self.v_cmp = draw(B, N, Hkv, Dk), draw(B, N, Hkv, Dv)
+        self.dout = draw(B, T, H, Dv)
+        self.dlse = torch.randn(B, T, H, device="cuda")
+        # Of each query and key: document and position; of each compressed key: document and last position.
+        self.doc = torch.cat([torch.full((e - s,), i) for i, (s, e) in enumerate(pairwise(self.bounds))]).cuda()
+        self.position = torch.cat([torch.arange(e - s) for s, e in pairwise(self.bounds)]).cuda()
+        counts = [geometry.num_compressed(e - s) for s, e in pairwise(self.bounds)]
+        self.cmp_doc = torch.cat([torch.full((n,), i) for i, n in enumerate(counts)]).cuda()
+        last = [torch.arange(n) * geometry.compress_stride + geometry.compress_block_size - 1 for n in counts]
+        self.cmp_last = torch.cat(last).cuda()
+
+    def mask(self, stage: str, blocks: Tensor | None = None) -> Tensor:
+        """Which keys each query sees, `[B or 1, T, Hkv or 1, 1, S]`."""
+        doc, t = self.doc[self.q_start :, None], self.position[self.q_start :, None]
+        if stage == "compressed":
+            seen = (self.cmp_doc == doc) & (self.cmp_last <= t)
+        else:
+            seen = (self.doc == doc) & (self.position <= t)
+            if stage == "window":
+                seen = (seen & (self.position > t - self.geometry.window_size))[:, self.k_start :]
+        seen = seen[None, :, None, None, :]
+        if blocks is not None:
+            own = self.position // self.geometry.select_block_size
+            seen = seen & (blocks[..., None] == own).any(3)[:, :, :, None, :]
+        return seen
+
+
+def plain(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    statistics = torch.promote_types(q.dtype, torch.float32)
+    scores = torch.einsum("btkrd,bskd->btkrs", q.unflatten(2, (k.shape[2], -1)), k).to(statistics) * scale
+    some = seen.any(-1)
+    scores = torch.where(seen, scores, torch.where(some[..., None], -torch.inf, 0.0))
+    lse = scores.logsumexp(-1) if scores.shape[-1] else scores.new_zeros(scores.shape[:-1])
+    p = torch.exp(scores - lse[..., None]) * some[..., None]
+    out = torch.einsum("btkrs,bskd->btkrd", p.to(v.dtype), v)
+    return out.flatten(2, 3), torch.where(some, lse, -torch.inf).flatten(2, 3)
+
+
+def error(x: Tensor, exact: Tensor) -> float:
+    finite = torch.isfinite(exact)
+    assert torch.equal(torch.isfinite(x), finite)
+    return float((x.double() - exact)[finite].norm())
+
+
+def results(run, inputs: tuple[Tensor, ...], case: Case) -> list[Tensor]:
+    inputs = tuple(x.requires_grad_() for x in inputs)
+    out, lse = run(*inputs)
+    finite = torch.where(torch.isfinite(lse), lse, 0.0)
+    loss = (out * case.dout.to(out.dtype)).sum() + (finite * case.dlse.to(finite.dtype)).sum()
+    grads = torch.autograd.grad(loss, inputs, allow_unused=True)
+    return [out, lse, *(torch.zeros_like(x) if g is None else g for g, x in zip(grads, inputs, strict=True))]
+
+
+def check(stage: str, case: Case, inputs: tuple[Tensor, ...], run, blocks: Tensor | None = None) -> None:
+    seen = case.mask(stage, blocks)
+    exact = results(lambda *x: plain(*x, seen, case.scale), tuple(x.double() for x in inputs), case)
+    low = results(lambda *x: plain(*x, seen, case.scale), tuple(x.clone() for x in inputs), case)
+    mine = results(run, tuple(x.clone() for x in inputs), case)
+    for name, x, y, z, times in zip(("out", "lse", "dq", "dk", "dv"), mine, low, exact, (2, 2, 3, 3, 3), strict=True):
+        # The log-sum-exp of a kernel is fp32 whatever the inputs; a few roundings of it are no error.
+        floor = 1e-6 * float(z[torch.isfinite(z)].norm()) + 1e-12
+        assert error(x, z) <= times * error(y, z) + floor, (stage, name, error(x, z), error(y, z))
+
+
+@pytest.mark.parametrize("arguments", CASES, ids=str)
+def test_every_stage_is_as_exact_as_plain_mathematics(arguments):
+    case = Case(*arguments)
+    shape, cu, start, scale = case.geometry.as_tuple(), case.cu, case.q_start, case.scale
+    compressed = (case.q, case.k_cmp, case.v_cmp)
+    ops = torch.ops.nsa
+    check("compressed", case, compressed, lambda *x: ops.compressed_attention(*x, cu, shape, start, scale, "triton"))
+    window = (case.q, case.k[:, case.k_start :].contiguous(), case.v[:, case.k_start :].contiguous())
+    tail = (cu, shape, start, case.k_start, scale, "triton")
+    check("window", case, window, lambda *x: ops.window_attention(*x, *tail))
+    _, lse = backend.compressed_attention_forward(*compressed, cu, shape, start, scale)
+    blocks = backend.select_blocks_forward(case.q, case.k_cmp, lse, cu, shape, start, scale)
+    chosen = (cu, shape, start, scale, "triton")
+    keys = (case.q, case.k, case.v)
+    check("selected", case, keys, lambda *x: ops.selected_attention(*x, blocks, *chosen), blocks)
+
+
+@pytest.mark.parametrize("arguments", [c for c in CASES if c[1] <= 300], ids=str)
+def test_the_chosen_blocks_are_the_references_where_scores_do_not_tie(arguments):
+    case = Case(*arguments)
+    _, lse = backend.compressed_attention_forward(
+        case.q, case.k_cmp, case.v_cmp, case.cu, case.geometry.as_tuple(), case.q_start, case.scale
+    )
+    tail = (case.q_start, case.scale)
+    blocks = backend.select_blocks_forward(case.q, case.k_cmp, lse, case.cu, case.geometry.as_tuple(), *tail)
+    expected = reference.select_blocks(case.q, case.k_cmp, lse, case.geometry, case.cu, *tail)
+    # Random scores tie within rounding about once in a few thousand rows.
+    assert (blocks != expected).any(-1).sum() <= 1 + blocks[..., 0].numel() // 1000
+    assert torch.equal((blocks >= 0).sum(-1), (expected >= 0).sum(-1))
+
+
+def test_equal_scores_go_to_the_lower_blocks():
+    geometry = BlockGeometry(32, 16, 64, 6, 1, 2, 64)
+    q = torch.ones(1, 4096, 16, 64, device="cuda", dtype=torch.bfloat16)
+    k_cmp = torch.ones(1, geometry.num_compressed(4096), 1, 64, device="cuda", dtype=torch.bfloat16)
+    shape = geometry.as_tuple()
+    _, lse = backend.compressed_attention_forward(q, k_cmp, k_cmp, None, shape, 0, 0.125)
+    blocks = backend.select_blocks_forward(q, k_cmp, lse, None, shape, 0, 0.125)
+    # Inner blocks all have the same importance; block 0 is forced, so 1, 2, 3 join it and the two local ones.
+    assert blocks[0, 4095, 0].tolist() == [0, 1, 2, 3, 62, 63]

@@ -1,0 +1,61 @@
+"""Every Triton kernel compiles for Ampere, Hopper and Blackwell without a GPU, within their shared memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+PROGRAM = Path(__file__).with_name("triton_compile.py")
+SOURCE = Path(__file__).parents[2] / "src"
+KERNELS = {
+    "mean_pool_kernel", "mean_pool_backward_kernel", "dense_forward_kernel", "dense_key_kernel", "dense_query_kernel",
+    "delta_kernel", "score_kernel", "choice_kernel", "count_kernel", "sort_kernel", "first_item_kernel", "item_kernel",
+    "select_forward_kernel", "select_reduce_kernel", "select_backward_kernel", "select_query_reduce_kernel",
+    "select_key_reduce_kernel", "combine_kernel", "combine_backward_kernel",
+}  # fmt: skip
+LAYOUT_KERNELS = {"_compressed_bounds", "_spread"}
+MATRIX_KERNELS = {
+    "dense_forward_kernel", "dense_key_kernel", "dense_query_kernel", "score_kernel", "select_forward_kernel",
+    "select_backward_kernel",
+}  # fmt: skip
+# Shared memory that a program may have: consumer Ampere and Ada 99 KiB, Hopper and data-centre Blackwell 227 KiB.
+LIMITS = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+
+
+def compiled(architecture: int, dtype: str, group_size: int, head_dim: int, packed: bool, cache: Path) -> list[dict]:
+    arguments = [str(x) for x in (architecture, dtype, group_size, head_dim, int(packed))]
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment |= {"PYTHONPATH": str(SOURCE), "TRITON_CACHE_DIR": str(cache)}
+    run = subprocess.run(
+        [sys.executable, str(PROGRAM), *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=250,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    return [json.loads(line) for line in run.stdout.splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("architecture", "dtype", "group_size", "head_dim", "packed"),
+    [
+        (80, "float16", 4, 64, True),
+        (90, "bfloat16", 16, 128, False),
+        (100, "bfloat16", 5, 64, True),
+    ],
+)
+def test_all_kernels_compile_within_shared_memory(architecture, dtype, group_size, head_dim, packed, tmp_path):
+    kernels = compiled(architecture, dtype, group_size, head_dim, packed, tmp_path)
+    assert {kernel["kernel"] for kernel in kernels} == KERNELS | (LAYOUT_KERNELS if packed else set())
+    assert max(kernel["shared_bytes"] for kernel in kernels) <= LIMITS[architecture]
+    if architecture == 90:
+        assert {kernel["kernel"] for kernel in kernels if kernel["wgmma"]} == MATRIX_KERNELS

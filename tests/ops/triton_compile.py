@@ -1,0 +1,84 @@
+"""Compile every Triton kernel for a GPU that is not here, as its wrapper would launch it; prints one JSON line each.
+
+    PYTHONPATH=src python tests/ops/triton_compile.py 90 bfloat16 16 128 0  # architecture, dtype, G, head size, packed
+
+The wrappers run on CPU tensors; a launch compiles its kernel for the architecture and does not run it.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from nsa.geometry import BlockGeometry
+from nsa.ops import triton as backend
+from nsa.ops.triton import dense_bwd, dense_fwd, score_topk, select_bwd, select_fwd
+
+
+class NoGpuDriver:
+    """As much of a Triton driver as compiling asks for."""
+
+    def __init__(self, architecture: int) -> None:
+        self.architecture = architecture
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.architecture, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int = 0) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+
+def compile_only(architecture: int) -> list[tuple[str, Any]]:
+    """Make every launch compile its kernel instead, and collect name and kernel."""
+    kernels: list[tuple[str, Any]] = []
+    driver.set_active(NoGpuDriver(architecture))
+    launch = JITFunction.run
+
+    def run(self: JITFunction, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        kernels.append((self.__name__, launch(self, *args, grid=grid, warmup=True, **options)))
+
+    JITFunction.run = run
+    for module in (dense_fwd, dense_bwd, score_topk, select_fwd, select_bwd):
+        module.has_large_shared_memory = lambda x: architecture >= 90
+    return kernels
+
+
+def launch_all(dtype: torch.dtype, group_size: int, head_dim: int, packed: bool) -> None:
+    geometry, T = BlockGeometry(), 2048
+    q = torch.zeros(1, T, group_size, head_dim, dtype=dtype)
+    k = torch.zeros(1, T, 1, head_dim, dtype=dtype)
+    cu = torch.tensor([0, 100, T], dtype=torch.int32) if packed else None
+    tail = (cu, geometry.as_tuple())
+    k_cmp = backend.mean_pool_forward(k, *tail, geometry.num_compressed(T))
+    backend.mean_pool_backward(k_cmp, *tail, T)
+    out, lse = backend.compressed_attention_forward(q, k_cmp, k_cmp, *tail, 0, 1.0)
+    backend.compressed_attention_backward(out, lse, q, k_cmp, k_cmp, out, lse, *tail, 0, 1.0)
+    blocks = backend.select_blocks_forward(q, k_cmp, lse, *tail, 0, 1.0)
+    out, lse = backend.selected_attention_forward(q, k, k, blocks, *tail, 0, 1.0)
+    backend.selected_attention_backward(out, lse, q, k, k, out, lse, blocks, *tail, 0, 1.0)
+    out, lse = backend.window_attention_forward(q, k, k, *tail, 0, 0, 1.0)
+    backend.window_attention_backward(out, lse, q, k, k, out, lse, *tail, 0, 0, 1.0)
+    gates = q[..., :3].contiguous()
+    backend.combine_backward(out, out, out, out, gates)
+    backend.combine_forward(out, out, out, gates)
+
+
+if __name__ == "__main__":
+    architecture, dtype, group_size, head_dim, packed = sys.argv[1:]
+    kernels = compile_only(int(architecture))
+    launch_all(getattr(torch, dtype), int(group_size), int(head_dim), packed == "1")
+    for name, kernel in kernels:
+        ptx = kernel.asm["ptx"]
+        print(json.dumps({"kernel": name, "shared_bytes": kernel.metadata.shared, "wgmma": "wgmma" in ptx}))

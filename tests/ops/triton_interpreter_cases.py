@@ -1,0 +1,140 @@
+"""Run every Triton kernel in the interpreter against the reference; prints one JSON line for each case.
+
+A program of its own, because TRITON_INTERPRET is read when the kernels are defined:
+
+    TRITON_INTERPRET=1 PYTHONPATH=src python tests/ops/triton_interpreter_cases.py
+"""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from nsa.geometry import BlockGeometry
+from nsa.ops import reference, triton as backend
+from nsa.ops.triton import score_topk, select_bwd, select_fwd
+
+SMALL = BlockGeometry(8, 4, 16, 4, 1, 2, 24)
+LONG = BlockGeometry(16, 16, 144, 2, 0, 1, 9)
+
+# name -> batch, tokens, heads, groups, Dk, Dv, geometry, document bounds, q_start, k_start, dtype, stages
+CASES = {
+    "three heads a group, batch of two, Dk != Dv": (2, 41, 3, 1, 16, 32, SMALL, None, 0, 0, "float32", "pcws"),
+    "packed, empty and short documents": (1, 52, 4, 2, 16, 16, SMALL, [0, 0, 25, 25, 28, 52], 0, 0, "float32", "pcws"),
+    "rows after the last document": (1, 30, 2, 1, 16, 16, SMALL, [0, 19], 0, 0, "float32", "cws"),
+    "chunk of a prefill": (1, 14, 2, 2, 16, 16, SMALL, None, 37, 11, "float32", "cws"),
+    "one token": (1, 1, 2, 1, 16, 16, SMALL, None, 0, 0, "float32", "pcws"),
+    "no token": (1, 0, 2, 1, 16, 16, SMALL, None, 0, 0, "float32", "pcws"),
+    "head size that fits no tile, fp16": (1, 33, 2, 1, 20, 12, SMALL, None, 0, 0, "float16", "cws"),
+    "long selection blocks in parts": (1, 150, 2, 1, 16, 16, LONG, None, 0, 0, "float32", "s"),
+    "long stencil": (1, 60, 1, 1, 16, 16, BlockGeometry(24, 4, 8, 5, 1, 1, 7), None, 0, 0, "float32", "s"),
+    "choice in many chunks": (1, 190, 1, 1, 16, 16, BlockGeometry(4, 2, 4, 5, 1, 2, 4), None, 0, 0, "float32", "t"),
+    "scratch for few tokens": (1, 140, 2, 2, 16, 16, SMALL, None, 0, 0, "float32", "sk"),
+}  # fmt: skip
+
+
+def relative_error(x: Tensor, expected: Tensor) -> float:
+    x, expected = x.double(), expected.double()
+    finite = torch.isfinite(expected)
+    if not torch.equal(torch.isfinite(x), finite):
+        return float("inf")
+    return float((x - expected)[finite].norm() / (expected[finite].norm() + 1e-30))
+
+
+class Case:
+    """Inputs of one case and the comparison of each stage."""
+
+    def __init__(self, B, T, H, Hkv, Dk, Dv, geometry, bounds, q_start, k_start, dtype, stages) -> None:
+        torch.manual_seed(0)
+        self.cu = None if bounds is None else torch.tensor(bounds, dtype=torch.int32)
+        self.geometry, self.q_start, self.k_start, self.dtype = geometry, q_start, k_start, getattr(torch, dtype)
+        S = q_start + T
+        pieces = [S] if bounds is None else [b - a for a, b in pairwise(bounds)]
+        N = sum(geometry.num_compressed(piece) for piece in pieces)
+        self.used = T if bounds is None else bounds[-1]
+        self.q, self.k, self.v = self.draw(B, T, H, Dk), self.draw(B, S, Hkv, Dk), self.draw(B, S, Hkv, Dv)
+        self.k_cmp, self.v_cmp = self.draw(B, N, Hkv, Dk), self.draw(B, N, Hkv, Dv)
+        self.scale, self.stages, self.errors = Dk**-0.5, stages, {}
+
+    def draw(self, *shape: int) -> Tensor:
+        return torch.randn(*shape, dtype=torch.float32).to(self.dtype)
+
+    def attention(self, name: str, inputs: tuple[Tensor, ...], before: tuple, after: tuple) -> Tensor:
+        """Compare forward and backward; `before` and `after` are the arguments around cu_seqlens and geometry."""
+        # Tokens after the last document are no part of the reference's input; compressed keys always belong to one.
+        lengths = [self.used if self.cu is not None and x.shape[1] == self.q.shape[1] else x.shape[1] for x in inputs]
+        exact = [x[:, :length].double().requires_grad_() for x, length in zip(inputs, lengths, strict=True)]
+        cut = [x[:, : self.used] for x in before]
+        expected = getattr(reference, name)(*exact, *cut, self.geometry, self.cu, *after)
+        out, lse = getattr(backend, f"{name}_forward")(*inputs, *before, self.cu, self.geometry.as_tuple(), *after)
+        outside = [out[:, self.used :].abs().sum(), torch.isfinite(lse[:, self.used :]).sum()]
+        self.errors[name] = max(relative_error(x[:, : self.used], y) for x, y in zip((out, lse), expected, strict=True))
+        dout, dlse = self.draw(*out.shape), torch.randn(lse.shape)
+        dlse = torch.where(torch.isfinite(lse), dlse, 0.0)
+        # The gradients of rows outside any document must not leak into the keys.
+        arguments = (dout, dlse, *inputs, out, lse, *before, self.cu, self.geometry.as_tuple(), *after)
+        grads = getattr(backend, f"{name}_backward")(*arguments)
+        finite = torch.where(torch.isfinite(expected[1]), expected[1], 0.0)
+        loss = (expected[0] * dout[:, : self.used].double()).sum() + (finite * dlse[:, : self.used].double()).sum()
+        wanted = torch.autograd.grad(loss, exact, allow_unused=True) if loss.requires_grad else [None] * 3
+        for x, y, length, label in zip(grads, wanted, lengths, ("dq", "dk", "dv"), strict=True):
+            y = torch.zeros_like(x[:, :length]) if y is None else y
+            self.errors[f"{name} {label}"] = relative_error(x[:, :length], y)
+            outside.append(x[:, length:].abs().sum())
+        self.errors[f"{name} outside"] = float(sum(outside))
+        return lse
+
+    def run(self) -> dict[str, float]:
+        shape, cu, stages = self.geometry.as_tuple(), self.cu, self.stages
+        if "p" in stages:
+            x = self.k.double().requires_grad_()
+            pooled = reference.mean_pool(x, self.geometry, cu, self.k_cmp.shape[1])
+            mine = backend.mean_pool_forward(self.k, cu, shape, self.k_cmp.shape[1])
+            self.errors["mean_pool"] = relative_error(mine, pooled)
+            dout = self.draw(*pooled.shape)
+            wanted = (
+                torch.autograd.grad((pooled * dout.double()).sum(), x)[0]
+                if pooled.requires_grad
+                else torch.zeros_like(x)
+            )
+            mine = backend.mean_pool_backward(dout, cu, shape, self.k.shape[1])
+            self.errors["mean_pool dx"] = relative_error(mine, wanted)
+        compressed = (self.q, self.k_cmp, self.v_cmp)
+        if "c" in stages:
+            self.attention("compressed_attention", compressed, (), (self.q_start, self.scale))
+        if "w" in stages:
+            window = (self.q, self.k[:, self.k_start :], self.v[:, self.k_start :])
+            self.attention("window_attention", window, (), (self.q_start, self.k_start, self.scale))
+        if "s" in stages or "t" in stages:
+            self.choice(limit="t" in stages)
+        if "s" in stages:
+            if "k" in stages:
+                select_fwd.select_forward = partial(select_fwd.select_forward, scratch_bytes=1)
+                select_bwd.select_backward = partial(select_bwd.select_backward, scratch_bytes=1)
+            self.attention("selected_attention", (self.q, self.k, self.v), (self.blocks,), (self.q_start, self.scale))
+        return self.errors
+
+    def choice(self, limit: bool) -> None:
+        """Compare the chosen blocks; with `limit`, in chunks of few candidates and of few tokens."""
+        shape, tail = self.geometry.as_tuple(), (self.q_start, self.scale)
+        _, lse = backend.compressed_attention_forward(self.q, self.k_cmp, self.v_cmp, self.cu, shape, *tail)
+        if limit:
+            self.blocks = score_topk.select_blocks(
+                self.q, self.k_cmp, lse, self.geometry, None, *tail, scratch_bytes=1, max_chunk=32
+            )
+        else:
+            self.blocks = backend.select_blocks_forward(self.q, self.k_cmp, lse, self.cu, shape, *tail)
+        q, lse = self.q[:, : self.used], lse[:, : self.used]
+        expected = reference.select_blocks(q, self.k_cmp, lse, self.geometry, self.cu, *tail)
+        self.errors["blocks that differ"] = float((self.blocks[:, : self.used] != expected).sum())
+        self.errors["blocks outside"] = float((self.blocks[:, self.used :] != -1).sum())
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    for name, case in CASES.items():
+        print(json.dumps({"case": name, "errors": Case(*case).run()}), flush=True)
