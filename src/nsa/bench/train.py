@@ -11,9 +11,11 @@ CSV columns: `attention`, `num_parameters`, `tokens` of a step, `step_ms` (media
 
 from __future__ import annotations
 
-import statistics
 from dataclasses import dataclass
 
+import torch
+
+from nsa.bench.protocol import median_ms
 from nsa.train.config import RunConfig
 from nsa.train.trainer import Trainer
 
@@ -63,19 +65,15 @@ def measure_train(bench: TrainBench) -> list[TrainRow]:
     Raises:
         ValueError: a size does not fit.
     """
-    if bench.repeats < 1:
-        raise ValueError(f"repeats must be at least 1, not {bench.repeats}")
     trainers = {name: Trainer(_config(bench, name)) for name in ("nsa", "full_attention")}
-    step_s: dict[str, list[float]] = {name: [] for name in trainers}
-    for _ in range(bench.warmup + bench.repeats):
-        for name, trainer in trainers.items():
-            step_s[name].append(trainer.train_step()[0].step_s)
-    return [_row(name, trainer, statistics.median(step_s[name][bench.warmup :])) for name, trainer in trainers.items()]
+    candidates = {name: {"step": trainer.train_step} for name, trainer in trainers.items()}
+    ms = median_ms(candidates, torch.device(bench.device), bench.warmup, bench.repeats)
+    return [_row(name, trainer, ms[f"{name}_step"]) for name, trainer in trainers.items()]
 
 
-def _row(name: str, trainer: Trainer, median_s: float) -> TrainRow:
+def _row(name: str, trainer: Trainer, step_ms: float) -> TrainRow:
     tokens = trainer.config.train.batch_tokens
-    return TrainRow(name, trainer.model.num_parameters(), tokens, 1000 * median_s, tokens / median_s)
+    return TrainRow(name, trainer.model.num_parameters(), tokens, step_ms, 1000 * tokens / step_ms)
 
 
 def _config(bench: TrainBench, layer_type: str) -> RunConfig:
