@@ -1,4 +1,4 @@
-"""What the Triton backend promises beside its numbers: operators, graphs, no waiting, no leaks, repeatable gradients."""
+"""What the Triton backend promises beside its numbers: operators, graphs, no waiting, repeatable gradients."""
 
 from __future__ import annotations
 

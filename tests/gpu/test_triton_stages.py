@@ -92,7 +92,7 @@ def plain(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float) -> tuple[
 def error(x: Tensor, exact: Tensor) -> float:
     finite = torch.isfinite(exact)
     assert torch.equal(torch.isfinite(x), finite)
-    return float((x.double() - exact)[finite].norm())
+    return float((x.double() - exact)[finite].detach().norm())
 
 
 def results(run, inputs: tuple[Tensor, ...], case: Case) -> list[Tensor]:
@@ -111,7 +111,7 @@ def check(stage: str, case: Case, inputs: tuple[Tensor, ...], run, blocks: Tenso
     mine = results(run, tuple(x.clone() for x in inputs), case)
     for name, x, y, z, times in zip(("out", "lse", "dq", "dk", "dv"), mine, low, exact, (2, 2, 3, 3, 3), strict=True):
         # The log-sum-exp of a kernel is fp32 whatever the inputs; a few roundings of it are no error.
-        floor = 1e-6 * float(z[torch.isfinite(z)].norm()) + 1e-12
+        floor = 1e-6 * float(z[torch.isfinite(z)].detach().norm()) + 1e-12
         assert error(x, z) <= times * error(y, z) + floor, (stage, name, error(x, z), error(y, z))
 
 

@@ -12,6 +12,7 @@ from nsa.geometry import BlockGeometry
 BACKENDS = ("reference", "torch", "triton")
 TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_TRITON_HEAD_SIZE = 256
+HAS_TRITON = importlib.util.find_spec("triton") is not None  # looked up, not imported
 
 
 def choose_backend(backend: str, x: Tensor, geometry: BlockGeometry) -> str:
@@ -46,7 +47,7 @@ def _why_not_triton(x: Tensor) -> str | None:
         return f"it takes fp16, bf16 and fp32, not {x.dtype}"
     if x.shape[-1] > MAX_TRITON_HEAD_SIZE:
         return f"it takes head sizes up to {MAX_TRITON_HEAD_SIZE}, not {x.shape[-1]}"
-    if importlib.util.find_spec("triton") is None:
+    if not HAS_TRITON:
         return "the package triton is not installed"
     capability = torch.cuda.get_device_capability(x.device)
     if capability < (8, 0):

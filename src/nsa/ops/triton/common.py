@@ -166,8 +166,16 @@ def query_interval(
 
 
 def fit(x: Tensor) -> Tensor:
-    """`x` as the kernels take it: contiguous, 16-byte aligned, its last size padded to one of HEAD_SIZES."""
+    """`x` as the kernels take it: contiguous, 16-byte aligned, its last size padded to one of HEAD_SIZES.
+
+    Raises:
+        ValueError: the last size is beyond the largest of them.
+    """
     size = x.shape[-1]
+    if size > HEAD_SIZES[-1]:
+        raise ValueError(
+            f"backend 'triton' takes head sizes up to {HEAD_SIZES[-1]}, not {size}; use backend='torch' for this layer"
+        )
     fitting = next(s for s in HEAD_SIZES if s >= size)
     x = (x if fitting == size else F.pad(x, (0, fitting - size))).contiguous()
     return x if x.data_ptr() % 16 == 0 else x.clone()
