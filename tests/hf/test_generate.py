@@ -127,3 +127,16 @@ def test_a_cache_of_other_rows_or_another_model_is_refused(model):
         foreign.layers[0].update(torch.zeros(1, 2, 4, 8), torch.zeros(1, 2, 4, 8))
         with pytest.raises(ValueError, match="layer 0 of the cache was filled by another model"):
             model(torch.zeros(1, 1, dtype=torch.long), past_key_values=foreign)
+
+
+def test_decoding_in_bf16_is_as_exact_as_a_whole_pass_in_bf16(model):
+    ids = PROMPTS[0][None]
+    with torch.no_grad():
+        exact = model(ids, use_cache=False).logits[:, 20:]
+        model = model.bfloat16()
+        whole = model(ids, use_cache=False).logits[:, 20:]
+        cache = model(ids[:, :20], use_cache=True).past_key_values
+        steps = [model(ids[:, i : i + 1], past_key_values=cache).logits for i in range(20, 40)]
+    decoded = torch.cat(steps, dim=1)
+    assert decoded.dtype == torch.bfloat16
+    assert (decoded - exact).norm() < 2 * (whole - exact).norm()

@@ -120,3 +120,13 @@ def test_trainer_of_transformers_lowers_the_loss(tmp_path, flattened):
     assert losses[-1] < 0.6 * losses[0]
     saved = NSAForCausalLM.from_pretrained(tmp_path / "checkpoint-12")
     assert all(torch.equal(a, b) for a, b in zip(saved.parameters(), model.parameters(), strict=True))
+
+
+def test_autocast_trains_fp32_weights_in_bf16():
+    model = tiny_model(*LAYERS, compression="conv").float()
+    exact = model(IDS, labels=IDS).loss
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = model(IDS, labels=IDS).loss
+    loss.backward()
+    assert abs(loss - exact) < 0.05 * exact
+    assert all(p.dtype == p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in model.parameters())

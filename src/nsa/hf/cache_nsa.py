@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache
-from transformers.cache_utils import CacheLayerMixin, DynamicLayer, StaticLayer
+from transformers.cache_utils import CacheLayerMixin, StaticLayer
 
 from nsa.cache import GrowingBuffer, NSACache, RollingBuffer
 
@@ -179,7 +179,7 @@ def adopt_cache(cache: Cache, config: NSAConfig) -> list[NSACacheLayer]:
     layers = []
     for index, (layer, layer_type) in enumerate(zip(cache.layers, config.layer_types, strict=True)):
         if not isinstance(layer, NSACacheLayer):
-            if not isinstance(layer, DynamicLayer) or layer.get_seq_length():
+            if not isinstance(layer, CacheLayerMixin) or layer.get_seq_length():
                 raise ValueError(f"layer {index} of the cache was filled by another model; use a new cache")
             layer = cache.layers[index] = NSACacheLayer()
         if layer.state is None:
