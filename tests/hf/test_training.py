@@ -79,6 +79,7 @@ def test_no_cache_is_made_where_gradients_are_needed():
         model(IDS, past_key_values=cache)
 
 
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_gradients_are_the_same_with_checkpointed_activations(reentrant):
     plain, checkpointed = tiny_model(*LAYERS).train(), tiny_model(*LAYERS).train()
