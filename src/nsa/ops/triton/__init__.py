@@ -17,7 +17,7 @@ from torch import Tensor
 
 from nsa.geometry import BlockGeometry
 from nsa.ops.triton import combine, compress, dense_bwd, dense_fwd, score_topk, select_bwd, select_fwd
-from nsa.ops.triton.common import fit, make_layout
+from nsa.ops.triton.common import KEY_SIZES, fit, make_layout
 
 Geometry = Sequence[int]
 Triple = tuple[Tensor, Tensor, Tensor]
@@ -74,7 +74,7 @@ def select_blocks_forward(
     shape = BlockGeometry(*geometry)
     with torch.cuda.device_of(q):
         layout = make_layout(cu_seqlens, shape, q.shape[1], k_cmp.shape[1])
-        return score_topk.select_blocks(fit(q), fit(k_cmp), lse, shape, layout, q_start, scale)
+        return score_topk.select_blocks(fit(q, KEY_SIZES), fit(k_cmp, KEY_SIZES), lse, shape, layout, q_start, scale)
 
 
 def selected_attention_forward(
@@ -84,7 +84,9 @@ def selected_attention_forward(
     shape = BlockGeometry(*geometry)
     with torch.cuda.device_of(q):
         layout = make_layout(cu_seqlens, shape, q.shape[1], 0)
-        out, lse = select_fwd.select_forward(fit(q), fit(k), fit(v), block_indices, shape, layout, q_start, scale)
+        out, lse = select_fwd.select_forward(
+            fit(q, KEY_SIZES), fit(k, KEY_SIZES), fit(v), block_indices, shape, layout, q_start, scale
+        )
         return _cut(out, v), lse
 
 
@@ -96,7 +98,18 @@ def selected_attention_backward(
     with torch.cuda.device_of(q):
         layout = make_layout(cu_seqlens, shape, q.shape[1], 0)
         dq, dk, dv = select_bwd.select_backward(
-            fit(dout), dlse, fit(q), fit(k), fit(v), fit(out), lse, block_indices, shape, layout, q_start, scale
+            fit(dout),
+            dlse,
+            fit(q, KEY_SIZES),
+            fit(k, KEY_SIZES),
+            fit(v),
+            fit(out),
+            lse,
+            block_indices,
+            shape,
+            layout,
+            q_start,
+            scale,
         )
         return _cut(dq, q), _cut(dk, k), _cut(dv, v)
 
@@ -119,7 +132,9 @@ def _dense_forward(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     with torch.cuda.device_of(q):
         layout = make_layout(cu_seqlens, geometry, q.shape[1], k.shape[1])
-        out, lse = dense_fwd.dense_forward(fit(q), fit(k), fit(v), geometry, layout, window, q_start, k_start, scale)
+        out, lse = dense_fwd.dense_forward(
+            fit(q, KEY_SIZES), fit(k, KEY_SIZES), fit(v), geometry, layout, window, q_start, k_start, scale
+        )
         return _cut(out, v), lse
 
 
@@ -130,7 +145,19 @@ def _dense_backward(
     with torch.cuda.device_of(q):
         layout = make_layout(cu_seqlens, geometry, q.shape[1], k.shape[1])
         dq, dk, dv = dense_bwd.dense_backward(
-            fit(dout), dlse, fit(q), fit(k), fit(v), fit(out), lse, geometry, layout, window, q_start, k_start, scale
+            fit(dout),
+            dlse,
+            fit(q, KEY_SIZES),
+            fit(k, KEY_SIZES),
+            fit(v),
+            fit(out),
+            lse,
+            geometry,
+            layout,
+            window,
+            q_start,
+            k_start,
+            scale,
         )
         return _cut(dq, q), _cut(dk, k), _cut(dv, v)
 

@@ -27,7 +27,9 @@ from nsa.geometry import BlockGeometry
 LOG2E = 1.4426950408889634
 LN2 = 0.6931471805599453
 SENTINEL = 2**30  # start of "no document": beyond every token
-HEAD_SIZES = (16, 32, 64, 128, 256)
+VALUE_SIZES = (16, 32, 64, 128, 256)
+# Sizes of keys may have a tail: a power of two is multiplied first, a smaller one after it.
+KEY_SIZES = (16, 32, 48, 64, 80, 96, 128, 144, 160, 192, 256)
 
 
 class Layout(NamedTuple):
@@ -165,20 +167,25 @@ def query_interval(
     return tl.minimum(tl.maximum(first, 0), T), tl.minimum(tl.maximum(end, 0), T)
 
 
-def fit(x: Tensor) -> Tensor:
-    """`x` as the kernels take it: contiguous, 16-byte aligned, its last size padded to one of HEAD_SIZES.
+def fit(x: Tensor, sizes: tuple[int, ...] = VALUE_SIZES) -> Tensor:
+    """`x` as the kernels take it: contiguous, 16-byte aligned, its last size padded to one of `sizes`.
 
     Raises:
         ValueError: the last size is beyond the largest of them.
     """
     size = x.shape[-1]
-    if size > HEAD_SIZES[-1]:
+    if size > sizes[-1]:
         raise ValueError(
-            f"backend 'triton' takes head sizes up to {HEAD_SIZES[-1]}, not {size}; use backend='torch' for this layer"
+            f"backend 'triton' takes head sizes up to {sizes[-1]}, not {size}; use backend='torch' for this layer"
         )
-    fitting = next(s for s in HEAD_SIZES if s >= size)
+    fitting = next(s for s in sizes if s >= size)
     x = (x if fitting == size else F.pad(x, (0, fitting - size))).contiguous()
     return x if x.data_ptr() % 16 == 0 else x.clone()
+
+
+def key_tail(size: int) -> int:
+    """What a size of KEY_SIZES has beyond its largest power of two."""
+    return size - 2 ** (size.bit_length() - 1)
 
 
 def dot_precision(x: Tensor) -> str:

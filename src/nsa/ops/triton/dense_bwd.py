@@ -25,10 +25,11 @@ from nsa.ops.triton.common import (
     dot_precision,
     has_large_shared_memory,
     key_interval,
+    key_tail,
     num_multiprocessors,
     query_interval,
 )
-from nsa.ops.triton.dense_fwd import describe
+from nsa.ops.triton.dense_fwd import describe, describe_keys
 
 MAX_SPLIT_BYTES = 512 * 2**20
 
@@ -87,12 +88,14 @@ def make_delta(out: Tensor, dout: Tensor, dlse: Tensor | None) -> Tensor:
 
 @triton.jit
 def _key_step(
-    dk, dv, k, v, q_ptr, dout_ptr, lse_ptr, delta_ptr, doc_ptr, cmp_ptr, row_start, row_end, batch_row, head, key,
+    dk, dk_tail, dv, k, k_tail, v, q_ptr, q_tail_ptr, dout_ptr, lse_ptr, delta_ptr, doc_ptr, cmp_ptr, row_start,
+    row_end, batch_row, head, key,
     scale_log2, log2e, T, S, q_start, k_start,
-    H: tl.constexpr, G: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, SIZE: tl.constexpr, STRIDE: tl.constexpr,
-    WINDOW: tl.constexpr, PACKED: tl.constexpr, TMA: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    H: tl.constexpr, G: tl.constexpr, DK: tl.constexpr, TAIL: tl.constexpr, DV: tl.constexpr, SIZE: tl.constexpr,
+    STRIDE: tl.constexpr, WINDOW: tl.constexpr, PACKED: tl.constexpr, TMA: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):  # fmt: skip
+    MAIN: tl.constexpr = DK - TAIL
     row = row_start + tl.arange(0, BLOCK_M)
     if MASKED:
         live = row < row_end
@@ -101,11 +104,17 @@ def _key_step(
     row_64 = (batch_row + t) * H + head + row % G
     if TMA:
         box = [(batch_row + row_start // G).to(tl.int32), head, 0]
-        q = tl.reshape(q_ptr.load(box), [BLOCK_M, DK])
+        q = tl.reshape(q_ptr.load(box), [BLOCK_M, MAIN])
     else:
-        q = tl.load(q_ptr + row_64[:, None] * DK + tl.arange(0, DK)[None, :])
+        q = tl.load(q_ptr + row_64[:, None] * DK + tl.arange(0, MAIN)[None, :])
     lse = tl.load(lse_ptr + row_64) * log2e
     s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+    if TAIL > 0:
+        if TMA:
+            q_tail = tl.reshape(q_tail_ptr.load([box[0], head, MAIN]), [BLOCK_M, TAIL])
+        else:
+            q_tail = tl.load(q_ptr + row_64[:, None] * DK + MAIN + tl.arange(0, TAIL)[None, :])
+        s = tl.dot(k_tail, tl.trans(q_tail), s, input_precision=PRECISION)
     p = tl.math.exp2(s * scale_log2 - lse[None, :])
     if MASKED:
         first, end = key_interval(t, doc_ptr, cmp_ptr, S, q_start, k_start, SIZE, STRIDE, WINDOW, PACKED)
@@ -119,14 +128,16 @@ def _key_step(
     delta = tl.load(delta_ptr + row_64)
     ds = p * (tl.dot(v, tl.trans(dout), input_precision=PRECISION) - delta[None, :])
     dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
-    return dk, dv
+    if TAIL > 0:
+        dk_tail = tl.dot(ds.to(q.dtype), q_tail, dk_tail, input_precision=PRECISION)
+    return dk, dk_tail, dv
 
 
 @triton.jit(do_not_specialize=["T", "S", "q_start", "k_start", "split_rows"])
 def dense_key_kernel(
-    q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, doc_ptr, cmp_ptr, first_ptr, end_ptr,
+    q_ptr, q_tail_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, doc_ptr, cmp_ptr, first_ptr, end_ptr,
     scale, scale_log2, log2e, T, S, q_start, k_start, split_rows,
-    H: tl.constexpr, HKV: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
+    H: tl.constexpr, HKV: tl.constexpr, DK: tl.constexpr, TAIL: tl.constexpr, DV: tl.constexpr,
     SIZE: tl.constexpr, STRIDE: tl.constexpr, WINDOW: tl.constexpr, PACKED: tl.constexpr,
     PRECISION: tl.constexpr, TMA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -137,9 +148,16 @@ def dense_key_kernel(
     key = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     live_key = (key < S)[:, None]
     key_row = (b * S + key) * HKV + group
-    k_offset = key_row[:, None] * DK + tl.arange(0, DK)[None, :]
+    MAIN: tl.constexpr = DK - TAIL
+    k_offset = key_row[:, None] * DK + tl.arange(0, MAIN)[None, :]
     v_offset = key_row[:, None] * DV + tl.arange(0, DV)[None, :]
     k = tl.load(k_ptr + k_offset, mask=live_key, other=0.0)
+    dk = tl.zeros([BLOCK_N, MAIN], tl.float32)
+    k_tail, dk_tail, tail_offset = k, dk, k_offset
+    if TAIL > 0:
+        tail_offset = key_row[:, None] * DK + MAIN + tl.arange(0, TAIL)[None, :]
+        k_tail = tl.load(k_ptr + tail_offset, mask=live_key, other=0.0)
+        dk_tail = tl.zeros([BLOCK_N, TAIL], tl.float32)
     v = tl.load(v_ptr + v_offset, mask=live_key, other=0.0)
 
     key_low = tl.program_id(0) * BLOCK_N
@@ -153,48 +171,55 @@ def dense_key_kernel(
     full_end = full_start + tl.maximum(tl.minimum(t_low_end * G, row_end) - full_start, 0) // BLOCK_M * BLOCK_M
     num_masked = num_left + tl.cdiv(tl.maximum(row_end - full_end, 0), BLOCK_M)
 
-    dk = tl.zeros([BLOCK_N, DK], tl.float32)
     dv = tl.zeros([BLOCK_N, DV], tl.float32)
     for row_start in tl.range(full_start, full_end, BLOCK_M):
-        dk, dv = _key_step(
-            dk, dv, k, v, q_ptr, dout_ptr, lse_ptr, delta_ptr, doc_ptr, cmp_ptr, row_start, row_end, b * T, group * G,
-            key, scale_log2, log2e, T, S, q_start, k_start,
-            H, G, DK, DV, SIZE, STRIDE, WINDOW, PACKED, TMA, False, PRECISION, BLOCK_M,
+        dk, dk_tail, dv = _key_step(
+            dk, dk_tail, dv, k, k_tail, v, q_ptr, q_tail_ptr, dout_ptr, lse_ptr, delta_ptr, doc_ptr, cmp_ptr, row_start,
+            row_end, b * T, group * G, key, scale_log2, log2e, T, S, q_start, k_start,
+            H, G, DK, TAIL, DV, SIZE, STRIDE, WINDOW, PACKED, TMA, False, PRECISION, BLOCK_M,
         )  # fmt: skip
     for i in tl.range(num_masked):
         row_start = tl.where(i < num_left, row_low + i * BLOCK_M, full_end + (i - num_left) * BLOCK_M)
-        dk, dv = _key_step(
-            dk, dv, k, v, q_ptr, dout_ptr, lse_ptr, delta_ptr, doc_ptr, cmp_ptr, row_start, row_end, b * T, group * G,
-            key, scale_log2, log2e, T, S, q_start, k_start,
-            H, G, DK, DV, SIZE, STRIDE, WINDOW, PACKED, TMA, True, PRECISION, BLOCK_M,
+        dk, dk_tail, dv = _key_step(
+            dk, dk_tail, dv, k, k_tail, v, q_ptr, q_tail_ptr, dout_ptr, lse_ptr, delta_ptr, doc_ptr, cmp_ptr, row_start,
+            row_end, b * T, group * G, key, scale_log2, log2e, T, S, q_start, k_start,
+            H, G, DK, TAIL, DV, SIZE, STRIDE, WINDOW, PACKED, TMA, True, PRECISION, BLOCK_M,
         )  # fmt: skip
 
     shift = split * (tl.num_programs(1) // HKV).to(tl.int64) * S * HKV
     tl.store(dk_ptr + shift * DK + k_offset, (dk * scale).to(dk_ptr.dtype.element_ty), mask=live_key)
+    if TAIL > 0:
+        tl.store(dk_ptr + shift * DK + tail_offset, (dk_tail * scale).to(dk_ptr.dtype.element_ty), mask=live_key)
     tl.store(dv_ptr + shift * DV + v_offset, dv.to(dv_ptr.dtype.element_ty), mask=live_key)
 
 
 @triton.jit
 def _query_step(
-    dq, q, dout, lse, delta, k_desc, v_desc, key_start, first_row, column_k, column_v, first, end, scale_log2,
-    MASKED: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    dq, dq_tail, q, q_tail, dout, lse, delta, k_desc, k_tail_desc, v_desc, key_start, first_row, column_k, column_v,
+    first, end, scale_log2, TAIL: tl.constexpr, MAIN: tl.constexpr, MASKED: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     k = k_desc.load([first_row + key_start, column_k])
     v = v_desc.load([first_row + key_start, column_v])
     s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    if TAIL > 0:
+        k_tail = k_tail_desc.load([first_row + key_start, column_k + MAIN])
+        s = tl.dot(q_tail, tl.trans(k_tail), s, input_precision=PRECISION)
     p = tl.math.exp2(s * scale_log2 - lse[:, None])
     if MASKED:
         key = key_start + tl.arange(0, BLOCK_N)
         p = tl.where((key[None, :] >= first[:, None]) & (key[None, :] < end[:, None]), p, 0.0)
     ds = p * (tl.dot(dout, tl.trans(v), input_precision=PRECISION) - delta[:, None])
-    return tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+    dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+    if TAIL > 0:
+        dq_tail = tl.dot(ds.to(k.dtype), k_tail, dq_tail, input_precision=PRECISION)
+    return dq, dq_tail
 
 
 @triton.jit(do_not_specialize=["T", "S", "q_start", "k_start"])
 def dense_query_kernel(
-    q_ptr, k_desc, v_desc, dout_ptr, lse_ptr, delta_ptr, dq_ptr, doc_ptr, cmp_ptr,
+    q_ptr, k_desc, k_tail_desc, v_desc, dout_ptr, lse_ptr, delta_ptr, dq_ptr, doc_ptr, cmp_ptr,
     scale, scale_log2, log2e, T, S, q_start, k_start,
-    H: tl.constexpr, HKV: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
+    H: tl.constexpr, HKV: tl.constexpr, DK: tl.constexpr, TAIL: tl.constexpr, DV: tl.constexpr,
     SIZE: tl.constexpr, STRIDE: tl.constexpr, WINDOW: tl.constexpr, PACKED: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -206,8 +231,15 @@ def dense_query_kernel(
     live = row < T * G
     t = tl.minimum(row // G, T - 1)
     row_64 = (b.to(tl.int64) * T + t) * H + group * G + row % G
-    q_offset = row_64[:, None] * DK + tl.arange(0, DK)[None, :]
+    MAIN: tl.constexpr = DK - TAIL
+    q_offset = row_64[:, None] * DK + tl.arange(0, MAIN)[None, :]
     q = tl.load(q_ptr + q_offset, mask=live[:, None], other=0.0)
+    dq = tl.zeros([BLOCK_M, MAIN], tl.float32)
+    q_tail, dq_tail, tail_offset = q, dq, q_offset
+    if TAIL > 0:
+        tail_offset = row_64[:, None] * DK + MAIN + tl.arange(0, TAIL)[None, :]
+        q_tail = tl.load(q_ptr + tail_offset, mask=live[:, None], other=0.0)
+        dq_tail = tl.zeros([BLOCK_M, TAIL], tl.float32)
     dout = tl.load(dout_ptr + row_64[:, None] * DV + tl.arange(0, DV)[None, :], mask=live[:, None], other=0.0)
     lse = tl.load(lse_ptr + row_64, mask=live, other=0.0) * log2e
     delta = tl.load(delta_ptr + row_64, mask=live, other=0.0)
@@ -222,25 +254,26 @@ def dense_query_kernel(
     full_end = full_start + tl.maximum(end_low - full_start, 0) // BLOCK_N * BLOCK_N
     num_masked = num_left + tl.cdiv(tl.maximum(end_high - full_end, 0), BLOCK_N)
 
-    dq = tl.zeros([BLOCK_M, DK], tl.float32)
     for key_start in tl.range(full_start, full_end, BLOCK_N):
-        dq = _query_step(
-            dq, q, dout, lse, delta, k_desc, v_desc, key_start, b * S, group * DK, group * DV, first, end, scale_log2,
-            False, BLOCK_N, PRECISION,
+        dq, dq_tail = _query_step(
+            dq, dq_tail, q, q_tail, dout, lse, delta, k_desc, k_tail_desc, v_desc, key_start, b * S, group * DK,
+            group * DV, first, end, scale_log2, TAIL, MAIN, False, BLOCK_N, PRECISION,
         )  # fmt: skip
     for i in tl.range(num_masked):
         key_start = tl.where(i < num_left, first_low + i * BLOCK_N, full_end + (i - num_left) * BLOCK_N)
-        dq = _query_step(
-            dq, q, dout, lse, delta, k_desc, v_desc, key_start, b * S, group * DK, group * DV, first, end, scale_log2,
-            True, BLOCK_N, PRECISION,
+        dq, dq_tail = _query_step(
+            dq, dq_tail, q, q_tail, dout, lse, delta, k_desc, k_tail_desc, v_desc, key_start, b * S, group * DK,
+            group * DV, first, end, scale_log2, TAIL, MAIN, True, BLOCK_N, PRECISION,
         )  # fmt: skip
     tl.store(dq_ptr + q_offset, (dq * scale).to(dq_ptr.dtype.element_ty), mask=live[:, None])
+    if TAIL > 0:
+        tl.store(dq_ptr + tail_offset, (dq_tail * scale).to(dq_ptr.dtype.element_ty), mask=live[:, None])
 
 
-def describe_rows(x: Tensor, rows: int, group_size: int) -> TensorDescriptor:
+def describe_rows(x: Tensor, rows: int, group_size: int, columns: int) -> TensorDescriptor:
     """Boxes of `rows` rows, whole tokens with one group's heads, of `[B, T, H, D]` seen as `[B*T, H, D]`."""
     B, T, heads, dim = x.shape
-    return TensorDescriptor(x, [B * T, heads, dim], [heads * dim, dim, 1], [rows // group_size, group_size, dim])
+    return TensorDescriptor(x, [B * T, heads, dim], [heads * dim, dim, 1], [rows // group_size, group_size, columns])
 
 
 def num_splits(q: Tensor, k: Tensor, v: Tensor, window: int, block_n: int) -> int:
@@ -275,24 +308,28 @@ def dense_backward(
     unpacked = (q, q, q, q)
     starts, ends = (q, q) if layout is None else (layout.cmp_token, layout.doc_end if window else layout.cmp_doc_end)
     documents = unpacked if layout is None else (layout.doc_start, layout.cmp_start, starts, ends)
-    shape = {"H": H, "HKV": Hkv, "DK": Dk, "DV": Dv, "SIZE": geometry.compress_block_size,
+    shape = {"H": H, "HKV": Hkv, "DK": Dk, "TAIL": key_tail(Dk), "DV": Dv, "SIZE": geometry.compress_block_size,
              "STRIDE": geometry.compress_stride, "WINDOW": window, "PACKED": layout is not None,
              "PRECISION": dot_precision(q)}  # fmt: skip
     numbers = (scale, scale * LOG2E, LOG2E, T, S, q_start, k_start)
     G = H // Hkv
     rows = T * G
     # A tile of whole tokens is a box of q and dout; other group sizes are loaded row by row.
+    tail = key_tail(Dk)
     boxes = by_key["BLOCK_M"] % G == 0
-    queries = (
-        (describe_rows(q, by_key["BLOCK_M"], G), describe_rows(dout, by_key["BLOCK_M"], G)) if boxes else (q, dout)
-    )
+    q_rows, tail_rows, dout_rows = q, q, dout
+    if boxes:
+        q_rows = tail_rows = describe_rows(q, by_key["BLOCK_M"], G, Dk - tail)
+        dout_rows = describe_rows(dout, by_key["BLOCK_M"], G, Dv)
+    if boxes and tail:
+        tail_rows = describe_rows(q, by_key["BLOCK_M"], G, tail)
     dense_key_kernel[(triton.cdiv(S, by_key["BLOCK_N"]), B * Hkv, splits)](
-        queries[0], k, v, queries[1], lse, delta, dk, dv, *documents, *numbers, triton.cdiv(T, splits) * G, TMA=boxes,
+        q_rows, tail_rows, k, v, dout_rows, lse, delta, dk, dv, *documents, *numbers, triton.cdiv(T, splits) * G, TMA=boxes,
         **shape, **by_key,
     )  # fmt: skip
-    k_desc, v_desc = describe(k, by_query["BLOCK_N"]), describe(v, by_query["BLOCK_N"])
+    descriptors = (*describe_keys(k, by_query["BLOCK_N"]), describe(v, by_query["BLOCK_N"]))
     dense_query_kernel[(triton.cdiv(rows, by_query["BLOCK_M"]), B * Hkv)](
-        q, k_desc, v_desc, dout, lse, delta, dq, *documents[:2], *numbers, **shape, **by_query
+        q, *descriptors, dout, lse, delta, dq, *documents[:2], *numbers, **shape, **by_query
     )
     if splits == 1:
         return dq, dk[0], dv[0]

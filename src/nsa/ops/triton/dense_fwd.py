@@ -23,6 +23,7 @@ from nsa.ops.triton.common import (
     dot_precision,
     has_large_shared_memory,
     key_interval,
+    key_tail,
 )
 
 
@@ -39,20 +40,31 @@ def forward_tile(q: Tensor, head_dim: int, value_head_dim: int, large: bool) -> 
     return {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3}
 
 
-def describe(x: Tensor, rows: int) -> TensorDescriptor:
-    """Tiles of `rows` tokens and one head of `[B, S, Hkv, D]`, seen as a matrix `[B*S, Hkv*D]`."""
+def describe(x: Tensor, rows: int, columns: int | None = None) -> TensorDescriptor:
+    """Tiles of `rows` tokens and a head (or `columns` of it) of `[B, S, Hkv, D]`, seen as a matrix `[B*S, Hkv*D]`."""
     B, S, heads, dim = x.shape
-    return TensorDescriptor(x, [B * S, heads * dim], [heads * dim, 1], [rows, dim])
+    return TensorDescriptor(x, [B * S, heads * dim], [heads * dim, 1], [rows, dim if columns is None else columns])
+
+
+def describe_keys(k: Tensor, rows: int) -> tuple[TensorDescriptor, TensorDescriptor]:
+    """Tiles of the first power of two of a key's columns, and of its tail (the same again where there is none)."""
+    tail = key_tail(k.shape[-1])
+    main = describe(k, rows, k.shape[-1] - tail)
+    return main, describe(k, rows, tail) if tail else main
 
 
 @triton.jit
 def _attend_tile(
-    acc, best, total, q, k_desc, v_desc, key_start, first_row, column_k, column_v, first, end, scale_log2,
-    MASKED: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    acc, best, total, q, q_tail, k_desc, k_tail_desc, v_desc, key_start, first_row, column_k, column_v, first, end,
+    scale_log2, TAIL: tl.constexpr, MAIN: tl.constexpr, MASKED: tl.constexpr, BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One step of the online softmax, in base 2; `best` is the running maximum, `total` the sum."""
     k = k_desc.load([first_row + key_start, column_k])
     s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    if TAIL > 0:
+        k = k_tail_desc.load([first_row + key_start, column_k + MAIN])
+        s = tl.dot(q_tail, tl.trans(k), s, input_precision=PRECISION)
     if MASKED:
         key = key_start + tl.arange(0, BLOCK_N)
         s = tl.where((key[None, :] >= first[:, None]) & (key[None, :] < end[:, None]), s, float("-inf"))
@@ -70,8 +82,8 @@ def _attend_tile(
 
 @triton.jit(do_not_specialize=["T", "S", "q_start", "k_start"])
 def dense_forward_kernel(
-    q_ptr, k_desc, v_desc, out_ptr, lse_ptr, doc_ptr, cmp_ptr, scale_log2, T, S, q_start, k_start,
-    H: tl.constexpr, HKV: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
+    q_ptr, k_desc, k_tail_desc, v_desc, out_ptr, lse_ptr, doc_ptr, cmp_ptr, scale_log2, T, S, q_start, k_start,
+    H: tl.constexpr, HKV: tl.constexpr, DK: tl.constexpr, TAIL: tl.constexpr, DV: tl.constexpr,
     SIZE: tl.constexpr, STRIDE: tl.constexpr, WINDOW: tl.constexpr, PACKED: tl.constexpr, LN2: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -83,7 +95,12 @@ def dense_forward_kernel(
     live = row < T * G
     t = tl.minimum(row // G, T - 1)
     row_64 = (b.to(tl.int64) * T + t) * H + group * G + row % G
-    q = tl.load(q_ptr + row_64[:, None] * DK + tl.arange(0, DK)[None, :], mask=live[:, None], other=0.0)
+    MAIN: tl.constexpr = DK - TAIL
+    q = tl.load(q_ptr + row_64[:, None] * DK + tl.arange(0, MAIN)[None, :], mask=live[:, None], other=0.0)
+    q_tail = q
+    if TAIL > 0:
+        q_ptr += MAIN
+        q_tail = tl.load(q_ptr + row_64[:, None] * DK + tl.arange(0, TAIL)[None, :], mask=live[:, None], other=0.0)
 
     first, end = key_interval(t, doc_ptr, cmp_ptr, S, q_start, k_start, SIZE, STRIDE, WINDOW, PACKED)
     t_low = (tile * BLOCK_M) // G
@@ -101,14 +118,14 @@ def dense_forward_kernel(
     total = tl.zeros([BLOCK_M], tl.float32)
     for key_start in tl.range(full_start, full_end, BLOCK_N):
         acc, best, total = _attend_tile(
-            acc, best, total, q, k_desc, v_desc, key_start, b * S, group * DK, group * DV, first, end, scale_log2,
-            False, BLOCK_N, PRECISION,
+            acc, best, total, q, q_tail, k_desc, k_tail_desc, v_desc, key_start, b * S, group * DK, group * DV, first,
+            end, scale_log2, TAIL, MAIN, False, BLOCK_N, PRECISION,
         )  # fmt: skip
     for i in tl.range(num_masked):
         key_start = tl.where(i < num_left, first_low + i * BLOCK_N, full_end + (i - num_left) * BLOCK_N)
         acc, best, total = _attend_tile(
-            acc, best, total, q, k_desc, v_desc, key_start, b * S, group * DK, group * DV, first, end, scale_log2,
-            True, BLOCK_N, PRECISION,
+            acc, best, total, q, q_tail, k_desc, k_tail_desc, v_desc, key_start, b * S, group * DK, group * DV, first,
+            end, scale_log2, TAIL, MAIN, True, BLOCK_N, PRECISION,
         )  # fmt: skip
 
     out = acc / tl.where(total == 0.0, 1.0, total)[:, None]
@@ -132,8 +149,8 @@ def dense_forward(
     documents = (q, q) if layout is None else (layout.doc_start, layout.cmp_start)
     grid = (triton.cdiv(T * (H // Hkv), tile["BLOCK_M"]), B * Hkv)
     dense_forward_kernel[grid](
-        q, describe(k, tile["BLOCK_N"]), describe(v, tile["BLOCK_N"]), out, lse, *documents,
-        scale * LOG2E, T, S, q_start, k_start, H=H, HKV=Hkv, DK=Dk, DV=Dv, SIZE=geometry.compress_block_size,
+        q, *describe_keys(k, tile["BLOCK_N"]), describe(v, tile["BLOCK_N"]), out, lse, *documents,
+        scale * LOG2E, T, S, q_start, k_start, H=H, HKV=Hkv, DK=Dk, TAIL=key_tail(Dk), DV=Dv, SIZE=geometry.compress_block_size,
         STRIDE=geometry.compress_stride, WINDOW=window, PACKED=layout is not None, LN2=LN2,
         PRECISION=dot_precision(q), **tile,
     )  # fmt: skip

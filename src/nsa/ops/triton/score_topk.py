@@ -21,8 +21,8 @@ import triton.language as tl
 from torch import Tensor
 
 from nsa.geometry import BlockGeometry
-from nsa.ops.triton.common import LOG2E, Layout, dot_precision, has_large_shared_memory
-from nsa.ops.triton.dense_fwd import describe
+from nsa.ops.triton.common import LOG2E, Layout, dot_precision, has_large_shared_memory, key_tail
+from nsa.ops.triton.dense_fwd import describe_keys
 from nsa.ops.triton.invert import Chunk, cut_chunks
 
 SCRATCH_BYTES = 256 * 2**20
@@ -40,12 +40,15 @@ def score_tile(q: Tensor, group_size: int, large: bool) -> dict[str, int]:
 
 @triton.jit
 def _score_step(
-    mass_ptr, q, k_desc, lse, column_end, key, row_start, column_k, scale_log2, token_row, live_token, width,
-    MASKED: tl.constexpr, HEADS: tl.constexpr, TOKENS: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    mass_ptr, q, q_tail, k_desc, k_tail_desc, lse, column_end, key, row_start, column_k, scale_log2, token_row,
+    live_token, width, TAIL: tl.constexpr, MAIN: tl.constexpr, MASKED: tl.constexpr, HEADS: tl.constexpr, TOKENS: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Store the group-summed probabilities of keys key .. key + BLOCK_N - 1."""
     k = k_desc.load([row_start + key, column_k])
     s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+    if TAIL > 0:
+        k = k_tail_desc.load([row_start + key, column_k + MAIN])
+        s = tl.dot(k, tl.trans(q_tail), s, input_precision=PRECISION)
     p = tl.math.exp2(s * scale_log2 - lse[None, :])
     keys = key + tl.arange(0, BLOCK_N)
     if MASKED:
@@ -58,10 +61,10 @@ def _score_step(
     do_not_specialize=["T", "N", "q_start", "num_docs", "steps", "head_start", "token_start", "token_end", "first_tile"]
 )
 def score_kernel(
-    q_ptr, k_desc, lse_ptr, mass_ptr, cu_ptr, cu_cmp_ptr, scale_log2, log2e,
+    q_ptr, k_desc, k_tail_desc, lse_ptr, mass_ptr, cu_ptr, cu_cmp_ptr, scale_log2, log2e,
     T, N, q_start, num_docs, steps, head_start, token_start, token_end, first_tile, width,
-    H: tl.constexpr, HKV: tl.constexpr, DK: tl.constexpr, SIZE: tl.constexpr, STRIDE: tl.constexpr,
-    PACKED: tl.constexpr, HEADS: tl.constexpr, TOKENS: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    H: tl.constexpr, HKV: tl.constexpr, DK: tl.constexpr, TAIL: tl.constexpr, SIZE: tl.constexpr,
+    STRIDE: tl.constexpr, PACKED: tl.constexpr, HEADS: tl.constexpr, TOKENS: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     G: tl.constexpr = H // HKV
     b = (head_start + tl.program_id(1)) // HKV
@@ -88,7 +91,12 @@ def score_kernel(
         t = first_token + column % TOKENS
         live = (t < doc_end) & (head < G)
         row = (b.to(tl.int64) * T + tl.minimum(t, T - 1)) * H + group * G + tl.minimum(head, G - 1)
-        q = tl.load(q_ptr + row[:, None] * DK + tl.arange(0, DK)[None, :], mask=live[:, None], other=0.0)
+        MAIN: tl.constexpr = DK - TAIL
+        q = tl.load(q_ptr + row[:, None] * DK + tl.arange(0, MAIN)[None, :], mask=live[:, None], other=0.0)
+        q_tail = q
+        if TAIL > 0:
+            q_ptr += MAIN
+            q_tail = tl.load(q_ptr + row[:, None] * DK + tl.arange(0, TAIL)[None, :], mask=live[:, None], other=0.0)
         lse = tl.where(live, tl.load(lse_ptr + row, mask=live, other=0.0) * log2e, float("inf"))
         past = t + q_start - doc_start - (SIZE - 1)
         column_end = tl.where(past >= 0, past // STRIDE + 1, 0)
@@ -101,13 +109,13 @@ def score_kernel(
         live_token = (token >= token_start) & (token < tl.minimum(token_end, doc_end))
         for key in tl.range(0, full_end, BLOCK_N):
             _score_step(
-                mass_ptr, q, k_desc, lse, column_end, key, b * N + cmp_start, group * DK, scale_log2, token_row,
-                live_token, width, False, HEADS, TOKENS, BLOCK_N, PRECISION,
+                mass_ptr, q, q_tail, k_desc, k_tail_desc, lse, column_end, key, b * N + cmp_start, group * DK, scale_log2, token_row,
+                live_token, width, TAIL, MAIN, False, HEADS, TOKENS, BLOCK_N, PRECISION,
             )  # fmt: skip
         for key in tl.range(full_end, key_end, BLOCK_N):
             _score_step(
-                mass_ptr, q, k_desc, lse, column_end, key, b * N + cmp_start, group * DK, scale_log2, token_row,
-                live_token, width, True, HEADS, TOKENS, BLOCK_N, PRECISION,
+                mass_ptr, q, q_tail, k_desc, k_tail_desc, lse, column_end, key, b * N + cmp_start, group * DK, scale_log2, token_row,
+                live_token, width, TAIL, MAIN, True, HEADS, TOKENS, BLOCK_N, PRECISION,
             )  # fmt: skip
 
 
@@ -217,9 +225,9 @@ def select_blocks(
         if N:
             first_tile, num_tiles = _tiles(chunk, tile["TOKENS"], num_docs)
             score_kernel[(num_tiles, heads)](
-                q, describe(k_cmp, tile["BLOCK_N"]), lse, mass, *bounds, scale * LOG2E, LOG2E, T, N, q_start, num_docs,
+                q, *describe_keys(k_cmp, tile["BLOCK_N"]), lse, mass, *bounds, scale * LOG2E, LOG2E, T, N, q_start, num_docs,
                 (num_docs + 1).bit_length(), chunk.head, chunk.token, chunk.token_end, first_tile, width,
-                H=H, DK=Dk, PRECISION=dot_precision(q), **shape, **tile,
+                H=H, DK=Dk, TAIL=key_tail(Dk), PRECISION=dot_precision(q), **shape, **tile,
             )  # fmt: skip
         choice_kernel[(tokens, heads)](
             mass, lists, out, *documents, T, N, q_start, chunk.head, chunk.token, tokens, width,

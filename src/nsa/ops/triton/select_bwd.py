@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nsa.geometry import BlockGeometry
-from nsa.ops.triton.common import LOG2E, Layout, dot_precision, has_large_shared_memory
+from nsa.ops.triton.common import LOG2E, Layout, dot_precision, has_large_shared_memory, key_tail
 from nsa.ops.triton.dense_bwd import make_delta
 from nsa.ops.triton.invert import Inversion, cut_chunks, invert, plan
 from nsa.ops.triton.select_fwd import REDUCE_ELEMENTS, item_keys
@@ -44,8 +44,9 @@ def select_backward_kernel(
     q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, part_ptr, dk_ptr, dv_ptr, key_ptr,
     entries_ptr, item_ptr, doc_ptr, doc_end_ptr, base_ptr,
     scale_log2, log2e, T, S, q_start, head_start, token_start, num_tokens, bound,
-    H: tl.constexpr, HKV: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BLOCK: tl.constexpr, RATIO: tl.constexpr,
-    SLOTS: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    H: tl.constexpr, HKV: tl.constexpr, DK: tl.constexpr, TAIL: tl.constexpr, DV: tl.constexpr, BLOCK: tl.constexpr,
+    RATIO: tl.constexpr, SLOTS: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     G: tl.constexpr = H // HKV
     item = tl.program_id(1) * bound + tl.program_id(0)
@@ -66,10 +67,16 @@ def select_backward_kernel(
         n = tl.arange(0, BLOCK_N)
         live_key = (n < BLOCK) & (key_start + n < S)
         key_row = (b * S + key_start + n) * HKV + group
-        k = tl.load(k_ptr + key_row[:, None] * DK + tl.arange(0, DK)[None, :], mask=live_key[:, None], other=0.0)
+        MAIN: tl.constexpr = DK - TAIL
+        k_ptrs = k_ptr + key_row[:, None] * DK
+        k = tl.load(k_ptrs + tl.arange(0, MAIN)[None, :], mask=live_key[:, None], other=0.0)
+        dk = tl.zeros([BLOCK_N, MAIN], tl.float32)
+        k_tail, dk_tail = k, dk
+        if TAIL > 0:
+            k_tail = tl.load(k_ptrs + MAIN + tl.arange(0, TAIL)[None, :], mask=live_key[:, None], other=0.0)
+            dk_tail = tl.zeros([BLOCK_N, TAIL], tl.float32)
         v = tl.load(v_ptr + key_row[:, None] * DV + tl.arange(0, DV)[None, :], mask=live_key[:, None], other=0.0)
         position = tl.where(live_key, key_start + n, S) - q_start
-        dk = tl.zeros([BLOCK_N, DK], tl.float32)
         dv = tl.zeros([BLOCK_N, DV], tl.float32)
         for start in tl.range(0, num_rows, BLOCK_M):
             row = start + tl.arange(0, BLOCK_M)
@@ -77,11 +84,16 @@ def select_backward_kernel(
             place = tl.load(entries_ptr + entry + row // G, mask=live, other=0)
             t = place // SLOTS
             q_row = (b * T + t) * H + group * G + row % G
-            q = tl.load(q_ptr + q_row[:, None] * DK + tl.arange(0, DK)[None, :], mask=live[:, None], other=0.0)
+            q_ptrs = q_ptr + q_row[:, None] * DK
+            q = tl.load(q_ptrs + tl.arange(0, MAIN)[None, :], mask=live[:, None], other=0.0)
             dout = tl.load(dout_ptr + q_row[:, None] * DV + tl.arange(0, DV)[None, :], mask=live[:, None], other=0.0)
             lse = tl.load(lse_ptr + q_row, mask=live, other=0.0) * log2e
             delta = tl.load(delta_ptr + q_row, mask=live, other=0.0)
-            s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale_log2
+            s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+            if TAIL > 0:
+                q_tail = tl.load(q_ptrs + MAIN + tl.arange(0, TAIL)[None, :], mask=live[:, None], other=0.0)
+                s = tl.dot(k_tail, tl.trans(q_tail), s, input_precision=PRECISION)
+            s *= scale_log2
             seen = (position[:, None] <= t[None, :]) & live[None, :]
             p = tl.where(seen, tl.math.exp2(s - lse[None, :]), 0.0)
             dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION)
@@ -91,11 +103,17 @@ def select_backward_kernel(
             dq = tl.dot(tl.trans(ds), k, input_precision=PRECISION)
             part = (tl.program_id(1).to(tl.int64) * num_tokens - token_start) * SLOTS + place
             part = part * G + row % G
-            target = part_ptr + part[:, None] * DK + tl.arange(0, DK)[None, :]
-            tl.store(target, dq.to(part_ptr.dtype.element_ty), mask=live[:, None])
+            target = part_ptr + part[:, None] * DK
+            tl.store(target + tl.arange(0, MAIN)[None, :], dq.to(part_ptr.dtype.element_ty), mask=live[:, None])
+            if TAIL > 0:
+                dk_tail = tl.dot(ds, q_tail, dk_tail, input_precision=PRECISION)
+                dq = tl.dot(tl.trans(ds), k_tail, input_precision=PRECISION).to(part_ptr.dtype.element_ty)
+                tl.store(target + MAIN + tl.arange(0, TAIL)[None, :], dq, mask=live[:, None])
         item_row = (item.to(tl.int64) * BLOCK + n)[:, None]
         inside = (n < BLOCK)[:, None]
-        tl.store(dk_ptr + item_row * DK + tl.arange(0, DK)[None, :], dk, mask=inside)
+        tl.store(dk_ptr + item_row * DK + tl.arange(0, MAIN)[None, :], dk, mask=inside)
+        if TAIL > 0:
+            tl.store(dk_ptr + item_row * DK + MAIN + tl.arange(0, TAIL)[None, :], dk_tail, mask=inside)
         tl.store(dv_ptr + item_row * DV + tl.arange(0, DV)[None, :], dv, mask=inside)
 
 
@@ -103,7 +121,7 @@ def select_backward_kernel(
 def select_query_reduce_kernel(
     part_ptr, choice_ptr, dq_ptr, scale, T, head_start, token_start, num_tokens,
     H: tl.constexpr, HKV: tl.constexpr, DK: tl.constexpr, RATIO: tl.constexpr, SLOTS: tl.constexpr,
-    ROWS: tl.constexpr,
+    PADDED: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """dQ of a row: the sum over its slots, in fp32."""
     G: tl.constexpr = H // HKV
@@ -113,21 +131,23 @@ def select_query_reduce_kernel(
     token_row = (head // HKV).to(tl.int64) * T + token_start + row // G
     part = (tl.program_id(1).to(tl.int64) * num_tokens + row // G) * (SLOTS * G) + row % G
     choice_ptr += (token_row * HKV + head % HKV) * (SLOTS // RATIO)
-    acc = tl.zeros([ROWS, DK], tl.float32)
-    column = tl.arange(0, DK)[None, :]
+    acc = tl.zeros([ROWS, PADDED], tl.float32)
+    column = tl.arange(0, PADDED)[None, :]
     for slot in tl.range(0, SLOTS, loop_unroll_factor=4):
         used = live & (tl.load(choice_ptr + slot // RATIO, mask=live, other=-1) >= 0)
         place = part + slot * G
-        acc += tl.load(part_ptr + place[:, None] * DK + column, mask=used[:, None], other=0.0).to(tl.float32)
+        acc += tl.load(part_ptr + place[:, None] * DK + column, mask=used[:, None] & (column < DK), other=0.0).to(
+            tl.float32
+        )
     dq_row = token_row * H + (head % HKV) * G + row % G
     dq = (acc * scale).to(dq_ptr.dtype.element_ty)
-    tl.store(dq_ptr + dq_row[:, None] * DK + column, dq, mask=live[:, None])
+    tl.store(dq_ptr + dq_row[:, None] * DK + column, dq, mask=live[:, None] & (column < DK))
 
 
 @triton.jit(do_not_specialize=["S", "first_stride", "head_start", "bound"])
 def select_key_reduce_kernel(
     item_dk_ptr, item_dv_ptr, key_ptr, first_ptr, dk_ptr, dv_ptr, scale, S, first_stride, head_start, bound,
-    HKV: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr,
+    HKV: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Add the items of a block, in order, to the fp32 gradients of its keys."""
     j = tl.program_id(0)
@@ -141,14 +161,15 @@ def select_key_reduce_kernel(
         # A short last block ends where the next document begins.
         live = (key < tl.load(key_ptr + 2 * item + 1))[:, None]
         key_row = (((head // HKV).to(tl.int64) * S + key) * HKV + head % HKV)[:, None]
-        dk_column, dv_column = tl.arange(0, DK)[None, :], tl.arange(0, DV)[None, :]
-        dk = tl.load(dk_ptr + key_row * DK + dk_column, mask=live, other=0.0)
+        dk_column, dv_column = tl.arange(0, PADDED)[None, :], tl.arange(0, DV)[None, :]
+        live_dk = live & (dk_column < DK)
+        dk = tl.load(dk_ptr + key_row * DK + dk_column, mask=live_dk, other=0.0)
         dv = tl.load(dv_ptr + key_row * DV + dv_column, mask=live, other=0.0)
         for i in range(first, end):
             item_row = ((tl.program_id(1) * bound + i).to(tl.int64) * BLOCK + n)[:, None]
-            dk += tl.load(item_dk_ptr + item_row * DK + dk_column, mask=live, other=0.0) * scale
+            dk += tl.load(item_dk_ptr + item_row * DK + dk_column, mask=live_dk, other=0.0) * scale
             dv += tl.load(item_dv_ptr + item_row * DV + dv_column, mask=live, other=0.0)
-        tl.store(dk_ptr + key_row * DK + dk_column, dk, mask=live)
+        tl.store(dk_ptr + key_row * DK + dk_column, dk, mask=live_dk)
         tl.store(dv_ptr + key_row * DV + dv_column, dv, mask=live)
 
 
@@ -184,6 +205,8 @@ def select_backward(
     item_dk = torch.empty(most_items * block, Dk, dtype=torch.float32, device=k.device)
     item_dv = torch.empty(most_items * block, Dv, dtype=torch.float32, device=k.device)
     item_key = torch.empty(most_items, 2, dtype=torch.int32, device=k.device)
+    padded = triton.next_power_of_2(Dk)
+    rows = max(1, REDUCE_ELEMENTS // padded)
     for chunk in chunks:
         heads, tokens = chunk.head_end - chunk.head, chunk.token_end - chunk.token
         place = (chunk.token // items.range_tokens, slice(chunk.head, chunk.head_end))
@@ -192,16 +215,16 @@ def select_backward(
             q, k, v, dout, lse, delta, part, item_dk, item_dv, item_key,
             inversion.entries, table, *documents,
             scale * LOG2E, LOG2E, T, S, q_start, chunk.head, chunk.token, tokens, bound,
-            H=H, HKV=Hkv, DK=Dk, DV=Dv, BLOCK=block, RATIO=inversion.ratio, SLOTS=slots, PACKED=layout is not None,
+            H=H, HKV=Hkv, DK=Dk, TAIL=key_tail(Dk), DV=Dv, BLOCK=block, RATIO=inversion.ratio, SLOTS=slots, PACKED=layout is not None,
             PRECISION=dot_precision(q), BLOCK_N=block_n, **tile,
         )  # fmt: skip
-        rows = max(1, REDUCE_ELEMENTS // Dk)
         select_query_reduce_kernel[(triton.cdiv(tokens * G, rows), heads)](
             part, block_indices, dq, scale, T, chunk.head, chunk.token, tokens,
-            H=H, HKV=Hkv, DK=Dk, RATIO=inversion.ratio, SLOTS=slots, ROWS=rows, num_warps=4,
+            H=H, HKV=Hkv, DK=Dk, RATIO=inversion.ratio, SLOTS=slots, PADDED=padded, ROWS=rows,
+            num_warps=4,
         )  # fmt: skip
         select_key_reduce_kernel[(num_blocks, heads)](
             item_dk, item_dv, item_key, first, dk, dv, scale, S, num_blocks + 1, chunk.head, bound,
-            HKV=Hkv, DK=Dk, DV=Dv, BLOCK=block, BLOCK_N=block_n, num_warps=8,
+            HKV=Hkv, DK=Dk, DV=Dv, PADDED=padded, BLOCK=block, BLOCK_N=block_n, num_warps=8,
         )  # fmt: skip
     return dq, dk.to(k.dtype), dv.to(v.dtype)

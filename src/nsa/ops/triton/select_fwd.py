@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nsa.geometry import BlockGeometry
-from nsa.ops.triton.common import LN2, LOG2E, Layout, dot_precision, has_large_shared_memory
+from nsa.ops.triton.common import LN2, LOG2E, Layout, dot_precision, has_large_shared_memory, key_tail
 from nsa.ops.triton.invert import Inversion, cut_chunks, invert, plan
 
 SCRATCH_BYTES = 768 * 2**20
@@ -56,8 +56,9 @@ def item_keys(
 def select_forward_kernel(
     q_ptr, k_ptr, v_ptr, part_ptr, part_lse_ptr, entries_ptr, item_ptr, doc_ptr, base_ptr,
     scale_log2, T, S, q_start, head_start, token_start, num_tokens, bound,
-    H: tl.constexpr, HKV: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BLOCK: tl.constexpr, RATIO: tl.constexpr,
-    SLOTS: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    H: tl.constexpr, HKV: tl.constexpr, DK: tl.constexpr, TAIL: tl.constexpr, DV: tl.constexpr, BLOCK: tl.constexpr,
+    RATIO: tl.constexpr, SLOTS: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     G: tl.constexpr = H // HKV
     head = head_start + tl.program_id(1)
@@ -72,7 +73,12 @@ def select_forward_kernel(
         n = tl.arange(0, BLOCK_N)
         live_key = (n < BLOCK) & (key_start + n < S)
         key_row = (b * S + key_start + n) * HKV + group
-        k = tl.load(k_ptr + key_row[:, None] * DK + tl.arange(0, DK)[None, :], mask=live_key[:, None], other=0.0)
+        MAIN: tl.constexpr = DK - TAIL
+        k_ptrs = k_ptr + key_row[:, None] * DK
+        k = tl.load(k_ptrs + tl.arange(0, MAIN)[None, :], mask=live_key[:, None], other=0.0)
+        k_tail = k
+        if TAIL > 0:
+            k_tail = tl.load(k_ptrs + MAIN + tl.arange(0, TAIL)[None, :], mask=live_key[:, None], other=0.0)
         v = tl.load(v_ptr + key_row[:, None] * DV + tl.arange(0, DV)[None, :], mask=live_key[:, None], other=0.0)
         position = tl.where(live_key, key_start + n, S) - q_start
         # One 64-bit base for each tensor; offsets within the chunk fit 32 bits (see `chunk_token_bytes`).
@@ -86,8 +92,11 @@ def select_forward_kernel(
             place = tl.load(entries_ptr + row // G)
             t = place // SLOTS
             q_row = (t - token_start) * H + row % G
-            q = tl.load(q_ptr + (q_row[:, None] * DK + tl.arange(0, DK)[None, :]))
+            q = tl.load(q_ptr + (q_row[:, None] * DK + tl.arange(0, MAIN)[None, :]))
             s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+            if TAIL > 0:
+                q = tl.load(q_ptr + (q_row[:, None] * DK + MAIN + tl.arange(0, TAIL)[None, :]))
+                s = tl.dot(q, tl.trans(k_tail), s, input_precision=PRECISION)
             # Entries are in the order of tokens: only the first few are of tokens within the block.
             if (BLOCK < BLOCK_N) | (tl.load(entries_ptr + start // G) // SLOTS < key_start + BLOCK - q_start):
                 s = tl.where(position[None, :] <= t[:, None], s, float("-inf"))
@@ -176,7 +185,7 @@ def select_forward(
         select_forward_kernel[(bound, heads)](
             q, k, v, part, part_lse, inversion.entries, table, *documents,
             scale * LOG2E, T, S, q_start, chunk.head, chunk.token, tokens, bound,
-            DK=Dk, BLOCK=inversion.sub_block, PACKED=layout is not None, PRECISION=dot_precision(q),
+            DK=Dk, TAIL=key_tail(Dk), BLOCK=inversion.sub_block, PACKED=layout is not None, PRECISION=dot_precision(q),
             BLOCK_N=max(16, triton.next_power_of_2(inversion.sub_block)), **shape, **tile,
         )  # fmt: skip
         rows = max(1, REDUCE_ELEMENTS // Dv)
