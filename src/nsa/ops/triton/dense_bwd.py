@@ -41,9 +41,9 @@ def key_tile(q: Tensor, head_dim: int, value_head_dim: int, large: bool) -> dict
         return {"BLOCK_M": 16, "BLOCK_N": 16 if widest > 128 else 32, "num_warps": 4, "num_stages": 1}
     if not large:
         return {"BLOCK_M": 32, "BLOCK_N": 32 if widest > 128 else 64, "num_warps": 4, "num_stages": 1}
-    if widest > 128:
+    if widest > 192:
         return {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2}
-    return {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}
+    return {"BLOCK_M": 32 if widest > 128 else 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}
 
 
 def query_tile(q: Tensor, head_dim: int, value_head_dim: int, large: bool) -> dict[str, int]:
@@ -53,9 +53,9 @@ def query_tile(q: Tensor, head_dim: int, value_head_dim: int, large: bool) -> di
         return {"BLOCK_M": 16, "BLOCK_N": 16 if widest > 128 else 32, "num_warps": 4, "num_stages": 1}
     if not large:
         return {"BLOCK_M": 32 if widest > 128 else 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1}
-    if widest > 128:
+    if widest > 192:
         return {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2}
-    return {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}
+    return {"BLOCK_M": 64, "BLOCK_N": 32 if widest > 128 else 64, "num_warps": 4, "num_stages": 2}
 
 
 @triton.jit(do_not_specialize=["num_rows"])

@@ -35,9 +35,9 @@ def forward_tile(q: Tensor, head_dim: int, value_head_dim: int, large: bool) -> 
     if not large:
         stages = 1 if widest > 128 else 2
         return {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": stages}
-    if widest > 128:
+    if widest > 192:
         return {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2}
-    return {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3}
+    return {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2 if widest > 128 else 3}
 
 
 def describe(x: Tensor, rows: int, columns: int | None = None) -> TensorDescriptor:

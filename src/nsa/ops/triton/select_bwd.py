@@ -36,7 +36,9 @@ def select_backward_tile(q: Tensor, head_dim: int, value_head_dim: int, large: b
         return {"BLOCK_M": 16, "num_warps": 4, "num_stages": 1}
     if not large:
         return {"BLOCK_M": 16 if widest > 128 else 32, "num_warps": 4, "num_stages": 1}
-    return {"BLOCK_M": 64, "num_warps": 8 if widest > 128 else 4, "num_stages": 2}
+    if widest > 192:
+        return {"BLOCK_M": 64, "num_warps": 8, "num_stages": 2}
+    return {"BLOCK_M": 32 if widest > 128 else 64, "num_warps": 4, "num_stages": 2}
 
 
 @triton.jit(do_not_specialize=["T", "S", "q_start", "head_start", "token_start", "num_tokens", "bound"])
