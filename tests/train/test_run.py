@@ -334,7 +334,7 @@ def test_an_existing_run_folder_is_refused_and_left_alone(tiny, tmp_path: Path) 
     [
         ({"data": {"paths": ["absent.txt"]}}, "absent.txt"),
         ({"data": {"heldout": 0}}, "data.heldout"),
-        ({"run": {"device": "tpu9"}}, "run.device 'tpu9' is unknown"),
+        ({"run": {"device": "tpu9"}}, "the device 'tpu9' is unknown"),
         ({"model": {"head_dim": 7}}, "head_dim"),
     ],
 )

@@ -20,9 +20,9 @@ def choose_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ValueError(f'run.device {name!r} is unknown; use "auto", "cpu", "cuda" or "cuda:N"') from None
+        raise ValueError(f'the device {name!r} is unknown; use "auto", "cpu", "cuda" or "cuda:N"') from None
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"run.device {name!r} is not here: {torch.cuda.device_count()} CUDA devices; use auto or cpu")
+        raise ValueError(f"the device {name!r} is not here: {torch.cuda.device_count()} CUDA devices; use auto or cpu")
     return device
 
 
