@@ -5,6 +5,7 @@ them with the block's keys, and merges the result into theirs by an online softm
 probabilities from the log-sum-exp and adds the query gradients in place. No buffer is larger than a few copies of q.
 
 Legend: one group of one batch row has T queries of R heads; a visit has m of them, with R m rows, and s <= l' keys.
+A row T of zeros fills visits up to a few different sizes.
 Scores are in base 2, as in `tiles`.
 """
 
@@ -20,7 +21,7 @@ from nsa.geometry import BlockGeometry
 from nsa.ops.torch_native.products import nn, nt, tn
 from nsa.ops.torch_native.tiles import LN_2, LOG2_E, by_group, compute_dtype, key_gradient, keys_by_group, safe_lse
 
-MAX_VISIT_ROWS = 8192
+VISIT_ROWS, MAX_VISIT_ROWS = 256, 8192  # rows come in multiples of the first
 
 
 class Visit(NamedTuple):
@@ -37,6 +38,7 @@ def visits(
 ) -> Iterator[Visit]:
     """Each block with the queries of `block_indices` `[T, n]` that chose it, at most MAX_VISIT_ROWS rows at a time.
 
+    Queries are filled up with the number T, which stands for a row of zeros.
     Queries inside the block come first among its queries; `hidden` `[num_own, s]` says which keys are after them.
     """
     length, num_slots = block_indices.shape
@@ -45,24 +47,41 @@ def visits(
     own = (positions // size).to(block_indices.dtype).unsqueeze(1)
     is_own = block_indices == own
     block = torch.where((block_indices >= 0) & (block_indices <= own), block_indices, num_blocks).flatten()
-    order = block.sort(stable=True).indices.div_(num_slots, rounding_mode="floor")
-    counts = torch.bincount(block, minlength=num_blocks)[:num_blocks].tolist()
+    counts = torch.bincount(block, minlength=num_blocks)[:num_blocks]
     own_counts = torch.bincount(block[is_own.flatten()], minlength=num_blocks).tolist()
-    step, begin = max(1, MAX_VISIT_ROWS // num_heads), 0
-    for index, (count, own_count) in enumerate(zip(counts, own_counts, strict=True)):
+    granule = max(1, VISIT_ROWS // num_heads)
+    order, widths = padded_order(block, counts, num_slots, granule)
+    step, begin = granule * (MAX_VISIT_ROWS // VISIT_ROWS), 0
+    for index, (width, own_count) in enumerate(zip(widths, own_counts, strict=True)):
         keys = slice(index * size, min(num_keys, (index + 1) * size))
         key_positions = torch.arange(keys.start, keys.stop, device=order.device)
-        for first in range(0, count, step):
-            queries = order[begin + first : begin + min(count, first + step)]
+        for first in range(0, width, step):
+            queries = order[begin + first : begin + min(width, first + step)]
             num_own = max(0, min(own_count - first, queries.numel()))
             yield Visit(keys, queries, num_own, key_positions > positions[queries[:num_own]].unsqueeze(1))
-        begin += count
+        begin += width
+
+
+def padded_order(block: Tensor, counts: Tensor, num_slots: int, granule: int) -> tuple[Tensor, list[int]]:
+    """The queries of each block in ascending order, filled up to a multiple of `granule` with the number T.
+
+    oneDNN compiles a kernel for each new shape; few different numbers of rows keep that rare.
+    """
+    by_block = block.sort(stable=True)
+    used = int(counts.sum())
+    widths = (counts + granule - 1).div(granule, rounding_mode="floor") * granule
+    shift = (widths - counts).cumsum(0) - (widths - counts)
+    order = torch.full((int(widths.sum()),), block.numel() // num_slots, device=block.device)
+    place = torch.arange(used, device=block.device) + shift[by_block.values[:used].long()]
+    order[place] = by_block.indices[:used].div_(num_slots, rounding_mode="floor")
+    return order, widths.tolist()
 
 
 def query_rows(x: Tensor, factor: float | None = None) -> Tensor:
-    """`[R, T, D] -> [T, R*D]`, contiguous, in at least fp32, times `factor`."""
-    rows = torch.empty(x.shape[1], x.shape[0], x.shape[2], dtype=compute_dtype(x), device=x.device)
-    rows.copy_(x.transpose(0, 1))
+    """`[R, T, D] -> [T+1, R*D]`, contiguous, in at least fp32, times `factor`; the last row is zero."""
+    rows = torch.empty(x.shape[1] + 1, x.shape[0], x.shape[2], dtype=compute_dtype(x), device=x.device)
+    rows[:-1] = x.transpose(0, 1)
+    rows[-1] = 0
     return (rows if factor is None else rows.mul_(factor)).flatten(1)
 
 
@@ -81,13 +100,13 @@ def forward(
             num_heads = q_view.shape[2]
             stops = visits(block_indices[b, :, g], num_heads, geometry, q_start, k.shape[1])
             o, row_lse = _forward_group(rows, keys[b, g], values[b, g], num_heads, stops)
-            out_view[b, g] = o.transpose(0, 1)
-            lse_view[b, g] = row_lse.t()
+            out_view[b, g] = o[:-1].transpose(0, 1)
+            lse_view[b, g] = row_lse[:-1].t()
     return out, lse
 
 
 def _forward_group(q: Tensor, k: Tensor, v: Tensor, num_heads: int, stops: Iterator[Visit]) -> tuple[Tensor, Tensor]:
-    """One group: q `[T, R*Dk]`, k `[S, Dk]`, v `[S, Dv]` -> `[T, R, Dv]` and `[T, R]`."""
+    """One group: q `[T+1, R*Dk]`, k `[S, Dk]`, v `[S, Dv]` -> `[T+1, R, Dv]` and `[T+1, R]`."""
     limits = torch.finfo(q.dtype)
     acc = q.new_zeros(q.shape[0], num_heads * v.shape[1])
     total = q.new_zeros(q.shape[0], num_heads)
@@ -133,14 +152,16 @@ def backward(
     for b in range(q.shape[0]):
         for g in range(num_groups):
             rows, do = query_rows(q_view[b, g], scale * LOG2_E), query_rows(dout_view[b, g])
-            delta = (do.unflatten(1, (num_heads, -1)) * out_view[b, g].transpose(0, 1)).sum(dim=-1)
+            delta = (do[:-1].unflatten(1, (num_heads, -1)) * out_view[b, g].transpose(0, 1)).sum(dim=-1)
             if dlse_view is not None:
                 delta -= dlse_view[b, g].t()
-            row_lse = safe_lse(lse_view[b, g].t()).contiguous()
+            # The row of zeros has no keys.
+            delta = torch.nn.functional.pad(delta, (0, 0, 0, 1))
+            row_lse = torch.nn.functional.pad(safe_lse(lse_view[b, g].t()), (0, 0, 0, 1), value=torch.inf)
             stops = visits(block_indices[b, :, g], num_heads, geometry, q_start, k.shape[1])
             grads = (dkeys[b, g], dvalues[b, g])
             row_dq = _backward_group(rows, do, delta, row_lse, keys[b, g], values[b, g], grads, stops)
-            dq_view[b, g] = row_dq.mul_(scale).unflatten(1, (num_heads, -1)).transpose(0, 1)
+            dq_view[b, g] = row_dq[:-1].mul_(scale).unflatten(1, (num_heads, -1)).transpose(0, 1)
     # The rows of q carried scale * log2(e).
     return dq, key_gradient(dkeys.mul_(LN_2), k), key_gradient(dvalues, v)
 
@@ -155,7 +176,7 @@ def _backward_group(
     grads: tuple[Tensor, Tensor],
     stops: Iterator[Visit],
 ) -> Tensor:
-    """One group, scores transposed: adds to `grads`, dk `[S, Dk]` and dv `[S, Dv]`; returns dq `[T, R*Dk]` unscaled."""
+    """One group, scores transposed: adds to dk `[S, Dk]` and dv `[S, Dv]` in `grads`, gives dq `[T+1, R*Dk]` unscaled."""
     dk, dv = grads
     dq = torch.zeros_like(q)
     for keys, queries, num_own, hidden in stops:

@@ -33,7 +33,7 @@ class Mask(Protocol):
     max_queries: int  # of a tile
 
     def keys(self, first: int, last: int) -> tuple[int, int]:
-        """Rows start .. stop-1 of the key tensor that queries at positions first .. last may see."""
+        """Rows start .. stop-1 of the keys, zeros appended, that hold all that queries first .. last see."""
         ...
 
     def hide(self, scores: Tensor, tile: Tile) -> None:
@@ -69,7 +69,10 @@ def bias_like(scores: Tensor, hidden: Tensor) -> Tensor:
 
 
 class CompressedMask:
-    """Compressed token i is visible to t when i d + l - 1 <= t."""
+    """Compressed token i is visible to t when i d + l - 1 <= t.
+
+    Ranges of keys are rounded up, past the last token too: oneDNN compiles a kernel for each new shape.
+    """
 
     max_queries = 256
 
@@ -77,7 +80,9 @@ class CompressedMask:
         self.geometry, self.biases = geometry, Biases()
 
     def keys(self, first: int, last: int) -> tuple[int, int]:
-        return 0, self.geometry.num_compressed(last + 1)
+        seen = self.geometry.num_compressed(last + 1)
+        step = 32 if seen <= 512 else 64
+        return 0, -(-seen // step) * step
 
     def hide(self, scores: Tensor, tile: Tile) -> None:
         # Columns before `seen` are visible to the tile's first query, hence to all.

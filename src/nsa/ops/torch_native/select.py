@@ -1,8 +1,8 @@
 """The choice of blocks: compressed probabilities, a stencil to block importance, an exact top-n.
 
 Equal keys must give bit-equal importance, or ties would not go to the lower index. Products and exp2 treat the ends of
-their operands differently, so that keys are rows here, padded to whole vectors, exp2 runs over whole vectors, and sums
-are made one addition after the other.
+their operands differently. Hence keys are rows here and their number is a multiple of 32, as the mask gives it; exp2
+runs over whole vectors; and sums are made one addition after the other.
 
 Shapes: q `[B, T, H, Dk]`, k_cmp `[B, N, K, Dk]`, lse `[B, T, H]`; a tile has C queries, N' compressed tokens and J
 candidate blocks. Result int32 `[B, T, K, n]`.
@@ -18,7 +18,6 @@ from nsa.ops.torch_native import tiles
 from nsa.ops.torch_native.masks import CompressedMask
 from nsa.ops.torch_native.products import nt
 
-KEY_ROWS = 32  # keys are padded to a multiple of this
 UNSPLIT = 1 << 15  # elements that PyTorch gives to one thread, in whole vectors
 
 
@@ -32,9 +31,9 @@ def forward(q: Tensor, k_cmp: Tensor, lse: Tensor, geometry: BlockGeometry, q_st
         tiles.by_group(lse, num_groups),
         chosen.transpose(1, 2),
     )
-    keys = torch.nn.functional.pad(tiles.keys_by_group(k_cmp), (0, 0, 0, -k_cmp.shape[1] % KEY_ROWS))
-    for tile in tiles.plan(q, num_groups, mask, q_start):
-        tile = tile._replace(keys=slice(0, -(-tile.keys.stop // KEY_ROWS) * KEY_ROWS))
+    plan = tiles.plan(q, num_groups, mask, q_start)
+    keys = tiles.keys_by_group(k_cmp, plan)
+    for tile in plan:
         scores = nt(tiles.key_rows(keys, tile), tiles.rows(q_view, tile).mul_(scale * tiles.LOG2_E))
         mask.hide(tiles.scores_view(scores.transpose(1, 2), tile, q_view.shape[2]), tile)
         scores.sub_(tiles.safe_lse(tiles.lane_vector(lse_view, tile)).unsqueeze(1))
@@ -52,10 +51,10 @@ def forward(q: Tensor, k_cmp: Tensor, lse: Tensor, geometry: BlockGeometry, q_st
 
 
 class _EveryQuery(CompressedMask):
-    """As the compressed branch, but queries that see no compressed token have a tile too, of one hidden key."""
+    """As the compressed branch, but queries that see no compressed token have a tile too, of hidden keys."""
 
     def keys(self, first: int, last: int) -> tuple[int, int]:
-        return 0, max(1, super().keys(first, last)[1])
+        return 0, max(32, super().keys(first, last)[1])
 
 
 def block_importance(p: Tensor, geometry: BlockGeometry, num_blocks: int) -> Tensor:

@@ -31,9 +31,13 @@ def by_group(x: Tensor, num_groups: int) -> Tensor:
     return x.unflatten(2, (num_groups, -1)).movedim(1, 3)
 
 
-def keys_by_group(x: Tensor) -> Tensor:
-    """`[B, S, K, D] -> [B, K, S, D]`, contiguous, in at least fp32."""
-    return x.to(compute_dtype(x)).transpose(1, 2).contiguous()
+def keys_by_group(x: Tensor, tiles: list[Tile] | None = None) -> Tensor:
+    """`[B, S, K, D] -> [B, K, S', D]`, contiguous, in at least fp32, with rows of zeros as far as the tiles reach."""
+    num_rows = max([x.shape[1], *(tile.keys.stop for tile in tiles or [])])
+    keys = torch.empty(x.shape[0], x.shape[2], num_rows, x.shape[3], dtype=compute_dtype(x), device=x.device)
+    keys[:, :, : x.shape[1]] = x.transpose(1, 2)
+    keys[:, :, x.shape[1] :] = 0
+    return keys
 
 
 def rows(x: Tensor, tile: Tile) -> Tensor:
@@ -86,8 +90,8 @@ def forward(q: Tensor, k: Tensor, v: Tensor, mask: Mask, q_start: int, scale: fl
     out = q.new_empty(*q.shape[:3], v.shape[3])
     lse = q.new_empty(q.shape[:3], dtype=compute_dtype(q))
     q_view, out_view, lse_view = (by_group(x, num_groups) for x in (q, out, lse))
-    keys, values = keys_by_group(k), keys_by_group(v)
     tiles = plan(q, num_groups, mask, q_start)
+    keys, values = keys_by_group(k, tiles), keys_by_group(v, tiles)
     out[:, : num_blind(tiles, q)] = 0
     lse[:, : num_blind(tiles, q)] = -torch.inf
     for tile in tiles:
@@ -126,9 +130,9 @@ def backward(
     dq = torch.empty_like(q, memory_format=torch.contiguous_format)
     q_view, dq_view, dout_view, out_view, lse_view = (by_group(x, num_groups) for x in (q, dq, dout, out, lse))
     dlse_view = None if dlse is None else by_group(dlse, num_groups)
-    keys, values = keys_by_group(k), keys_by_group(v)
-    dkeys, dvalues = torch.zeros_like(keys), torch.zeros_like(values)
     tiles = plan(q, num_groups, mask, q_start)
+    keys, values = keys_by_group(k, tiles), keys_by_group(v, tiles)
+    dkeys, dvalues = torch.zeros_like(keys), torch.zeros_like(values)
     dq[:, : num_blind(tiles, q)] = 0
     for tile in tiles:
         q_rows, do = rows(q_view, tile).mul_(scale * LOG2_E), rows(dout_view, tile)
@@ -161,5 +165,5 @@ def safe_lse(lse: Tensor) -> Tensor:
 
 
 def key_gradient(grad: Tensor, like: Tensor) -> Tensor:
-    """`[B, K, S, D] -> [B, S, K, D]` in the dtype of `like`, a fresh contiguous tensor."""
-    return grad.transpose(1, 2).to(like.dtype).contiguous()
+    """`[B, K, S', D] -> [B, S, K, D]` in the dtype of `like`, a fresh contiguous tensor."""
+    return grad[:, :, : like.shape[1]].transpose(1, 2).to(like.dtype).contiguous()
