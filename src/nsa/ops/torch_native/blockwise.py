@@ -176,7 +176,7 @@ def _backward_group(
     grads: tuple[Tensor, Tensor],
     stops: Iterator[Visit],
 ) -> Tensor:
-    """One group, scores transposed: adds to dk `[S, Dk]` and dv `[S, Dv]` in `grads`, gives dq `[T+1, R*Dk]` unscaled."""
+    """One group, scores transposed: adds to `grads`, dk `[S, Dk]` and dv `[S, Dv]`; gives dq `[T+1, R*Dk]` unscaled."""
     dk, dv = grads
     dq = torch.zeros_like(q)
     for keys, queries, num_own, hidden in stops:
