@@ -25,7 +25,7 @@ from nsa.ops.triton.common import LOG2E, Layout, dot_precision, has_large_shared
 from nsa.ops.triton.dense_fwd import describe_keys
 from nsa.ops.triton.invert import Chunk, cut_chunks
 
-SCRATCH_BYTES = 256 * 2**20
+SCRATCH_BYTES = 512 * 2**20
 
 
 def score_tile(q: Tensor, group_size: int, large: bool) -> dict[str, int]:
