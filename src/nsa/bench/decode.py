@@ -24,8 +24,8 @@ from transformers import DynamicCache
 from nsa.bench.protocol import Steps, median_ms
 from nsa.cache import NSACache
 from nsa.hf import NSACacheLayer, NSAConfig, NSAForCausalLM
-from nsa.ops import decode
 from nsa.ops.api import mean_pool
+from nsa.ops.torch_native import decode
 
 STAGES = ("cmp", "choose", "slc", "win")
 

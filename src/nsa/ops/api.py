@@ -24,9 +24,10 @@ import torch
 from torch import Tensor
 
 from nsa.geometry import BlockGeometry
-from nsa.ops import decode, reference, registry, validate as check  # noqa: F401  (registry defines torch.ops.nsa)
+from nsa.ops import reference, registry, validate as check  # noqa: F401  (registry defines torch.ops.nsa)
 from nsa.ops.cache_view import CacheView
 from nsa.ops.routing import choose_backend
+from nsa.ops.torch_native.decode import decode_step
 
 
 class NSAAux(NamedTuple):
@@ -306,6 +307,7 @@ def nsa_decode(
             num_new[b] are padding; their output is zero.
         cache_view: what `NSACache.append` returned for these tokens.
         gates: `[B, T, H, 3]`.
+        backend: as in `nsa_attention`; "auto" takes "torch" for single tokens, on every device.
 
     Returns:
         `[B, T, H, Dv]`, or that and a `DecodeAux`.
@@ -323,9 +325,10 @@ def nsa_decode(
             f"the cache view is of {len(cache_view.lengths)} rows with {list(cache_view.num_new)} new tokens, but q is "
             f"{list(q.shape)}; pass the view that the append of these tokens returned"
         )
-    scale, backend = _resolve(q, geometry, None, 0, scale, backend)
-    if q.shape[1] == 1 and min(cache_view.num_new) == 1 and backend != "reference":
-        outs, block_indices = decode.decode_step(q, cache_view, geometry, scale)
+    is_step = q.shape[1] == 1 and min(cache_view.num_new) == 1
+    scale, backend = _resolve(q, geometry, None, 0, scale, "torch" if is_step and backend == "auto" else backend)
+    if is_step and backend == "torch":
+        outs, block_indices = decode_step(q, cache_view, geometry, scale)
     else:
         outs, block_indices = _decode_chunk(q, cache_view, geometry, scale, backend)
     out = combine(*outs, gates)

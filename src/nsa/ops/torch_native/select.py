@@ -43,7 +43,8 @@ def forward(q: Tensor, k_cmp: Tensor, lse: Tensor, geometry: BlockGeometry, q_st
         for other in others:
             p.add_(other)
         importance = block_importance(p, geometry, geometry.num_select_blocks(q_start + tile.queries.stop))
-        index = choose(importance.transpose(1, 2).contiguous(), geometry, tile.first)
+        positions = torch.arange(tile.first, q_start + tile.queries.stop, device=q.device)
+        index = choose(importance.transpose(1, 2).contiguous(), geometry, positions)
         chosen_view[tile.batch, tile.groups, tile.queries] = index.unflatten(
             0, (-1, tile.groups.stop - tile.groups.start)
         )
@@ -71,11 +72,14 @@ def block_importance(p: Tensor, geometry: BlockGeometry, num_blocks: int) -> Ten
     return importance
 
 
-def choose(importance: Tensor, geometry: BlockGeometry, first: int) -> Tensor:
-    """Forced blocks, then the most important candidates, ties to the lower index: `[..., C, J] -> [..., C, n]`."""
+def choose(importance: Tensor, geometry: BlockGeometry, positions: Tensor) -> Tensor:
+    """Forced blocks, then the most important candidates, ties to the lower index: `[..., C, J] -> [..., C, n]`.
+
+    `positions` `[..., C]` are the queries'.
+    """
     num_blocks, device = importance.shape[-1], importance.device
     block = torch.arange(num_blocks, device=device)
-    own = torch.arange(first, first + importance.shape[-2], device=device)[:, None] // geometry.select_block_size
+    own = (positions // geometry.select_block_size).unsqueeze(-1)
     forced = (block < geometry.num_init_blocks) | (block > own - geometry.num_local_blocks)
     ranks = importance.masked_fill(forced, torch.inf).masked_fill_(block > own, -torch.inf)
     index = ranked(ranks, min(geometry.num_selected_blocks, num_blocks))

@@ -1,6 +1,6 @@
-"""Attention from a cache in plain PyTorch: one new token for each row at once, or a chunk through the stages.
+"""Attention from a cache: one new token for each row, all rows at once.
 
-Legend: B rows, T new tokens, H query heads, K key/value groups, R = H/K, N compressed tokens, J selection blocks,
+Legend: B rows, H query heads, K key/value groups, R = H/K, N compressed tokens, J selection blocks,
 n chosen blocks. Rows are left-aligned and may differ in length. A step touches the compressed stream, the chosen blocks
 and the window, never the whole cache.
 """
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from nsa.geometry import BlockGeometry
 from nsa.ops.cache_view import CacheView
+from nsa.ops.torch_native.select import block_importance, choose
 
 
 def decode_step(
@@ -27,7 +28,7 @@ def decode_step(
     out_slc = selected_step(q, view, blocks, last, geometry)
     out_win = window_step(q, view, geometry)
     outs = (x.flatten(1, 2).unsqueeze(1).to(view.v.dtype) for x in (out_cmp, out_slc, out_win))
-    return tuple(outs), blocks.to(torch.int32).unsqueeze(1)  # pyright: ignore[reportReturnType]
+    return tuple(outs), blocks.unsqueeze(1)  # pyright: ignore[reportReturnType]
 
 
 def _softmax_over(q: Tensor, k: Tensor, visible: Tensor | None) -> Tensor:
@@ -54,22 +55,9 @@ def compressed_step(q: Tensor, view: CacheView, geometry: BlockGeometry) -> tupl
 
 def choose_step(p_cmp: Tensor, last: Tensor, longest: int, geometry: BlockGeometry) -> Tensor:
     """The n blocks of each row and group, ascending, -1 for none, `[B,K,n]` (Eq. 9, 10, forced blocks, top-n)."""
-    num_blocks = geometry.num_select_blocks(longest)
-    weights = torch.tensor(geometry.overlap_weights, dtype=p_cmp.dtype, device=p_cmp.device)
-    span = geometry.strides_per_select
-    left = -geometry.overlap_start
-    right = max(0, num_blocks * span - p_cmp.shape[-1])
-    grouped = torch.nn.functional.pad(p_cmp.sum(dim=2), (left, right))
-    importance = grouped.unfold(-1, len(weights), span)[:, :, :num_blocks] @ weights  # [B,K,J]
-    block = torch.arange(num_blocks, device=p_cmp.device)
-    own = (last // geometry.select_block_size).view(-1, 1, 1)
-    forced = (block < geometry.num_init_blocks) | (block > own - geometry.num_local_blocks)
-    importance = importance.masked_fill(forced, torch.inf).masked_fill(block > own, -torch.inf)
-    count = min(geometry.num_selected_blocks, num_blocks)
-    chosen = importance.sort(dim=-1, descending=True, stable=True).indices[..., :count]
-    chosen = torch.where(chosen <= own, chosen, num_blocks).sort(dim=-1).values
-    chosen = chosen.masked_fill(chosen == num_blocks, -1)
-    return torch.nn.functional.pad(chosen, (0, geometry.num_selected_blocks - count), value=-1)
+    grouped = p_cmp.sum(dim=2).unsqueeze(-1)
+    importance = block_importance(grouped, geometry, geometry.num_select_blocks(longest)).squeeze(-1)
+    return choose(importance, geometry, last.unsqueeze(-1))
 
 
 def selected_step(q: Tensor, view: CacheView, blocks: Tensor, last: Tensor, geometry: BlockGeometry) -> Tensor:
