@@ -92,7 +92,8 @@ def _key_step(
     row_end, batch_row, head, key,
     scale_log2, log2e, T, S, q_start, k_start,
     H: tl.constexpr, G: tl.constexpr, DK: tl.constexpr, TAIL: tl.constexpr, DV: tl.constexpr, SIZE: tl.constexpr,
-    STRIDE: tl.constexpr, WINDOW: tl.constexpr, PACKED: tl.constexpr, TMA: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    STRIDE: tl.constexpr, WINDOW: tl.constexpr, PACKED: tl.constexpr, TMA: tl.constexpr, MASKED: tl.constexpr,
+    PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     MAIN: tl.constexpr = DK - TAIL
@@ -196,7 +197,8 @@ def dense_key_kernel(
 @triton.jit
 def _query_step(
     dq, dq_tail, q, q_tail, dout, lse, delta, k_desc, k_tail_desc, v_desc, key_start, first_row, column_k, column_v,
-    first, end, scale_log2, TAIL: tl.constexpr, MAIN: tl.constexpr, MASKED: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    first, end, scale_log2, TAIL: tl.constexpr, MAIN: tl.constexpr, MASKED: tl.constexpr, BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     k = k_desc.load([first_row + key_start, column_k])
     v = v_desc.load([first_row + key_start, column_v])
@@ -324,7 +326,8 @@ def dense_backward(
     if boxes and tail:
         tail_rows = describe_rows(q, by_key["BLOCK_M"], G, tail)
     dense_key_kernel[(triton.cdiv(S, by_key["BLOCK_N"]), B * Hkv, splits)](
-        q_rows, tail_rows, k, v, dout_rows, lse, delta, dk, dv, *documents, *numbers, triton.cdiv(T, splits) * G, TMA=boxes,
+        q_rows, tail_rows, k, v, dout_rows, lse, delta, dk, dv, *documents, *numbers, triton.cdiv(T, splits) * G,
+        TMA=boxes,
         **shape, **by_key,
     )  # fmt: skip
     descriptors = (*describe_keys(k, by_query["BLOCK_N"]), describe(v, by_query["BLOCK_N"]))

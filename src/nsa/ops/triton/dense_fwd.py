@@ -150,7 +150,8 @@ def dense_forward(
     grid = (triton.cdiv(T * (H // Hkv), tile["BLOCK_M"]), B * Hkv)
     dense_forward_kernel[grid](
         q, *describe_keys(k, tile["BLOCK_N"]), describe(v, tile["BLOCK_N"]), out, lse, *documents,
-        scale * LOG2E, T, S, q_start, k_start, H=H, HKV=Hkv, DK=Dk, TAIL=key_tail(Dk), DV=Dv, SIZE=geometry.compress_block_size,
+        scale * LOG2E, T, S, q_start, k_start, H=H, HKV=Hkv, DK=Dk, TAIL=key_tail(Dk), DV=Dv,
+        SIZE=geometry.compress_block_size,
         STRIDE=geometry.compress_stride, WINDOW=window, PACKED=layout is not None, LN2=LN2,
         PRECISION=dot_precision(q), **tile,
     )  # fmt: skip

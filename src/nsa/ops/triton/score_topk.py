@@ -41,7 +41,8 @@ def score_tile(q: Tensor, group_size: int, large: bool) -> dict[str, int]:
 @triton.jit
 def _score_step(
     mass_ptr, q, q_tail, k_desc, k_tail_desc, lse, column_end, key, row_start, column_k, scale_log2, token_row,
-    live_token, width, TAIL: tl.constexpr, MAIN: tl.constexpr, MASKED: tl.constexpr, HEADS: tl.constexpr, TOKENS: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    live_token, width, TAIL: tl.constexpr, MAIN: tl.constexpr, MASKED: tl.constexpr, HEADS: tl.constexpr,
+    TOKENS: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Store the group-summed probabilities of keys key .. key + BLOCK_N - 1."""
     k = k_desc.load([row_start + key, column_k])
@@ -64,7 +65,8 @@ def score_kernel(
     q_ptr, k_desc, k_tail_desc, lse_ptr, mass_ptr, cu_ptr, cu_cmp_ptr, scale_log2, log2e,
     T, N, q_start, num_docs, steps, head_start, token_start, token_end, first_tile, width,
     H: tl.constexpr, HKV: tl.constexpr, DK: tl.constexpr, TAIL: tl.constexpr, SIZE: tl.constexpr,
-    STRIDE: tl.constexpr, PACKED: tl.constexpr, HEADS: tl.constexpr, TOKENS: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    STRIDE: tl.constexpr, PACKED: tl.constexpr, HEADS: tl.constexpr, TOKENS: tl.constexpr, BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     G: tl.constexpr = H // HKV
     b = (head_start + tl.program_id(1)) // HKV
@@ -109,12 +111,14 @@ def score_kernel(
         live_token = (token >= token_start) & (token < tl.minimum(token_end, doc_end))
         for key in tl.range(0, full_end, BLOCK_N):
             _score_step(
-                mass_ptr, q, q_tail, k_desc, k_tail_desc, lse, column_end, key, b * N + cmp_start, group * DK, scale_log2, token_row,
+                mass_ptr, q, q_tail, k_desc, k_tail_desc, lse, column_end, key, b * N + cmp_start, group * DK,
+                scale_log2, token_row,
                 live_token, width, TAIL, MAIN, False, HEADS, TOKENS, BLOCK_N, PRECISION,
             )  # fmt: skip
         for key in tl.range(full_end, key_end, BLOCK_N):
             _score_step(
-                mass_ptr, q, q_tail, k_desc, k_tail_desc, lse, column_end, key, b * N + cmp_start, group * DK, scale_log2, token_row,
+                mass_ptr, q, q_tail, k_desc, k_tail_desc, lse, column_end, key, b * N + cmp_start, group * DK,
+                scale_log2, token_row,
                 live_token, width, TAIL, MAIN, True, HEADS, TOKENS, BLOCK_N, PRECISION,
             )  # fmt: skip
 
@@ -225,7 +229,8 @@ def select_blocks(
         if N:
             first_tile, num_tiles = _tiles(chunk, tile["TOKENS"], num_docs)
             score_kernel[(num_tiles, heads)](
-                q, *describe_keys(k_cmp, tile["BLOCK_N"]), lse, mass, *bounds, scale * LOG2E, LOG2E, T, N, q_start, num_docs,
+                q, *describe_keys(k_cmp, tile["BLOCK_N"]), lse, mass, *bounds, scale * LOG2E, LOG2E, T, N, q_start,
+                num_docs,
                 (num_docs + 1).bit_length(), chunk.head, chunk.token, chunk.token_end, first_tile, width,
                 H=H, DK=Dk, TAIL=key_tail(Dk), PRECISION=dot_precision(q), **shape, **tile,
             )  # fmt: skip

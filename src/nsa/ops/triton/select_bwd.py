@@ -149,7 +149,8 @@ def select_query_reduce_kernel(
 @triton.jit(do_not_specialize=["S", "first_stride", "head_start", "bound"])
 def select_key_reduce_kernel(
     item_dk_ptr, item_dv_ptr, key_ptr, first_ptr, dk_ptr, dv_ptr, scale, S, first_stride, head_start, bound,
-    HKV: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr,
+    HKV: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Add the items of a block, in order, to the fp32 gradients of its keys."""
     j = tl.program_id(0)
@@ -217,7 +218,8 @@ def select_backward(
             q, k, v, dout, lse, delta, part, item_dk, item_dv, item_key,
             inversion.entries, table, *documents,
             scale * LOG2E, LOG2E, T, S, q_start, chunk.head, chunk.token, tokens, bound,
-            H=H, HKV=Hkv, DK=Dk, TAIL=key_tail(Dk), DV=Dv, BLOCK=block, RATIO=inversion.ratio, SLOTS=slots, PACKED=layout is not None,
+            H=H, HKV=Hkv, DK=Dk, TAIL=key_tail(Dk), DV=Dv, BLOCK=block, RATIO=inversion.ratio, SLOTS=slots,
+            PACKED=layout is not None,
             PRECISION=dot_precision(q), BLOCK_N=block_n, **tile,
         )  # fmt: skip
         select_query_reduce_kernel[(triton.cdiv(tokens * G, rows), heads)](
