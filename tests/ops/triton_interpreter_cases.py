@@ -33,6 +33,7 @@ CASES = {
     "long selection blocks in parts": (1, 150, 1, 1, 16, 16, LONG, None, 0, 0, "float32", "s"),
     "long stencil": (1, 60, 1, 1, 16, 16, BlockGeometry(24, 4, 8, 5, 1, 1, 7), None, 0, 0, "float32", "s"),
     "choice in many chunks": (1, 110, 1, 1, 16, 16, BlockGeometry(4, 2, 4, 5, 1, 2, 4), None, 0, 0, "float32", "t"),
+    "equal scores": (1, 100, 2, 1, 16, 16, SMALL, None, 0, 0, "float32", "et"),
     "scratch for few tokens": (1, 140, 1, 1, 16, 16, SMALL, None, 0, 0, "float32", "sk"),
 }  # fmt: skip
 
@@ -59,6 +60,8 @@ class Case:
         self.q, self.k, self.v = self.draw(B, T, H, Dk), self.draw(B, S, Hkv, Dk), self.draw(B, S, Hkv, Dv)
         self.k_cmp, self.v_cmp = self.draw(B, N, Hkv, Dk), self.draw(B, N, Hkv, Dv)
         self.scale, self.stages, self.errors = Dk**-0.5, stages, {}
+        if "e" in stages:
+            self.q, self.k_cmp = torch.zeros_like(self.q), torch.zeros_like(self.k_cmp)
 
     def draw(self, *shape: int) -> Tensor:
         return torch.randn(*shape, dtype=torch.float32).to(self.dtype)
