@@ -132,7 +132,11 @@ class Case:
         else:
             self.blocks = backend.select_blocks_forward(self.q, self.k_cmp, lse, self.cu, shape, *tail)
         q, lse = self.q[:, : self.used], lse[:, : self.used]
-        expected = reference.select_blocks(q, self.k_cmp, lse, self.geometry, self.cu, *tail)
+        if "e" in self.stages:  # the reference's sums round apart what is equal
+            scores = reference.importance_scores(q, self.k_cmp, lse, self.geometry, *tail)
+            expected = reference.choose((scores * 2**12).round(), self.geometry, self.q_start)
+        else:
+            expected = reference.select_blocks(q, self.k_cmp, lse, self.geometry, self.cu, *tail)
         self.errors["blocks that differ"] = float((self.blocks[:, : self.used] != expected).sum())
         self.errors["blocks outside"] = float((self.blocks[:, self.used :] != -1).sum())
 
