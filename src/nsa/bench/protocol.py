@@ -120,7 +120,7 @@ def print_table(rows: Sequence[Any], title: str, console: Console | None = None)
         lines = [list(column) for column in zip(*lines, strict=True)]
     table = Table(title=title)
     for heading in lines[0]:
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", overflow="fold")
     for line in lines[1:]:
         table.add_row(*line)
     (console or Console()).print(table)
