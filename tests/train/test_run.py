@@ -358,3 +358,12 @@ def test_a_device_that_is_not_here_is_refused() -> None:
     assert choose_device("cpu") == torch.device("cpu")
     with pytest.raises(ValueError, match="CUDA devices"):
         choose_device("cuda:99")
+
+
+def test_a_run_computes_with_the_threads_of_its_config(tiny) -> None:
+    before = torch.get_num_threads()
+    try:
+        assert "3 threads" in Trainer(tiny(run={"num_threads": 3})).describe()
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)

@@ -47,6 +47,8 @@ class RunSection(Section):
     """Seed of the weights, the order of the data and everything else that is drawn."""
     device: str = "auto"
     """"auto" (CUDA where there is one, else the CPU), "cpu", "cuda" or "cuda:N"."""
+    num_threads: PositiveInt | None = None
+    """Threads of CPU work; torch's choice, the cores, unless given. Another number may change a result's last bits."""
     deterministic: bool = True
     """Use deterministic algorithms only, on the CPU; two runs with one config then agree bit for bit."""
 

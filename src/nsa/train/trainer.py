@@ -46,6 +46,8 @@ class Trainer:
         self.start_s = time.perf_counter()
         self.config = config
         self.device = choose_device(config.run.device)
+        if config.run.num_threads is not None:
+            torch.set_num_threads(config.run.num_threads)
         torch.manual_seed(config.run.seed)
         self.tokenizer = load_tokenizer(config.data.tokenizer)
         rows = {"tokenizer": self.tokenizer, "sequence_length": config.train.sequence_length}
