@@ -363,7 +363,7 @@ def test_a_device_that_is_not_here_is_refused() -> None:
 def test_a_run_computes_with_the_threads_of_its_config(tiny) -> None:
     before = torch.get_num_threads()
     try:
-        assert "3 threads" in Trainer(tiny(run={"num_threads": 3})).describe()
+        Trainer(tiny(run={"num_threads": 3}))
         assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(before)
