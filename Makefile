@@ -29,7 +29,7 @@ test: lint
 	$(BIN)/python -m pytest -n 2 --dist worksteal tests --ignore=tests/gpu
 
 test-gpu:
-	$(PYTHON) -m pytest tests/gpu
+	$(PYTHON) -m pytest -n 4 --dist worksteal tests/gpu
 
 clean:
 	rm -rf $(VENV) build dist

@@ -1,0 +1,52 @@
+"""The transformers model on the GPU, where "auto" takes the Triton kernels, against the same model on the CPU."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from tiny_models import tiny_model
+
+
+@pytest.fixture
+def models():
+    """One model on the CPU and its copy on the GPU, fp32."""
+    torch.manual_seed(0)
+    model = tiny_model(attention_backend="auto").float().eval()
+    return model, copy.deepcopy(model).cuda()
+
+
+@torch.no_grad()
+def test_logits_of_packed_documents_equal_the_cpus(models):
+    cpu, gpu = models
+    ids = torch.randint(0, cpu.config.vocab_size, (1, 200))
+    cu_seqlens = torch.tensor([0, 3, 90, 90, 200], dtype=torch.int32)
+    expected = cpu(input_ids=ids, cu_seqlens=cu_seqlens, use_cache=False).logits
+    got = gpu(input_ids=ids.cuda(), cu_seqlens=cu_seqlens.cuda(), use_cache=False).logits
+    torch.testing.assert_close(got.cpu(), expected, rtol=1e-3, atol=1e-3)
+
+
+@torch.no_grad()
+def test_greedy_generation_from_left_padding_equals_the_cpus(models):
+    cpu, gpu = models
+    ids = torch.randint(3, cpu.config.vocab_size, (2, 60))
+    mask = torch.ones_like(ids)
+    mask[0, :17] = 0
+    options = {"max_new_tokens": 20, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    expected = cpu.generate(ids, attention_mask=mask, **options)
+    got = gpu.generate(ids.cuda(), attention_mask=mask.cuda(), **options)
+    assert torch.equal(got.cpu(), expected)
+
+
+def test_gradients_of_packed_documents_equal_the_cpus(models):
+    cpu, gpu = models
+    ids = torch.randint(0, cpu.config.vocab_size, (1, 150))
+    cu_seqlens = torch.tensor([0, 40, 150], dtype=torch.int32)
+    cpu(input_ids=ids, cu_seqlens=cu_seqlens, labels=ids).loss.backward()
+    gpu(input_ids=ids.cuda(), cu_seqlens=cu_seqlens.cuda(), labels=ids.cuda()).loss.backward()
+    for (name, expected), got in zip(cpu.named_parameters(), gpu.parameters(), strict=True):
+        torch.testing.assert_close(
+            got.grad.cpu(), expected.grad, rtol=1e-2, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}"
+        )
