@@ -171,7 +171,7 @@ class TrainSection(Section):
     """"bf16" computes under autocast; weights and optimizer stay in fp32."""
     log_every_steps: PositiveInt = 10
     """Optimizer steps between log lines; `training.csv` has every step."""
-    checkpoint_every_steps: NonNegativeInt = 0
+    checkpoint_every_steps: NonNegativeInt = 500
     """Optimizer steps between checkpoints; 0 writes the last one only."""
     keep_checkpoints: PositiveInt = 2
     """Newest checkpoints that are kept."""
