@@ -82,8 +82,8 @@ def importance_scores(
     for i in range(N):
         for position in range(i * stride, i * stride + size):
             if position // block < num_blocks:
-                overlap[i, position // block] += 1 / stride
-    return (p_cmp @ overlap).sum(dim=3)
+                overlap[i, position // block] += 1
+    return (p_cmp @ (overlap / stride)).sum(dim=3)
 
 
 def choose(importance: Tensor, geometry: BlockGeometry, q_start: int) -> Tensor:
