@@ -46,7 +46,7 @@ def _backend(name: str) -> ModuleType:
 
 
 def _define(name: str, schema: str) -> None:
-    # The tag lets torch.compile trust that strides of the inputs may change before the call.
+    # Compilers must hand over inputs with the strides of eager mode: the kernels choose their layout by them.
     _library.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
     function = name if name.endswith("_backward") else f"{name}_forward"
 
