@@ -57,16 +57,25 @@ class Recorder:
         folder: the run's folder.
         num_steps: optimizer steps of the whole run.
         log_every_steps: optimizer steps between lines on the terminal.
+        resume_step: continue the tables after this step, the checkpoint's: what came later is taken out of them. A new
+            run unless given.
     """
 
-    def __init__(self, folder: RunFolder, *, num_steps: int, log_every_steps: int) -> None:
+    def __init__(
+        self, folder: RunFolder, *, num_steps: int, log_every_steps: int, resume_step: int | None = None
+    ) -> None:
         self.num_steps, self.log_every_steps = num_steps, log_every_steps
         self._waits_s: list[float] = []
+        purge_step = None if resume_step is None else resume_step + 1
         with ExitStack() as stack:
-            self.progress = stack.enter_context(Progress(num_steps))
-            self._training = stack.enter_context(CsvWriter(folder.training_csv, TRAINING_COLUMNS))
-            self._validation = stack.enter_context(CsvWriter(folder.val_csv, VALIDATION_COLUMNS))
-            self._board = stack.enter_context(SummaryWriter(str(folder.tensorboard)))
+            self.progress = stack.enter_context(Progress(num_steps, done=resume_step or 0))
+            self._training = stack.enter_context(
+                CsvWriter(folder.training_csv, TRAINING_COLUMNS, resume_step=resume_step)
+            )
+            self._validation = stack.enter_context(
+                CsvWriter(folder.val_csv, VALIDATION_COLUMNS, resume_step=resume_step)
+            )
+            self._board = stack.enter_context(SummaryWriter(str(folder.tensorboard), purge_step=purge_step))
             self._stack = stack.pop_all()
 
     def step(self, record: StepRecord, waits_s: list[float]) -> None:
