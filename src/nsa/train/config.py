@@ -164,11 +164,20 @@ class TrainSection(Section):
     sequence_length: Annotated[int, Field(ge=2)] = 512
     """T: tokens in a row."""
     batch_tokens: PositiveInt = 8192
-    """Tokens of one optimizer step; a multiple of micro_batch_rows * sequence_length."""
+    """Tokens of one optimizer step over all processes; a multiple of micro_batch_rows * sequence_length."""
     micro_batch_rows: PositiveInt = 16
-    """Rows of one forward and backward pass."""
+    """Rows of one forward and backward pass of each process."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """"bf16" computes under autocast; weights and optimizer stay in fp32."""
+    """"bf16" computes in bf16; weights and optimizer stay in fp32."""
+    parallel: Literal["auto", "none", "ddp", "fsdp2"] = "auto"
+    """How the processes that torchrun starts share the work; "auto" is "ddp". A single process shares nothing."""
+    collective_timeout_s: PositiveFloat = 600.0
+    """Seconds that a rank waits for the others before the run fails."""
+    compile: bool = False
+    """Compile the decoder layers and the loss with torch.compile; worth its minute of compiling on a GPU."""
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    """What backward recomputes to save memory: "selective" keeps the attention's results, "full" keeps only what each
+    layer gets; neither chooses the blocks again."""
     log_every_steps: PositiveInt = 10
     """Optimizer steps between log lines; `training.csv` has every step."""
     checkpoint_every_steps: NonNegativeInt = 500
@@ -241,5 +250,5 @@ class RunConfig(Section):
 
     @property
     def num_micro_batches(self) -> int:
-        """Forward and backward passes of one optimizer step."""
+        """Forward and backward passes of one optimizer step, those of all processes together."""
         return self.train.batch_tokens // (self.train.micro_batch_rows * self.train.sequence_length)
