@@ -20,11 +20,13 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    field_validator,
     model_validator,
 )
 
 from nsa.data.config import DataConfig
 from nsa.geometry import BlockGeometry
+from nsa.train.preflight.findings import check_allowed
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
 LayerType = Literal["nsa", "full_attention", "sliding_attention"]
@@ -225,6 +227,19 @@ class SampleSection(Section):
     """Draw among the likeliest tokens that hold this probability."""
 
 
+class PreflightSection(Section):
+    """What the checks before the first step may let pass."""
+
+    allow: tuple[str, ...] = ()
+    """Names of findings that do not refuse the run, such as "no-checkpoints"; recorded in the run folder."""
+
+    @field_validator("allow")
+    @classmethod
+    def _known(cls, codes: tuple[str, ...]) -> tuple[str, ...]:
+        check_allowed(codes)
+        return codes
+
+
 class RunConfig(Section):
     """Everything that decides a run; stored beside it as `config.yaml`."""
 
@@ -236,6 +251,7 @@ class RunConfig(Section):
     guards: GuardSection = GuardSection()
     eval: EvalSection = EvalSection()
     sample: SampleSection = SampleSection()
+    preflight: PreflightSection = PreflightSection()
 
     @model_validator(mode="after")
     def _fits(self) -> RunConfig:
