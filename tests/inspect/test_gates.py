@@ -13,15 +13,14 @@ IDS = torch.arange(50)[None] * 7 % 61
 
 
 def test_statistics_of_gates_that_can_be_counted_by_hand():
-    gates = torch.tensor([[1 / 3, 1 / 3, 1 / 3], [1.0, 0.0, 0.0], [0.0, 0.96, 0.04], [0.0, 0.5, 0.5]])
-    found = gate_statistics(gates.view(1, 2, 2, 3))
-    pair = -(0.96 * math.log(0.96) + 0.04 * math.log(0.04))
+    rows = [(1 / 3, 1 / 3, 1 / 3), (1.0, 0.0, 0.0), (0.0, 0.96, 0.04), (0.06, 0.0, 0.94)]
+    found = gate_statistics(torch.tensor(rows).view(1, 2, 2, 3))
+    entropies = [-sum(weight * math.log(weight) for weight in row if weight) for row in rows]
     assert found.num_rows == 4
-    assert found.entropy_mean_nats == pytest.approx((math.log(3) + 0 + pair + math.log(2)) / 4)
-    assert found.max_mean == pytest.approx((1 / 3 + 1 + 0.96 + 0.5) / 4)
-    assert (found.share_cmp, found.share_slc, found.share_win) == pytest.approx(
-        ((1 / 3 + 1) / 4, (1 / 3 + 0.96 + 0.5) / 4, (1 / 3 + 0.04 + 0.5) / 4)
-    )
+    assert found.entropy_mean_nats == pytest.approx(sum(entropies) / 4)
+    assert found.max_mean == pytest.approx(sum(max(row) for row in rows) / 4)
+    shares = [sum(row[branch] for row in rows) / 4 for branch in range(3)]
+    assert [found.share_cmp, found.share_slc, found.share_win] == pytest.approx(shares)
     assert found.collapse_share == 0.5
 
 

@@ -41,8 +41,8 @@ class CsvWriter:
 
     def __init__(self, path: Path, columns: Sequence[str], *, resume_step: int | None = None) -> None:
         self.columns = tuple(columns)
-        continued = resume_step is not None and path.is_file()
-        if continued:
+        continued = path.is_file() and resume_step is not None
+        if path.is_file() and resume_step is not None:
             _cut(path, self.columns, resume_step)
         self._file = path.open("a" if continued else "w", newline="", encoding="utf-8")
         self._writer = csv.writer(self._file, lineterminator="\n")
