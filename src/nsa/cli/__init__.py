@@ -20,6 +20,7 @@ EXIT_DONE, EXIT_FAILED, EXIT_USAGE, EXIT_STOPPED = 0, 1, 2, 3
 COMMANDS = {
     "train": ("nsa.cli.train", "train a model from a YAML config"),
     "preflight": ("nsa.cli.preflight", "say what a run needs and what is wrong with it, before it starts"),
+    "doctor": ("nsa.cli.doctor", "say whether this machine can train and run models"),
     "generate": ("nsa.cli.generate", "continue a text, printed as it is produced"),
     "inspect": ("nsa.cli.inspect", "show which blocks of a prompt each query selects"),
     "bench": ("nsa.cli.bench", "measure speed and memory on this machine"),

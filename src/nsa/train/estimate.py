@@ -24,7 +24,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from nsa.eval.perplexity import sum_loss
+from nsa.eval.loss import NextTokenLoss
 from nsa.train.config import RunConfig
 from nsa.train.model import build_model
 from nsa.train.optim import build_optimizer
@@ -93,8 +93,9 @@ def trace_memory(config: RunConfig, *, vocab_size: int, shards: int = 1, kind: s
         model = build_model(config_for_cpu(config), vocab_size=vocab_size, eos_token_id=0)
         weights = live.now
         optimizer = build_optimizer(model, config.optim)
+        loss = NextTokenLoss(model)
         batch = random_rows(config, vocab_size, torch.device("cpu"), bounds)
-        _forward_backward(model, batch, config)
+        _forward_backward(loss, batch, config)
         gradients = sum(p.grad.untyped_storage().nbytes() for p in model.parameters() if p.grad is not None)
         before = live.now - gradients
         optimizer.step()
@@ -102,7 +103,7 @@ def trace_memory(config: RunConfig, *, vocab_size: int, shards: int = 1, kind: s
         if config.num_micro_batches == 1:  # else gradients are there already while the next are computed
             optimizer.zero_grad(set_to_none=True)
         live.peak = live.now
-        _forward_backward(model, batch, config)
+        _forward_backward(loss, batch, config)
         activations = live.peak - weights - gradients - state
     gib = [size / GIB for size in (weights / shards, gradients / shards, state / shards, activations * (1 + SLACK))]
     return Memory(*gib, OVERHEAD_GIB[kind])
@@ -195,13 +196,14 @@ def _time_steps(config: RunConfig, device: torch.device, vocab_size: int, limit_
     """Seconds of a forward and backward pass and of an update, and how many were timed."""
     model = build_model(config, vocab_size=vocab_size, eos_token_id=0).to(device)  # pyright: ignore[reportArgumentType]
     optimizer = build_optimizer(model, config.optim)
-    batch = random_rows(config, vocab_size, device, row_bounds(config))
+    loss = NextTokenLoss(model)
+    batch = random_rows(config, vocab_size, device, row_bounds(config).to(device))
     passes_s: list[float] = []
     updates_s: list[float] = []
     begin_s = time.perf_counter()
     while len(passes_s) < 4 and (len(passes_s) < 2 or time.perf_counter() - begin_s < limit_s):
         start_s = time.perf_counter()
-        _forward_backward(model, batch, config)
+        _forward_backward(loss, batch, config)
         _wait(device)
         passes_s.append(time.perf_counter() - start_s)
         start_s = time.perf_counter()
@@ -212,11 +214,11 @@ def _time_steps(config: RunConfig, device: torch.device, vocab_size: int, limit_
     return min(passes_s[1:]), min(updates_s[1:]), len(passes_s) - 1
 
 
-def _forward_backward(model: nn.Module, batch: PackedRows, config: RunConfig) -> None:
+def _forward_backward(loss: nn.Module, batch: PackedRows, config: RunConfig) -> None:
     device = batch.input_ids.device
     with torch.autocast(device.type, torch.bfloat16, enabled=config.train.precision == "bf16"):
-        loss = sum_loss(model, batch, device)
-    loss.backward()
+        total = loss(batch.input_ids, batch.labels, batch.cu_seqlens)
+    total.backward()
 
 
 def _wait(device: torch.device) -> None:

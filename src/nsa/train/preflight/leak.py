@@ -111,14 +111,15 @@ def _leaks_in_documents(model: nn.Module, tokens: Tensor) -> Iterator[str]:
     later[:first] = _others(later[:first])
     later[middle + 1 :] = _others(later[middle + 1 :])
     earlier[:second] = _others(earlier[:second])
-    outs = [model(input_ids=x.unsqueeze(0), cu_seqlens=bounds, use_cache=False).logits[0] for x in (tokens, later)]
-    if position := _seen(*outs, slice(first, middle + 1), slice(middle + 1, second)):
+    out, after_later, after_earlier = (
+        model(input_ids=x.unsqueeze(0), cu_seqlens=bounds, use_cache=False).logits[0] for x in (tokens, later, earlier)
+    )
+    if position := _seen(out, after_later, slice(first, middle + 1), slice(middle + 1, second)):
         yield (
             f"in packed documents, the output at position {position[0]} of the row depends on tokens after {middle} "
             f"or on the document before ({position[1]})"
         )
-    outs[1] = model(input_ids=earlier.unsqueeze(0), cu_seqlens=bounds, use_cache=False).logits[0]
-    if position := _seen(*outs, slice(second, length), slice(0, second)):
+    if position := _seen(out, after_earlier, slice(second, length), slice(0, second)):
         yield f"in packed documents, the output at position {position[0]} depends on earlier documents ({position[1]})"
 
 
