@@ -48,7 +48,7 @@ class Beat:
         host, pid, process_start_s: where it runs, its number there, and the Unix time of its start.
         phase: what the main thread is at.
         progress_age_s: seconds since the main thread last reported anything.
-        step, num_steps: optimizer steps done and to do.
+        start_step, step, num_steps: optimizer steps done when the process began, done now, and to do in all.
         loss: nats per token.
         grad_norm: global norm before clipping.
         lr: learning rate.
@@ -73,8 +73,9 @@ class Beat:
     process_start_s: float
     phase: Phase
     progress_age_s: float
+    start_step: int
+    step: int
     num_steps: int
-    step: int = 0
     loss: float | None = None
     grad_norm: float | None = None
     lr: float | None = None
@@ -109,6 +110,7 @@ class Heartbeat:
         path: the file; lines of an earlier process stay.
         rank, world_size: of this process.
         num_steps: optimizer steps of the whole run.
+        start_step: optimizer steps done before this process.
         every_s: seconds between lines.
         device: whose memory is reported when it is a CUDA device.
     """
@@ -120,6 +122,7 @@ class Heartbeat:
         rank: int,
         world_size: int,
         num_steps: int,
+        start_step: int = 0,
         every_s: float = 5.0,
         device: torch.device | None = None,
     ) -> None:
@@ -132,6 +135,8 @@ class Heartbeat:
             "pid": self._process.pid,
             "process_start_s": self._process.create_time(),
             "phase": "startup",
+            "start_step": start_step,
+            "step": start_step,
             "num_steps": num_steps,
         }
         self._counters: Counter[str] = Counter()
