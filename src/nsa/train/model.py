@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import torch
+
+from nsa.attention import NSAAttention
 from nsa.hf import NSAConfig, NSAForCausalLM
 from nsa.train.config import RunConfig
 
@@ -30,3 +33,15 @@ def build_model(config: RunConfig, *, vocab_size: int, eos_token_id: int) -> NSA
             pad_token_id=None,
         )
     )
+
+
+def compile_layers(model: NSAForCausalLM, backend: str = "inductor") -> None:
+    """Compile every decoder layer by itself: alike layers share one compilation, and other code stays as it is.
+
+    Args:
+        backend: of torch.compile.
+    """
+    for layer in model.model.layers:
+        # Dense attention over packed documents reads their bounds on the host.
+        whole = isinstance(layer.self_attn, NSAAttention)
+        layer.forward = torch.compile(layer.forward, fullgraph=whole, backend=backend)
