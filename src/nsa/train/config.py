@@ -186,6 +186,8 @@ class TrainSection(Section):
     """Optimizer steps between checkpoints; 0 writes the last one only."""
     keep_checkpoints: PositiveInt = 2
     """Newest checkpoints that are kept."""
+    keep_every_steps: NonNegativeInt = 0
+    """Checkpoints of multiples of this step are kept too; 0 for none."""
     early_stop_evals: NonNegativeInt = 0
     """End after this many evaluations in a row without a better held-out loss; 0 never does."""
 

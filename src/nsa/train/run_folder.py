@@ -3,6 +3,7 @@
 runs/NAME/  config.yaml env.json status.json training.csv val.csv metrics.json curves.png report.md
             tb/ samples/before.txt samples/after.txt
             checkpoints/step_000500/ ... checkpoints/latest -> step_000500
+            run.lock, and HALT when someone asks the run to stop
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import time
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
+
+from nsa.train.run_lock import RunLock
 
 State = Literal["running", "finished", "stopped", "failed"]
 
@@ -38,10 +41,12 @@ class RunFolder:
         self.samples = path / "samples"
         self.tensorboard = path / "tb"
         self.checkpoints = path / "checkpoints"
+        self.halt = path / "HALT"
+        self.lock = RunLock(path / "run.lock")
 
     @classmethod
     def create(cls, path: Path, *, config_yaml: str, env: dict[str, Any], data_index: dict[str, Any]) -> RunFolder:
-        """Make the folder with `config.yaml`, `env.json`, `data_index.json` and `status.json`.
+        """Make the folder with `config.yaml`, `env.json`, `data_index.json` and `status.json`, and lock it.
 
         Raises:
             ValueError: it exists already; nothing in it is touched.
@@ -49,6 +54,7 @@ class RunFolder:
         check_unused(path)
         path.mkdir(parents=True)
         folder = cls(path)
+        folder.lock.acquire()
         folder.samples.mkdir()
         write_text(folder.config_yaml, config_yaml)
         write_json(folder.env_json, env)
@@ -56,24 +62,50 @@ class RunFolder:
         folder.write_status("running", step=0)
         return folder
 
-    def write_status(self, state: State, *, step: int, reason: str | None = None) -> None:
-        """Replace `status.json`; `reason` says why a run stopped or failed."""
-        write_json(self.status_json, {"state": state, "step": step, "reason": reason, "unix_time_s": time.time()})
+    def write_status(self, state: State, *, step: int, reason: str | None = None, rank: int | None = None) -> None:
+        """Replace `status.json`; a failure stays until the run is begun again, whatever other ranks write after it.
+
+        Args:
+            state: how the run stands.
+            step: optimizer steps done.
+            reason: why it stopped or failed.
+            rank: the rank that was asked to stop, or that failed first.
+        """
+        before = self._status_or_empty()
+        if before.get("state") != "failed":
+            self._put_status(state, step, reason, rank, before.get("resumed_from"))
+
+    def begin_again(self, *, step: int, resumed_from: dict[str, Any]) -> None:
+        """Replace `status.json` when a run is resumed, whatever it said; `resumed_from` stays in it from now on."""
+        self._put_status("running", step, None, None, resumed_from)
 
     def read_status(self) -> dict[str, Any]:
         """The contents of `status.json`."""
         return json.loads(self.status_json.read_text(encoding="utf-8"))
 
+    def _status_or_empty(self) -> dict[str, Any]:
+        return self.read_status() if self.status_json.is_file() else {}
+
+    def _put_status(
+        self, state: State, step: int, reason: str | None, rank: int | None, resumed_from: dict[str, Any] | None
+    ) -> None:
+        values = {"state": state, "step": step, "reason": reason, "rank": rank, "resumed_from": resumed_from}
+        write_json(self.status_json, {**values, "unix_time_s": time.time()})
+
 
 class FailureStatus:
     """A `with` block around training: whatever escapes it is recorded as the reason in `status.json`, then goes on.
+
+    Args:
+        folder: the run's folder.
+        rank: of this process.
 
     Attributes:
         step: the last step that was completed; the loop keeps it current.
     """
 
-    def __init__(self, folder: RunFolder) -> None:
-        self.folder = folder
+    def __init__(self, folder: RunFolder, rank: int = 0) -> None:
+        self.folder, self.rank = folder, rank
         self.step = 0
 
     def __enter__(self) -> FailureStatus:
@@ -82,8 +114,12 @@ class FailureStatus:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is not None:
-            self.folder.write_status("failed", step=self.step, reason=f"{kind.__name__}: {error}")
+        if kind is None or error is None:
+            return
+        try:
+            self.folder.write_status("failed", step=self.step, reason=f"{kind.__name__}: {error}", rank=self.rank)
+        except OSError as unwritten:
+            error.add_note(f"{self.folder.status_json} could not be written: {unwritten}")
 
 
 def check_unused(path: Path) -> None:
@@ -97,7 +133,7 @@ def check_unused(path: Path) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write a file so that a reader finds the old or the new contents, never a part."""
-    temporary = path.with_name(f".{path.name}.part")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")  # several ranks may write one file
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
 
