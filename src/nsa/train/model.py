@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import torch
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from nsa.attention import NSAAttention
 from nsa.hf import NSAConfig, NSAForCausalLM
 from nsa.train.config import RunConfig
+from nsa.train.parallel import Parallel
 
 
 def build_model(config: RunConfig, *, vocab_size: int, eos_token_id: int) -> NSAForCausalLM:
     """A freshly initialised model in fp32; its weights come from torch's current random state.
+
+    Raises:
+        ValueError: the sizes do not fit together.
+    """
+    return NSAForCausalLM(model_config(config, vocab_size=vocab_size, eos_token_id=eos_token_id))
+
+
+def model_config(config: RunConfig, *, vocab_size: int, eos_token_id: int) -> NSAConfig:
+    """The transformers config of a run's model.
 
     Raises:
         ValueError: the sizes do not fit together.
@@ -22,16 +33,14 @@ def build_model(config: RunConfig, *, vocab_size: int, eos_token_id: int) -> NSA
     rope_theta = values.pop("rope_theta")
     values = {name: value for name, value in values.items() if value is not None}
     values.setdefault("max_position_embeddings", config.train.sequence_length)
-    return NSAForCausalLM(
-        NSAConfig(
-            **values,
-            layer_types=layer_types,
-            vocab_size=vocab_size,
-            rope_parameters={"rope_type": "default", "rope_theta": rope_theta},
-            eos_token_id=eos_token_id,
-            bos_token_id=None,
-            pad_token_id=None,
-        )
+    return NSAConfig(
+        **values,
+        layer_types=layer_types,
+        vocab_size=vocab_size,
+        rope_parameters={"rope_type": "default", "rope_theta": rope_theta},
+        eos_token_id=eos_token_id,
+        bos_token_id=None,
+        pad_token_id=None,
     )
 
 
@@ -45,3 +54,18 @@ def compile_layers(model: NSAForCausalLM, backend: str = "inductor") -> None:
         # Dense attention over packed documents reads their bounds on the host.
         whole = isinstance(layer.self_attn, NSAAttention)
         layer.forward = torch.compile(layer.forward, fullgraph=whole, backend=backend)
+
+
+def whole_model(model: NSAForCausalLM, parallel: Parallel, *, compiled: bool) -> NSAForCausalLM | None:
+    """The model itself where it is whole and not compiled, else a copy that is, on rank 0; None on the others."""
+    if parallel.mode != "fsdp2" and not compiled:
+        return model if parallel.is_main else None
+    # Of sharded weights every rank sends its part.
+    options = StateDictOptions(full_state_dict=parallel.mode == "fsdp2", cpu_offload=True)
+    weights = get_model_state_dict(model, options=options)
+    if not parallel.is_main:
+        return None
+    with torch.random.fork_rng(devices=[]):
+        copy = NSAForCausalLM(model.config)
+    copy.load_state_dict(weights)
+    return copy.to(parallel.device)  # pyright: ignore[reportArgumentType]  (transformers wraps `to`)
