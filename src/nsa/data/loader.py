@@ -108,6 +108,10 @@ class TrainLoader:
         read_ahead: make the next window on another thread while one is given out; two are then in memory.
         tokenizer, sequence_length, rows_per_batch, seed, rank, world_size: as in `build_train_loader`.
 
+    Attributes:
+        prepared_tokens: tokens of all windows opened so far.
+        prepare_s: seconds that making those windows took.
+
     Raises:
         DataError: an epoch has too few tokens for one batch of all ranks.
     """
@@ -139,7 +143,8 @@ class TrainLoader:
         )
         self._check_window()
         self._ahead: Future[Window] | None = None
-        self._window, self._row = self._reader.read(0, 0, [], {}), 0
+        self.prepared_tokens, self.prepare_s = 0, 0.0
+        self._open(self._reader.read(0, 0, [], {}))
         self._check_enough()
 
     def __iter__(self) -> TrainLoader:
@@ -208,13 +213,17 @@ class TrainLoader:
         place = (state["epoch"], state["first"], carry)
         self._ahead = None
         if place != (self._window.epoch, self._window.first, self._window.carry):
-            self._window = self._reader.read(*place, known=self._window.tokens)
+            self._open(self._reader.read(*place, known=self._window.tokens))
         self._row = int(state["row"])
 
     def _next_window(self) -> None:
         ahead, self._ahead = self._ahead, None
-        self._window = ahead.result() if ahead else self._following(self._window)()
-        self._row = 0
+        self._open(ahead.result() if ahead else self._following(self._window)())
+
+    def _open(self, window: Window) -> None:
+        self._window, self._row = window, 0
+        self.prepared_tokens += window.num_tokens
+        self.prepare_s += window.prepare_s
 
     def _following(self, window: Window) -> Callable[[], Window]:
         """Makes the window behind another one."""

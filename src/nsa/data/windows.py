@@ -8,6 +8,7 @@ over, so that it can be made again, or ahead of time.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -119,6 +120,8 @@ class Window:
         rest: pieces of the last, incomplete row.
         tokens: of each document that a piece is of.
         num_documents: documents read for it.
+        num_tokens: tokens encoded for it, end tokens included.
+        prepare_s: seconds that all this took.
     """
 
     epoch: int
@@ -129,6 +132,8 @@ class Window:
     rest: list[Piece]
     tokens: dict[int, np.ndarray]
     num_documents: int
+    num_tokens: int
+    prepare_s: float
 
 
 class WindowReader:
@@ -157,6 +162,7 @@ class WindowReader:
         Raises:
             DataError: a document cannot be read.
         """
+        start_s = time.perf_counter()
         documents, order = self.documents, self.documents.order(self._seed, epoch)
         carried = sorted({piece.document for piece in carry})
         tokens = {document: known[document] for document in carried if document in known}
@@ -179,7 +185,8 @@ class WindowReader:
         rows, rest = pack_rows(pieces, self._sequence_length)
         shuffled = np.random.default_rng((self._seed, epoch, first)).permutation(len(rows))
         rows = [rows[index] for index in shuffled]
-        return Window(epoch, first, place, carry, rows, rest, tokens, len(read))
+        num_tokens, prepare_s = num_inputs + len(read), time.perf_counter() - start_s
+        return Window(epoch, first, place, carry, rows, rest, tokens, len(read), num_tokens, prepare_s)
 
 
 def encode_documents(documents: Sequence[tuple[int, str]], tokenizer: Tokenizer) -> dict[int, np.ndarray]:

@@ -32,8 +32,7 @@ def describe(trainer: Trainer) -> str:
         "model": f"{trainer.model.num_parameters():,} parameters, {config.model.num_hidden_layers} layers "
         f"({', '.join(config.model.layer_types)}), {config.train.precision}",
         "device": f"{trainer.device}, {torch.get_num_threads()} threads; NSA backend {why}",
-        "data": f"{config.data.source}, {trainer.loader.num_documents} documents to train on and "
-        f"{len(trainer.held_out.document_names)} held out ({trainer.held_out.num_labels:,} tokens); tokenizer "
+        "data": f"{trainer.corpus.description}; {_documents(trainer)}; tokenizer "
         f"{trainer.tokenizer.name}, vocabulary {trainer.tokenizer.vocab_size}",
         "steps": f"{config.train.steps} of {config.train.batch_tokens:,} tokens "
         f"({config.num_micro_batches} x {config.train.micro_batch_rows} rows of "
@@ -42,11 +41,21 @@ def describe(trainer: Trainer) -> str:
     return "\n".join(f"{name:<7} {text}" for name, text in lines.items())
 
 
+def _documents(trainer: Trainer) -> str:
+    """How many documents are trained and evaluated on."""
+    held_out = trainer.held_out
+    total = trainer.corpus.num_documents
+    training = f"{trainer.loader.num_documents:,} documents to train on"
+    if trainer.loader.num_documents is None:
+        training = "documents without end" if total is None else f"{total:,} documents, read during the run"
+    return f"{training}, {len(held_out.document_names):,} to evaluate on ({held_out.num_labels:,} tokens)"
+
+
 def data_index(trainer: Trainer) -> dict[str, Any]:
     """What is trained and evaluated on, for `data_index.json`."""
     return {
-        "source": trainer.config.data.source,
-        "paths": list(trainer.config.data.paths),
+        **trainer.corpus.index(),
+        "stream_fingerprint": trainer.loader.loader.fingerprint,
         "tokenizer": trainer.tokenizer.name,
         "num_training_documents": trainer.loader.num_documents,
         "held_out_documents": list(trainer.held_out.document_names),
