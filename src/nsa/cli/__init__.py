@@ -21,9 +21,11 @@ COMMANDS = {
     "train": ("nsa.cli.train", "train a model from a YAML config"),
     "preflight": ("nsa.cli.preflight", "say what a run needs and what is wrong with it, before it starts"),
     "doctor": ("nsa.cli.doctor", "say whether this machine can train and run models"),
+    "watch": ("nsa.cli.watch", "watch a run: a live table, alarms, stacks of a hung process, halt"),
     "generate": ("nsa.cli.generate", "continue a text, printed as it is produced"),
     "inspect": ("nsa.cli.inspect", "show which blocks of a prompt each query selects"),
     "bench": ("nsa.cli.bench", "measure speed and memory on this machine"),
+    "data": ("nsa.cli.data", "check a config's data: run its loader alone, with timings"),
     "compare": ("nsa.cli.compare", "draw the loss curves of several runs into one picture and table"),
 }
 

@@ -24,6 +24,16 @@ Level = Literal["warn", "stacks", "halt"]
 
 Name = Literal["stall", "silent", "nonfinite", "throughput", "memory", "loss", "gates", "gate layer", "counters", "run"]
 
+Process = Literal["alive", "gone", "unknown"]
+
+SILENCE: dict[Process, str] = {
+    "alive": "is there: it is suspended, or hangs in C with the interpreter locked. Its stacks say where; kill it, "
+    "then `nsa resume`",
+    "gone": "is gone: killed, out of memory, or its machine restarted. `nsa resume`",
+    "unknown": "is gone, suspended, or hangs in C with the interpreter locked. Look there, kill it if it is still "
+    "there, then `nsa resume`",
+}
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -48,18 +58,21 @@ class Finding:
         return f"{self.name}: rank {self.rank}, step {self.step}: {self.message}. {self.remedy}"
 
 
-def judge(beats: Sequence[Beat], thresholds: Thresholds, *, now_s: float | None = None) -> list[Finding]:
+def judge(
+    beats: Sequence[Beat], thresholds: Thresholds, *, now_s: float | None = None, process: Process = "unknown"
+) -> list[Finding]:
     """What is wrong with one rank.
 
     Args:
         beats: of one rank, oldest first; those of its newest process count.
         now_s: Unix time, to judge whether a living process makes progress; leave it out for one that has ended.
+        process: whether the process is there, where that can be told; explains a silence.
     """
     if not beats:
         return []
     last = beats[-1]
     beats = [beat for beat in beats if (beat.pid, beat.process_start_s) == (last.pid, last.process_start_s)]
-    findings = [] if now_s is None or last.phase == "ended" else [_liveness(last, thresholds, now_s)]
+    findings = [] if now_s is None or last.phase == "ended" else [_liveness(last, thresholds, now_s, process)]
     findings += [_nonfinite(last), _throughput(beats, thresholds), _memory(beats, thresholds), _loss(beats, thresholds)]
     findings += [_gates(last, thresholds), _counters(last)]
     return [finding for finding in findings if finding is not None]
@@ -88,14 +101,13 @@ def judge_gate(gate: GateStatistics, thresholds: Thresholds) -> list[str]:
     return found
 
 
-def _liveness(last: Beat, thresholds: Thresholds, now_s: float) -> Finding | None:
+def _liveness(last: Beat, thresholds: Thresholds, now_s: float, process: Process) -> Finding | None:
     silent_s = now_s - last.unix_time_s
     if silent_s > thresholds.silent_s:
         return Finding(
             *("silent", "halt", last.rank, last.step),
             f"no beat for {silent_s:.0f} s (at most {thresholds.silent_s:g}), the last one in {last.phase!r}",
-            f"Process {last.pid} on {last.host} is gone, suspended, or hangs in C with the interpreter locked. "
-            f"If it is gone: `nsa resume`; if not, its stacks say where it hangs: kill it, then `nsa resume`",
+            f"Process {last.pid} on {last.host} {SILENCE[process]}",
         )
     busy = last.phase in ("fetch", "step") and last.step - last.start_step >= thresholds.warmup_steps
     limit_s = thresholds.stall_s if busy else thresholds.slow_phase_stall_s
