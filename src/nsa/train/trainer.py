@@ -11,10 +11,11 @@ several processes every rank has one and calls the same methods.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -29,11 +30,13 @@ from nsa.eval.samples import SampleOptions, draw_samples, format_samples
 from nsa.hf import NSAForCausalLM
 from nsa.train.activation import checkpoint_activations
 from nsa.train.checkpoint import save_checkpoint
+from nsa.train.checkpoint_load import load_checkpoint, restore_random_state
 from nsa.train.config import RunConfig
 from nsa.train.flops import FlopCount, device_peak_flops
 from nsa.train.guards import StepGuard
 from nsa.train.model import build_model, compile_layers, whole_model
 from nsa.train.observe.recorder import EvalRecord, StepRecord
+from nsa.train.observe.summary import FINAL_LOSSES
 from nsa.train.optim import build_optimizer, clip_gradients, learning_rate, set_learning_rate
 from nsa.train.parallel import Parallel, distribute, gradient_sync, one_process
 from nsa.train.run_folder import RunFolder, write_text
@@ -171,6 +174,45 @@ class Trainer:
         All ranks must call it, as they may have to send their shards.
         """
         return whole_model(self.model, self.parallel, compiled=self.config.train.compile)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position in the run as plain values, the same on all ranks: all but tensors and random numbers."""
+        return {
+            "step": self.step,
+            "tokens": self.tokens,
+            "train_s": self.train_s,
+            "losses": self.losses[-FINAL_LOSSES:],
+            "evaluations": [asdict(record) for record in self.evaluations],
+            "guard": self.guard.state_dict(),
+            "loader": self.loader.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` gave.
+
+        Raises:
+            ValueError: the state belongs to other data.
+        """
+        self.loader.load_state_dict(state["loader"])
+        self._batches = iter(self.loader)
+        self.guard.load_state_dict(state["guard"])
+        self.step, self.tokens, self.train_s = state["step"], state["tokens"], state["train_s"]
+        self.losses = list(state["losses"])
+        self.evaluations = [EvalRecord(**record) for record in state["evaluations"]]
+
+    def load(self, checkpoint: Path) -> str | None:
+        """Go on from a checkpoint, with this or another number of ranks.
+
+        Returns:
+            A line about what is not as the writers of the checkpoint would have gone on, or None.
+
+        Raises:
+            CheckpointError: it cannot be read into this model.
+            ValueError: it belongs to other data.
+        """
+        optimizer, parallel = self.optimizer, self.parallel
+        self.load_state_dict(load_checkpoint(checkpoint, model=self.model, optimizer=optimizer, parallel=parallel))
+        return restore_random_state(checkpoint, seed=self.config.run.seed, parallel=parallel)
 
     def save(self, folder: RunFolder) -> None:
         """Write a checkpoint of this step."""
