@@ -26,7 +26,7 @@ def run(tmp_path: Path) -> Path:
 
 
 def now(**changes):
-    return beat(unix_time_s=time.time(), process_start_s=time.time(), **changes)
+    return beat(unix_time_s=time.time(), **changes)
 
 
 def watch_once(run: Path, *options: str) -> int:
@@ -43,7 +43,8 @@ def test_exit_codes_tell_healthy_alarm_failed_stopped_and_bad_input(run: Path, c
     assert "failed by rank 0: TrainingError: step 51 has loss nan" in capsys.readouterr().out
     RunFolder(run).begin_again(step=50, resumed_from={})
     write_beats(run, [now(gate=COLLAPSED_GATE)])
-    assert watch_once(run) == 1
+    assert watch_once(run, "--thresholds.halt_after_s", "0") == 1
+    assert not (run / "HALT").exists()
     assert watch_once(run, "--thresholds.gate_max_mean", "1", "--thresholds.gate_entropy_mean_nats", "0",
                       "--thresholds.gate_collapse_share", "1") == 0  # fmt: skip
     assert main(["watch", str(run / "absent"), "--once"]) == 2
