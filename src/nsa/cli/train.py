@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 
 from transformers.utils import logging
 
 from nsa.cli import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, EXIT_USAGE, fail
+from nsa.data.errors import DataError
 from nsa.train.config import RunConfig
 from nsa.train.guards import TrainingError
-from nsa.train.load_config import dump_config, load_config, override_config
+from nsa.train.load_config import ConfigError, dump_config, load_config, override_config
 from nsa.train.observe.report import results
+from nsa.train.parallel import setup_parallel
 from nsa.train.run import Outcome, prepare, train
+from nsa.train.run_folder import RunFolder
+from nsa.train.trainer import Trainer
 
 PROG = "nsa train CONFIG"
 
@@ -28,17 +33,34 @@ def main(arguments: Sequence[str]) -> int:
     path, *overrides = arguments
     try:
         config = load_config(path, overrides, prog=PROG)
-        print(dump_config(config))
-        trainer, folder = prepare(config, command=["nsa", "train", *arguments])
-    except (ValueError, OSError) as error:
+        # An error must leave this block as one: the other ranks may be waiting where this one will not come.
+        with ExitStack() as stack:
+            trainer, folder = _prepare(config, ["nsa", "train", *arguments], stack)
+            outcome = train(trainer, folder)
+            if trainer.parallel.is_main:
+                print(closing(outcome))
+    except (ConfigError, BadInputError) as error:
         return fail("train", error)
-    try:
-        outcome = train(trainer, folder)
-    except TrainingError as error:
-        print(f"nsa train: failed: {error}", file=sys.stderr)
+    except (TrainingError, DataError) as error:
+        print("\n  ".join([f"nsa train: failed: {error}", *getattr(error, "__notes__", [])]), file=sys.stderr)
         return EXIT_FAILED
-    print(closing(outcome))
     return EXIT_STOPPED if outcome.stopped_by else EXIT_DONE
+
+
+class BadInputError(Exception):
+    """What stands in the way of a run before it begins."""
+
+
+def _prepare(config: RunConfig, command: Sequence[str], stack: ExitStack) -> tuple[Trainer, RunFolder]:
+    """Join the other processes and build everything; the processes part again when `stack` closes."""
+    options = {"timeout_s": config.train.collective_timeout_s}
+    try:
+        parallel = stack.enter_context(setup_parallel(config.run.device, config.train.parallel, **options))
+        if parallel.is_main:
+            print(dump_config(config))
+        return prepare(config, command, parallel)
+    except (ValueError, OSError) as error:
+        raise BadInputError(str(error)) from error
 
 
 def closing(outcome: Outcome) -> str:

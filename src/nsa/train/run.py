@@ -1,9 +1,12 @@
 """The main path of a run: build and check everything, make the run folder, train, report.
 
-    trainer, folder = prepare(load_config("configs/train_showcase.yaml"))
-    outcome = train(trainer, folder)
+    config = load_config("configs/train_showcase.yaml")
+    with setup_parallel(config.run.device, config.train.parallel) as parallel:
+        trainer, folder = prepare(config, parallel=parallel)
+        outcome = train(trainer, folder)
 
-`fit` is the loop; `trainer.py` has what a run consists of and one optimizer step.
+`fit` is the loop; `trainer.py` has what a run consists of and one optimizer step. Every rank runs all of this; only
+rank 0 prints and writes the shared files of the run folder.
 """
 
 from __future__ import annotations
@@ -18,9 +21,10 @@ from nsa.train.device import deterministic_algorithms
 from nsa.train.load_config import dump_config
 from nsa.train.observe.curves import draw_curves
 from nsa.train.observe.environment import snapshot
-from nsa.train.observe.recorder import Recorder
+from nsa.train.observe.recorder import Recorder, SilentRecorder
 from nsa.train.observe.report import write_report
 from nsa.train.observe.summary import data_index, describe, final_metrics
+from nsa.train.parallel import Parallel
 from nsa.train.run_folder import FailureStatus, RunFolder, check_unused, write_json
 from nsa.train.stop import StopRequest
 from nsa.train.trainer import Trainer
@@ -41,18 +45,28 @@ class Outcome:
     metrics: dict[str, Any]
 
 
-def prepare(config: RunConfig, command: Sequence[str] = ()) -> tuple[Trainer, RunFolder]:
+def prepare(
+    config: RunConfig, command: Sequence[str] = (), parallel: Parallel | None = None
+) -> tuple[Trainer, RunFolder]:
     """Build and check everything, say what is about to run, and only then make the run folder.
+
+    Args:
+        command: as typed, for `env.json`.
+        parallel: this process among those of the run; the only one unless given.
 
     Raises:
         ValueError: the config asks for something impossible, or the run folder exists; nothing was written.
     """
     path = Path(config.run.folder) / config.run.name
     check_unused(path)
-    trainer = Trainer(config)
-    print(describe(trainer), flush=True)
-    env = snapshot(trainer.device, command)
-    folder = RunFolder.create(path, config_yaml=dump_config(config), env=env, data_index=data_index(trainer))
+    trainer = Trainer(config, parallel)
+    folder = RunFolder(path)
+    trainer.parallel.barrier()  # all ranks have looked before one makes the folder
+    if trainer.parallel.is_main:
+        print(describe(trainer), flush=True)
+        env = snapshot(trainer.device, command)
+        folder = RunFolder.create(path, config_yaml=dump_config(config), env=env, data_index=data_index(trainer))
+    trainer.parallel.barrier()
     return trainer, folder
 
 
@@ -62,23 +76,34 @@ def train(trainer: Trainer, folder: RunFolder) -> Outcome:
     Raises:
         TrainingError: a guard ended the run; everything written so far is whole, `status.json` says why.
     """
-    config = trainer.config
+    config, parallel = trainer.config, trainer.parallel
+    options = {"num_steps": config.train.steps, "log_every_steps": config.train.log_every_steps}
     with (
         deterministic_algorithms(config.run.deterministic and trainer.device.type == "cpu"),
-        FailureStatus(folder) as status,
+        FailureStatus(folder, parallel.rank) as status,
         StopRequest() as stop,
-        Recorder(folder, num_steps=config.train.steps, log_every_steps=config.train.log_every_steps) as recorder,
+        Recorder(folder, **options) if parallel.is_main else SilentRecorder() as recorder,
     ):
-        fit(trainer, folder, recorder, stop, status)
-        return finish(trainer, folder, stop.reason)
+        stopped_by = fit(trainer, folder, recorder, stop, status)
+        return finish(trainer, folder, stopped_by)
 
 
-def fit(trainer: Trainer, folder: RunFolder, recorder: Recorder, stop: StopRequest, status: FailureStatus) -> None:
-    """The loop: optimizer steps, with evaluations and checkpoints between them; ends with a checkpoint."""
+def fit(
+    trainer: Trainer, folder: RunFolder, recorder: Recorder | SilentRecorder, stop: StopRequest, status: FailureStatus
+) -> str | None:
+    """The loop: optimizer steps, with evaluations and checkpoints between them; ends with a checkpoint.
+
+    Returns:
+        Why the run was stopped before its end, the same on all ranks; None if it was not.
+    """
     config, every = trainer.config, trainer.config.train.checkpoint_every_steps
     trainer.write_samples(folder, "before")
     recorder.evaluation(trainer.evaluate())
-    while not (trainer.step == config.train.steps or stop.reason or trainer.early_stop):
+    stopped_by = None
+    while trainer.step < config.train.steps and not trainer.early_stop:
+        if trainer.parallel.any(stop.reason is not None):
+            stopped_by = stop.reason or "another rank"
+            break
         recorder.step(*trainer.train_step())
         status.step = trainer.step
         last = trainer.step == config.train.steps
@@ -86,10 +111,11 @@ def fit(trainer: Trainer, folder: RunFolder, recorder: Recorder, stop: StopReque
             recorder.evaluation(trainer.evaluate())
         if every and trainer.step % every == 0:
             trainer.save(folder)
-        if trainer.step % config.train.log_every_steps == 0:
+        if trainer.parallel.is_main and trainer.step % config.train.log_every_steps == 0:
             folder.write_status("running", step=trainer.step)
     if trainer.saved_step != trainer.step:
         trainer.save(folder)
+    return stopped_by
 
 
 def finish(trainer: Trainer, folder: RunFolder, stopped_by: str | None) -> Outcome:
@@ -97,9 +123,10 @@ def finish(trainer: Trainer, folder: RunFolder, stopped_by: str | None) -> Outco
     if stopped_by is None:
         trainer.write_samples(folder, "after")
     metrics = final_metrics(trainer, stopped_by)
-    write_json(folder.metrics_json, metrics)
-    draw_curves(folder, folder.curves_png)
-    write_report(folder, trainer.config, metrics)
-    state = "finished" if stopped_by is None else "stopped"
-    folder.write_status(state, step=trainer.step, reason=stopped_by or trainer.early_stop)
+    if trainer.parallel.is_main:
+        write_json(folder.metrics_json, metrics)
+        draw_curves(folder, folder.curves_png)
+        write_report(folder, trainer.config, metrics)
+        state = "finished" if stopped_by is None else "stopped"
+        folder.write_status(state, step=trainer.step, reason=stopped_by or trainer.early_stop)
     return Outcome(folder, stopped_by, metrics)

@@ -116,6 +116,7 @@ class FailureStatus:
     ) -> None:
         if kind is None or error is None:
             return
+        error.add_note(f"rank {self.rank}, after step {self.step}; the run folder is {self.folder.path}")
         try:
             self.folder.write_status("failed", step=self.step, reason=f"{kind.__name__}: {error}", rank=self.rank)
         except OSError as unwritten:

@@ -116,3 +116,24 @@ class Recorder:
         for name, value in values.items():
             if value is not None and name != "step":
                 self._board.add_scalar(f"{group}/{name}", value, step)
+
+
+class SilentRecorder:
+    """The `Recorder` of a rank that writes and prints nothing."""
+
+    def step(self, record: StepRecord, waits_s: list[float]) -> None:
+        """Nothing."""
+
+    def evaluation(self, record: EvalRecord) -> None:
+        """Nothing."""
+
+    def note(self, text: str) -> None:
+        """Nothing."""
+
+    def __enter__(self) -> SilentRecorder:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Nothing to close."""
