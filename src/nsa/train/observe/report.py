@@ -19,11 +19,12 @@ def write_report(folder: RunFolder, config: RunConfig, metrics: dict[str, Any]) 
     ended = f"stopped by {metrics['stopped_by']} at step {metrics['step']}" if metrics["stopped_by"] else "finished"
     sections = [
         f"# Run {config.run.name}\n\nThis run {ended} of {config.train.steps} steps.",
+        f"**{index['description']}.**" if index["replaced_because"] else "",
         "## Results\n\n" + table(results(metrics)),
         f"![Loss curves]({folder.curves_png.name})",
         "## Samples\n\nSame prompts and random numbers before and after training.\n\n" + _samples(folder),
         "## Held-out documents\n\n" + _held_out(index["held_out_documents"]),
-        "## Config\n\nAll of it is in `config.yaml`.\n\n" + table(_config(config)),
+        "## Config\n\nAll of it is in `config.yaml`.\n\n" + table(_config(config, index["description"])),
         "## Machine\n\n" + table(_machine(env)),
         "## Files\n\n`training.csv` has every optimizer step, `val.csv` every evaluation, `metrics.json` the results, "
         "`tb/` the same for TensorBoard. The model is in `checkpoints/latest`, a folder for `from_pretrained`.",
@@ -34,7 +35,8 @@ def write_report(folder: RunFolder, config: RunConfig, metrics: dict[str, Any]) 
 def results(metrics: dict[str, Any]) -> dict[str, str]:
     """The results as names and texts with their units."""
     untrained = f"{metrics['untrained_val_loss']:.4f} nats per token; ln(vocabulary) is {metrics['log_vocab_size']:.4f}"
-    return {
+    replaced = {"data": metrics["data"]} if metrics["data_replaced_because"] else {}
+    return replaced | {
         "steps, tokens": f"{metrics['step']:,}, {metrics['tokens']:,}",
         "parameters": f"{metrics['num_parameters']:,}",
         "held-out loss, untrained": untrained + untrained_warning(metrics),
@@ -77,14 +79,14 @@ def _held_out(names: list[str]) -> str:
     return f"Never trained on: {shown}{rest}. `data_index.json` has them all."
 
 
-def _config(config: RunConfig) -> dict[str, str]:
+def _config(config: RunConfig, data: str) -> dict[str, str]:
     model, train, optim = config.model, config.train, config.optim
     return {
         "model": f"{model.num_hidden_layers} layers of {', '.join(model.layer_types)}, hidden {model.hidden_size}, "
         f"{model.num_attention_heads} heads in {model.num_key_value_heads} groups, SwiGLU {model.intermediate_size}",
         "block geometry": ", ".join(f"{name} {value}" for name, value in vars(model.geometry).items()),
         "compression, gate": f"{model.compression} (RoPE {model.compress_rope}), {model.gate}",
-        "data": f"{config.data.source}, tokenizer {config.data.tokenizer}, held out {config.data.heldout}",
+        "data": f"{data}, tokenizer {config.data.tokenizer}, held out {config.data.heldout}",
         "batch": f"{train.batch_tokens:,} tokens in rows of {train.sequence_length}, {train.precision}",
         "optimizer": f"AdamW, lr {optim.lr:g} after {optim.warmup_steps} warm-up steps, cosine to "
         f"{optim.lr * optim.min_lr_ratio:g}, weight decay {optim.weight_decay:g}, norm at most {optim.max_grad_norm:g}",

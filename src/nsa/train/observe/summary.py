@@ -72,6 +72,8 @@ def final_metrics(trainer: Trainer, stopped_by: str | None) -> dict[str, Any]:
         "step": trainer.step,
         "tokens": trainer.tokens,
         "stopped_by": stopped_by,
+        "data": trainer.corpus.description,
+        "data_replaced_because": trainer.corpus.replaced_because,
         "num_parameters": trainer.model.num_parameters(),
         "vocab_size": trainer.tokenizer.vocab_size,
         "log_vocab_size": math.log(trainer.tokenizer.vocab_size),
