@@ -90,6 +90,9 @@ class RunFolder:
         self, state: State, step: int, reason: str | None, rank: int | None, resumed_from: dict[str, Any] | None
     ) -> None:
         values = {"state": state, "step": step, "reason": reason, "rank": rank, "resumed_from": resumed_from}
+        if self.data_index_json.is_file():
+            index = json.loads(self.data_index_json.read_text(encoding="utf-8"))
+            values["data"] = index.get("description")
         write_json(self.status_json, {**values, "unix_time_s": time.time()})
 
 
