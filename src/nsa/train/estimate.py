@@ -25,7 +25,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from nsa.eval.loss import NextTokenLoss
+from nsa.hf import NSAForCausalLM
+from nsa.train.activation import checkpoint_activations
 from nsa.train.config import RunConfig
+from nsa.train.flops import FlopCount
 from nsa.train.model import build_model
 from nsa.train.optim import build_optimizer
 
@@ -68,12 +71,22 @@ class PackedRows:
 
 
 def num_parameters(config: RunConfig, vocab_size: int) -> tuple[int, int]:
-    """All parameters, and those without the embedding and an output layer of its own."""
-    with torch.device("meta"):
-        model = build_model(config, vocab_size=vocab_size, eos_token_id=0)
+    """All parameters, and those without the embedding and an output layer of its own.
+
+    Raises:
+        ValueError: no model can be built from the config.
+    """
+    model = _model_without_weights(config, vocab_size)
     total = sum(parameter.numel() for parameter in model.parameters())
     embeddings = {id(layer.weight): layer.weight.numel() for layer in (model.model.embed_tokens, model.lm_head)}
     return total, total - sum(embeddings.values())
+
+
+def step_flops(config: RunConfig, vocab_size: int) -> float:
+    """Floating-point operations of an optimizer step whose rows are one document each, all processes together."""
+    length = config.train.sequence_length
+    count = FlopCount(_model_without_weights(config, vocab_size).config, max_length=length)
+    return count.training(torch.tensor([length])) * config.train.batch_tokens / length
 
 
 def trace_memory(config: RunConfig, *, vocab_size: int, shards: int = 1, kind: str = "cuda") -> Memory:
@@ -90,7 +103,8 @@ def trace_memory(config: RunConfig, *, vocab_size: int, shards: int = 1, kind: s
     """
     bounds = row_bounds(config)  # real numbers: the checks of `cu_seqlens` read them
     with FakeTensorMode(allow_non_fake_inputs=True), _LiveBytes() as live:
-        model = build_model(config_for_cpu(config), vocab_size=vocab_size, eos_token_id=0)
+        model = build_model(config_for_cpu(config), vocab_size=vocab_size, eos_token_id=0).train()
+        checkpoint_activations(model, config.train.activation_checkpointing)
         weights = live.now
         optimizer = build_optimizer(model, config.optim)
         loss = NextTokenLoss(model)
@@ -105,8 +119,13 @@ def trace_memory(config: RunConfig, *, vocab_size: int, shards: int = 1, kind: s
         live.peak = live.now
         _forward_backward(loss, batch, config)
         activations = live.peak - weights - gradients - state
-    gib = [size / GIB for size in (weights / shards, gradients / shards, state / shards, activations * (1 + SLACK))]
-    return Memory(*gib, OVERHEAD_GIB[kind])
+    return Memory(
+        weights_gib=weights / shards / GIB,
+        gradients_gib=gradients / shards / GIB,
+        optimizer_gib=state / shards / GIB,
+        activations_gib=activations * (1 + SLACK) / GIB,
+        overhead_gib=OVERHEAD_GIB[kind],
+    )
 
 
 def measure_speed(
@@ -156,12 +175,6 @@ def cpu_flops_per_s(config: RunConfig) -> float:
     return repeats * 2 * size**3 / elapsed_s
 
 
-def step_flops(config: RunConfig, vocab_size: int) -> float:
-    """Floating point operations of an optimizer step, all processes together."""
-    _, inner = num_parameters(config, vocab_size)
-    return 6.0 * (inner + config.model.hidden_size * vocab_size) * config.train.batch_tokens
-
-
 def row_bounds(config: RunConfig) -> Tensor:
     """`cu_seqlens` of a micro-batch whose rows are one document each."""
     return torch.arange(config.train.micro_batch_rows + 1, dtype=torch.int32) * config.train.sequence_length
@@ -181,6 +194,12 @@ def config_for_cpu(config: RunConfig) -> RunConfig:
     return config.model_copy(update={"model": config.model.model_copy(update={"attention_backend": "torch"})})
 
 
+def _model_without_weights(config: RunConfig, vocab_size: int) -> NSAForCausalLM:
+    """The model with the shapes of its weights only."""
+    with torch.device("meta"):
+        return build_model(config, vocab_size=vocab_size, eos_token_id=0)
+
+
 @contextmanager
 def _threads_of(config: RunConfig) -> Iterator[None]:
     """Use the run's number of threads inside the block."""
@@ -194,7 +213,9 @@ def _threads_of(config: RunConfig) -> Iterator[None]:
 
 def _time_steps(config: RunConfig, device: torch.device, vocab_size: int, limit_s: float) -> tuple[float, float, int]:
     """Seconds of a forward and backward pass and of an update, and how many were timed."""
-    model = build_model(config, vocab_size=vocab_size, eos_token_id=0).to(device)  # pyright: ignore[reportArgumentType]
+    model = build_model(config, vocab_size=vocab_size, eos_token_id=0).train()
+    model.to(device)  # pyright: ignore[reportArgumentType]  (transformers wraps `to`)
+    checkpoint_activations(model, config.train.activation_checkpointing)
     optimizer = build_optimizer(model, config.optim)
     loss = NextTokenLoss(model)
     batch = random_rows(config, vocab_size, device, row_bounds(config).to(device))

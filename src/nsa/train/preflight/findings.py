@@ -19,6 +19,7 @@ CODES = {
     "batch-not-divisible": "batch_tokens cannot be shared evenly among the processes",
     "bf16-on-cpu": "the CPU has no fast bf16",
     "checkpoints-too-rare": "a crash would lose more than an hour of work",
+    "data-replaced": "synthetic data stand in for a source that cannot be opened",
     "data-repeats": "the run reads the training documents many times",
     "data-source": "the data cannot be read, or does not give a batch",
     "device-missing": "the device that is asked for is not here",

@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 
 from nsa.ops.routing import HAS_TRITON
+from nsa.train.flops import peak_flops
 from nsa.train.observe.environment import cpu_name
 
 GIB = 2**30
@@ -44,16 +45,16 @@ class Machine:
     bf16_flops_per_s: float | None
 
 
-# Name -> (memory in GiB as the driver reports it, peak of dense bf16 products in TFLOP/s).
+# Name -> memory in GiB, both as the driver reports them.
 GPUS = {
-    "NVIDIA B200": (178.4, 2250.0),
-    "NVIDIA H200": (139.8, 989.0),
-    "NVIDIA H100 80GB HBM3": (79.1, 989.0),
-    "NVIDIA H100 PCIe": (79.1, 756.0),
-    "NVIDIA A100-SXM4-80GB": (79.2, 312.0),
-    "NVIDIA A100-SXM4-40GB": (39.4, 312.0),
-    "NVIDIA L40S": (44.4, 362.0),
-    "NVIDIA GeForce RTX 4090": (23.6, 165.0),
+    "NVIDIA B200": 178.4,
+    "NVIDIA H200": 139.8,
+    "NVIDIA H100 80GB HBM3": 79.1,
+    "NVIDIA H100 PCIe": 79.1,
+    "NVIDIA A100-SXM4-80GB": 79.2,
+    "NVIDIA A100-SXM4-40GB": 39.4,
+    "NVIDIA L40S": 44.4,
+    "NVIDIA GeForce RTX 4090": 23.6,
 }
 
 
@@ -62,7 +63,6 @@ def machine_here(device: torch.device) -> Machine:
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         modern = (properties.major, properties.minor) >= (8, 0)
-        known = GPUS.get(properties.name)
         return Machine(
             name=properties.name,
             kind="cuda",
@@ -71,7 +71,7 @@ def machine_here(device: torch.device) -> Machine:
             has_triton=modern and HAS_TRITON,
             num_devices=torch.cuda.device_count(),
             is_here=True,
-            bf16_flops_per_s=known[1] * 1e12 if known else None,
+            bf16_flops_per_s=peak_flops(properties.name, "bf16"),
         )
     return Machine(cpu_name(), "cpu", ram_gib(), _cpu_has_bf16(), False, 1, True, None)
 
@@ -85,8 +85,7 @@ def machine_named(name: str) -> Machine:
     found = [gpu for gpu in GPUS if _words(name) in _words(gpu)]
     if len(found) != 1:
         raise ValueError(f"--for {name!r} names {', '.join(found) or 'no known device'}; known: {', '.join(GPUS)}")
-    memory_gib, tflops = GPUS[found[0]]
-    return Machine(found[0], "cuda", memory_gib, True, True, 8, False, tflops * 1e12)
+    return Machine(found[0], "cuda", GPUS[found[0]], True, True, 8, False, peak_flops(found[0], "bf16"))
 
 
 def ram_gib() -> float:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from nsa.data.errors import DataError
-from nsa.data.tokenizers import Tokenizer, load_tokenizer
+from nsa.data.tokenizers import GPT2_VOCAB_SIZE, ByteTokenizer, Tokenizer, load_tokenizer
 from nsa.train import estimate
 from nsa.train.config import RunConfig
 from nsa.train.device import choose_device
@@ -28,9 +28,11 @@ from nsa.train.preflight.leak import find_leaks, probe_length
 from nsa.train.preflight.machine import Machine, machine_here
 from nsa.train.preflight.rules import Plan, check
 
+KNOWN_VOCAB_SIZES = {"byte": ByteTokenizer.vocab_size, "gpt2": GPT2_VOCAB_SIZE}
 LEVELS = ("error", "warning", "info")
 MEASURE_LIMIT_S = 15.0
-ASSUMED_MFU = 0.3  # of a GPU's bf16 peak, where no step can be timed
+ASSUMED_MFU = 0.3  # of a GPU's bf16 peak, where no step can be timed, for models of ASSUMED_WIDTH and wider
+ASSUMED_WIDTH = 768  # narrower models keep a GPU busy less, about in proportion
 ASSUMED_CPU_SHARE = 0.4  # of the speed of a plain fp32 product, where a step would take too long to time
 
 
@@ -115,8 +117,11 @@ def examine(config: RunConfig, *, machine: Machine | None = None, world_size: in
     start_s = time.perf_counter()
     findings: list[Finding] = []
     here = machine or _machine_of(config)
-    tokenizer = _tokenizer(config, findings)
-    plan = _size(Plan(config, here, world_size), tokenizer, findings)
+    plan = Plan(config, here, world_size)
+    # A run that is meant for another machine may find its tokenizer there only.
+    known = None if plan.is_here else KNOWN_VOCAB_SIZES.get(config.data.tokenizer)
+    tokenizer = _tokenizer(config, findings) if known is None else None
+    plan = _size(plan, tokenizer.vocab_size if tokenizer else known, findings)
     if plan.num_parameters is not None:
         findings += _leak_findings(plan)
         if here is not None and (thorough or here.kind == "cuda"):
@@ -179,19 +184,19 @@ def _tokenizer(config: RunConfig, findings: list[Finding]) -> Tokenizer | None:
         return None
 
 
-def _size(plan: Plan, tokenizer: Tokenizer | None, findings: list[Finding]) -> Plan:
+def _size(plan: Plan, vocab_size: int | None, findings: list[Finding]) -> Plan:
     """Parameters and disk."""
-    if tokenizer is None:
+    if vocab_size is None:
         return plan
     config = plan.config
     try:
-        total, inner = estimate.num_parameters(config, tokenizer.vocab_size)
+        total, inner = estimate.num_parameters(config, vocab_size)
     except ValueError as error:
         findings.append(Finding("model", "error", str(error), "change the section model"))
-        return replace(plan, vocab_size=tokenizer.vocab_size)
+        return replace(plan, vocab_size=vocab_size)
     return replace(
         plan,
-        vocab_size=tokenizer.vocab_size,
+        vocab_size=vocab_size,
         num_parameters=total,
         num_non_embedding=inner,
         disk_needed_gib=estimate.disk_needed_gib(config, total),
@@ -239,6 +244,8 @@ def _speed(plan: Plan) -> Speed | None:
     config, machine = plan.config, plan.machine
     assert machine is not None
     assert plan.vocab_size is not None
+    if config.model.attention_backend == "triton" and not machine.has_triton:
+        return None
     flops = estimate.step_flops(config, plan.vocab_size) / plan.world_size
     if machine.is_here and machine.kind == "cuda":
         if plan.memory is None or plan.memory.total_gib > machine.memory_gib:
@@ -257,8 +264,8 @@ def _speed(plan: Plan) -> Speed | None:
         return Speed(flops / rate, f"from {flops:.3g} FLOPs at an assumed {rate / 1e9:.0f} GFLOP/s")
     if machine.bf16_flops_per_s is None:
         return None
-    rate = ASSUMED_MFU * machine.bf16_flops_per_s
-    return Speed(flops / rate, f"from {flops:.3g} FLOPs at an assumed {ASSUMED_MFU:.0%} MFU")
+    mfu = ASSUMED_MFU * min(1.0, config.model.hidden_size / ASSUMED_WIDTH)
+    return Speed(flops / (mfu * machine.bf16_flops_per_s), f"from {flops:.3g} FLOPs at an assumed {mfu:.0%} MFU")
 
 
 def _free_gib(folder: Path) -> float:

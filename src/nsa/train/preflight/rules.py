@@ -210,11 +210,11 @@ def geometry(plan: Plan) -> Iterator[Finding]:
 def schedule(plan: Plan) -> Iterator[Finding]:
     config = plan.config
     warmup, steps, rate = config.optim.warmup_steps, config.train.steps, config.optim.lr
-    if warmup >= steps > 1:
+    if warmup > steps:
         yield Finding(
             "warmup-too-long",
-            "error" if plan.is_long else "warning",
-            f"optim.warmup_steps {warmup:,} of {steps:,} steps: the rate never falls from its peak",
+            "error",
+            f"optim.warmup_steps {warmup:,}, but the run has {steps:,} steps: the rate never reaches its peak",
             f"set optim.warmup_steps to {max(1, steps // 50)} or so",
         )
     least, most = LEARNING_RATES
