@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import math
+import time
 from pathlib import Path
 
 import pytest
@@ -135,6 +136,7 @@ def test_a_recorder_that_resumes_continues_tables_and_tensorboard_after_the_step
         for step in range(1, 6):
             recorder.step(StepRecord(step=step, loss=float(step), **values), [0.0])
         recorder.evaluation(EvalRecord(5, 4.0, 1.0, 1.0))
+    time.sleep(1.0)  # TensorBoard orders event files by the second in their names
     with Recorder(folder, **options, resume_step=3) as recorder:
         recorder.step(StepRecord(step=4, loss=40.0, **values), [0.0])
     assert column(read_csv(folder.training_csv, TRAINING_COLUMNS), "loss") == [1.0, 2.0, 3.0, 40.0]

@@ -229,6 +229,28 @@ class SampleSection(Section):
     """Draw among the likeliest tokens that hold this probability."""
 
 
+class ObserveSection(Section):
+    """What a run reports about itself beside its tables."""
+
+    heartbeat_s: PositiveFloat = 5.0
+    """Seconds between the lines of a rank's heartbeat."""
+    health_every_steps: NonNegativeInt = 100
+    """Optimizer steps between measurements of gates and selection: a forward pass over one held-out row; 0 for none."""
+    health_layers: tuple[NonNegativeInt, ...] | None = None
+    """Decoder layers to measure, from 0; all NSA layers unless given."""
+    profile_steps: tuple[PositiveInt, PositiveInt] | None = None
+    """First and last step of a torch.profiler trace in `profile/`; none unless given."""
+    memory_snapshot_steps: tuple[PositiveInt, PositiveInt] | None = None
+    """First and last step of a history of CUDA memory in `profile/`; none unless given."""
+
+    @field_validator("profile_steps", "memory_snapshot_steps")
+    @classmethod
+    def _ordered(cls, window: tuple[int, int] | None) -> tuple[int, int] | None:
+        if window is not None and window[0] > window[1]:
+            raise ValueError(f"first step {window[0]} is after last step {window[1]}")
+        return window
+
+
 class PreflightSection(Section):
     """What the checks before the first step may let pass."""
 
@@ -253,6 +275,7 @@ class RunConfig(Section):
     guards: GuardSection = GuardSection()
     eval: EvalSection = EvalSection()
     sample: SampleSection = SampleSection()
+    observe: ObserveSection = ObserveSection()
     preflight: PreflightSection = PreflightSection()
 
     @model_validator(mode="after")

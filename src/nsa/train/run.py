@@ -21,9 +21,9 @@ from nsa.train.device import deterministic_algorithms
 from nsa.train.load_config import dump_config
 from nsa.train.observe.curves import draw_curves
 from nsa.train.observe.environment import snapshot
-from nsa.train.observe.recorder import Recorder, SilentRecorder
 from nsa.train.observe.report import write_report
 from nsa.train.observe.summary import data_index, describe, final_metrics
+from nsa.train.observe.telemetry import Telemetry
 from nsa.train.parallel import Parallel
 from nsa.train.run_folder import FailureStatus, RunFolder, check_unused, write_json
 from nsa.train.stop import StopRequest
@@ -77,49 +77,64 @@ def train(trainer: Trainer, folder: RunFolder) -> Outcome:
         TrainingError: a guard ended the run; everything written so far is whole, `status.json` says why.
     """
     config, parallel = trainer.config, trainer.parallel
-    options = {"num_steps": config.train.steps, "log_every_steps": config.train.log_every_steps}
     with (
         deterministic_algorithms(config.run.deterministic and trainer.device.type == "cpu"),
         FailureStatus(folder, parallel.rank) as status,
         StopRequest() as stop,
-        Recorder(folder, **options) if parallel.is_main else SilentRecorder() as recorder,
+        Telemetry(folder, config, parallel) as telemetry,
     ):
-        stopped_by = fit(trainer, folder, recorder, stop, status)
-        return finish(trainer, folder, stopped_by)
+        trainer.on_phase = telemetry.phase
+        stopped_by = fit(trainer, folder, telemetry, stop, status)
+        return finish(trainer, folder, telemetry, stopped_by)
 
 
 def fit(
-    trainer: Trainer, folder: RunFolder, recorder: Recorder | SilentRecorder, stop: StopRequest, status: FailureStatus
+    trainer: Trainer, folder: RunFolder, telemetry: Telemetry, stop: StopRequest, status: FailureStatus
 ) -> str | None:
-    """The loop: optimizer steps, with evaluations and checkpoints between them; ends with a checkpoint.
+    """The loop: optimizer steps, with measurements, evaluations and checkpoints between them; ends with a checkpoint.
 
     Returns:
         Why the run was stopped before its end, the same on all ranks; None if it was not.
     """
     config, every = trainer.config, trainer.config.train.checkpoint_every_steps
+    measure = config.observe.health_every_steps
+    telemetry.phase("sample")
     trainer.write_samples(folder, "before")
-    recorder.evaluation(trainer.evaluate())
+    evaluate(trainer, telemetry)
     stopped_by = None
     while trainer.step < config.train.steps and not trainer.early_stop:
         if trainer.parallel.any(stop.reason is not None):
             stopped_by = stop.reason or "another rank"
             break
-        recorder.step(*trainer.train_step())
+        with telemetry.training_step(trainer.step + 1):
+            record, waits_s = trainer.train_step()
+        telemetry.step(record, waits_s, num_skipped=trainer.guard.num_skipped)
         status.step = trainer.step
         last = trainer.step == config.train.steps
+        if measure and (last or trainer.step % measure == 0):
+            telemetry.health(trainer.measure_health())
         if last or trainer.step % config.eval.every_steps == 0:
-            recorder.evaluation(trainer.evaluate())
+            evaluate(trainer, telemetry)
         if every and trainer.step % every == 0:
+            telemetry.phase("checkpoint")
             trainer.save(folder)
         if trainer.parallel.is_main and trainer.step % config.train.log_every_steps == 0:
             folder.write_status("running", step=trainer.step)
     if trainer.saved_step != trainer.step:
+        telemetry.phase("checkpoint")
         trainer.save(folder)
     return stopped_by
 
 
-def finish(trainer: Trainer, folder: RunFolder, stopped_by: str | None) -> Outcome:
+def evaluate(trainer: Trainer, telemetry: Telemetry) -> None:
+    """Score the held-out documents and record it."""
+    telemetry.phase("evaluate")
+    telemetry.evaluation(trainer.evaluate())
+
+
+def finish(trainer: Trainer, folder: RunFolder, telemetry: Telemetry, stopped_by: str | None) -> Outcome:
     """Samples, metrics, picture and report; then the final status."""
+    telemetry.phase("finish")
     if stopped_by is None:
         trainer.write_samples(folder, "after")
     metrics = final_metrics(trainer, stopped_by)

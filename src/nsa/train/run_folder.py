@@ -34,6 +34,7 @@ class RunFolder:
         self.data_index_json = path / "data_index.json"
         self.training_csv = path / "training.csv"
         self.val_csv = path / "val.csv"
+        self.health_csv = path / "health.csv"
         self.metrics_json = path / "metrics.json"
         self.status_json = path / "status.json"
         self.curves_png = path / "curves.png"

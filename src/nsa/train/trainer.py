@@ -11,7 +11,7 @@ several processes every rank has one and calls the same methods.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -35,8 +35,11 @@ from nsa.train.config import RunConfig
 from nsa.train.flops import FlopCount, device_peak_flops
 from nsa.train.guards import StepGuard
 from nsa.train.model import build_model, compile_layers, whole_model
+from nsa.train.observe.heartbeat import Phase
+from nsa.train.observe.probe import HealthProbe, ModelHealth
 from nsa.train.observe.recorder import EvalRecord, StepRecord
 from nsa.train.observe.summary import FINAL_LOSSES
+from nsa.train.observe.windows import check_windows
 from nsa.train.optim import build_optimizer, clip_gradients, learning_rate, set_learning_rate
 from nsa.train.parallel import Parallel, distribute, gradient_sync, one_process
 from nsa.train.run_folder import RunFolder, write_text
@@ -53,6 +56,7 @@ class Trainer:
         train_s: seconds of those steps.
         evaluations: all held-out results so far.
         start_s: `time.perf_counter()` when the run began.
+        on_phase: told "fetch" and "step" as a training step gets there.
     """
 
     def __init__(self, config: RunConfig, parallel: Parallel | None = None) -> None:
@@ -67,6 +71,8 @@ class Trainer:
         self.tokenizer = load_tokenizer(config.data.tokenizer)
         self._build_data()
         self._build_model()
+        self.probe = self._build_probe()
+        self.on_phase: Callable[[Phase], None] = lambda phase: None
         self.optimizer = build_optimizer(self.model, config.optim)
         self.guard = StepGuard(config.guards)
         self.flops = FlopCount(self.model.config, config.train.sequence_length)
@@ -104,6 +110,12 @@ class Trainer:
         self.loss = NextTokenLoss(self.model, compiled=train.compile)
         self.shared_loss = distribute(self.loss, self.parallel, train.precision)
 
+    def _build_probe(self) -> HealthProbe:
+        observe = self.config.observe
+        check_windows(observe.memory_snapshot_steps, self.device)
+        batch = next(iter(self.held_out))
+        return HealthProbe(self.loss, batch, self.config.model.geometry, self.device, observe.health_layers)
+
     def train_step(self) -> tuple[StepRecord, list[float]]:
         """One optimizer step on `batch_tokens` tokens; returns its record and the single waits for data.
 
@@ -112,7 +124,9 @@ class Trainer:
         """
         start_s = time.perf_counter()
         self.loss.train()
+        self.on_phase("fetch")
         micro_batches, waits_s = self._fetch(self.num_micro_batches)
+        self.on_phase("step")
         num_valid, num_flops = self._count(micro_batches)
         sum_nats = self._backward(micro_batches, num_valid)
         parameters, world_size = list(self.model.parameters()), self.parallel.world_size
@@ -158,6 +172,11 @@ class Trainer:
         record = EvalRecord(self.step, result.loss, result.perplexity, result.bits_per_byte)
         self.evaluations.append(record)
         return record
+
+    def measure_health(self) -> ModelHealth | None:
+        """Gates and selection on a held-out row, the same on all ranks; None for a model without NSA layers."""
+        with self._precision():
+            return self.probe.measure(self.step)
 
     @property
     def early_stop(self) -> str | None:

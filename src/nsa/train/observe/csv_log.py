@@ -1,4 +1,4 @@
-"""The two tables of a run, `training.csv` and `val.csv`: their columns, one writer, one reader.
+"""The tables of a run, `training.csv`, `val.csv` and `health.csv`: their columns, one writer, one reader.
 
 with CsvWriter(folder / "training.csv", TRAINING_COLUMNS) as writer:
     writer.write(step=1, tokens=4096, loss=5.5, ...)
@@ -22,7 +22,14 @@ second, model FLOP utilisation (empty where it is not known), seconds of the ste
 VALIDATION_COLUMNS = ("step", "val_loss", "val_ppl", "val_bits_per_byte")
 """Optimizer step, held-out loss in nats per token, its exponential, and bits per byte of text."""
 
-INTEGER_COLUMNS = frozenset({"step", "tokens"})
+HEALTH_COLUMNS = (
+    *("step", "layer", "gate_entropy_mean_nats", "gate_max_mean", "gate_share_cmp", "gate_share_slc", "gate_share_win"),
+    *("gate_collapse_share", "mean_selected_tokens", "max_selected_tokens", "share_at_maximum", "mean_coverage"),
+    *("blocks_chosen_share", "mean_distance_blocks"),
+)
+"""Optimizer step and decoder layer; the fields of `GateStatistics` and `SelectionStatistics` (`nsa.inspect`)."""
+
+INTEGER_COLUMNS = frozenset({"step", "tokens", "layer", "max_selected_tokens"})
 
 Row = dict[str, float | int | None]
 

@@ -8,7 +8,8 @@ from types import TracebackType
 
 from torch.utils.tensorboard import SummaryWriter
 
-from nsa.train.observe.csv_log import TRAINING_COLUMNS, VALIDATION_COLUMNS, CsvWriter
+from nsa.train.observe.csv_log import HEALTH_COLUMNS, TRAINING_COLUMNS, VALIDATION_COLUMNS, CsvWriter
+from nsa.train.observe.probe import ModelHealth
 from nsa.train.observe.progress import Progress, log_line
 from nsa.train.run_folder import RunFolder
 
@@ -75,6 +76,7 @@ class Recorder:
             self._validation = stack.enter_context(
                 CsvWriter(folder.val_csv, VALIDATION_COLUMNS, resume_step=resume_step)
             )
+            self._health = stack.enter_context(CsvWriter(folder.health_csv, HEALTH_COLUMNS, resume_step=resume_step))
             self._board = stack.enter_context(SummaryWriter(str(folder.tensorboard), purge_step=purge_step))
             self._stack = stack.pop_all()
 
@@ -99,6 +101,19 @@ class Recorder:
             f"held-out documents after step {record.step}: loss {record.val_loss:.4f}, perplexity "
             f"{record.val_ppl:.3f}, {record.val_bits_per_byte:.4f} bits per byte"
         )
+
+    def health(self, health: ModelHealth) -> None:
+        """Record a measurement of gates and selection."""
+        for row in health.rows():
+            self._health.write(**row)
+            layer = row.pop("layer")
+            for name, value in row.items():
+                if name != "step":
+                    self._board.add_scalar(f"health_{name}/layer_{layer}", value, health.step)
+        gate, selection = health.gate, health.selection
+        self._to_board("gate", gate.as_dict(), health.step)
+        scalars = {name: value for name, value in selection.as_dict().items() if name != "distance_histogram"}
+        self._to_board("selection", scalars, health.step)
 
     def note(self, text: str) -> None:
         """Print a line."""
@@ -125,6 +140,9 @@ class SilentRecorder:
         """Nothing."""
 
     def evaluation(self, record: EvalRecord) -> None:
+        """Nothing."""
+
+    def health(self, health: ModelHealth) -> None:
         """Nothing."""
 
     def note(self, text: str) -> None:
