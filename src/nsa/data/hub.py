@@ -159,12 +159,12 @@ def _streamed(config: DataConfig, file: RepoFile) -> Callable[[], Any]:
 
 
 def _cached(config: DataConfig, file: RepoFile, number: int, count: int) -> Callable[[], Any]:
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import HfApi
 
     say(
         f"file {number}/{count} of {config.hub_repo}: {file.path}, {file.size / 1e9:.2f} GB, downloaded or in the cache"
     )
-    path = hf_hub_download(
+    path = HfApi().hf_hub_download(
         config.hub_repo,
         file.path,
         repo_type="dataset",
