@@ -45,6 +45,8 @@ def main(arguments: Sequence[str]) -> int:
     try:
         device = torch.device(given.settings.device)
         rows = measure(given.settings)
+        if not rows:  # not rank 0
+            return EXIT_DONE
         out = given.out or Path(f"benchmarks/results/{kind}_{device.type}.csv")
         write_results(rows, out, given.settings, shlex.join(["nsa", "bench", *arguments]), device)
     except (ValueError, OSError) as error:
