@@ -37,15 +37,15 @@ def test_a_second_process_is_refused_until_the_first_is_killed(tmp_path: Path) -
     note = lock.acquire()
     assert note is not None
     assert f"was left by process {process.pid} on" in note
-    lock.release()
+    lock.close()
     assert RunLock(path).acquire() is None
 
 
 def test_a_lock_is_given_back(tmp_path: Path) -> None:
     first, second = RunLock(tmp_path / "run.lock"), RunLock(tmp_path / "run.lock")
-    first.release()
+    first.close()
     assert first.acquire() is None
     with pytest.raises(ValueError, match="is in use by process"):
         second.acquire()
-    first.release()
+    first.close()
     assert second.acquire() is None

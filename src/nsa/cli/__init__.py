@@ -19,6 +19,8 @@ EXIT_DONE, EXIT_FAILED, EXIT_USAGE, EXIT_STOPPED = 0, 1, 2, 3
 # Command name -> (module with `main`, one line of help).
 COMMANDS = {
     "train": ("nsa.cli.train", "train a model from a YAML config"),
+    "resume": ("nsa.cli.resume", "go on with a run from its newest whole checkpoint"),
+    "halt": ("nsa.cli.halt", "stop a run after its current step, with a checkpoint"),
     "preflight": ("nsa.cli.preflight", "say what a run needs and what is wrong with it, before it starts"),
     "doctor": ("nsa.cli.doctor", "say whether this machine can train and run models"),
     "watch": ("nsa.cli.watch", "watch a run: a live table, alarms, stacks of a hung process, halt"),

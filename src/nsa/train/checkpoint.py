@@ -186,20 +186,3 @@ def _point(link: Path, target: str) -> None:
     temporary.unlink(missing_ok=True)
     temporary.symlink_to(target)
     os.replace(temporary, link)
-
-
-def save_checkpoint(
-    checkpoints: Path, step: int, *, model: Any, tokenizer: Any, trainer: dict[str, Any], keep: int
-) -> Path:
-    """Write a checkpoint that holds a model, but no state of training."""
-    final = step_folder(checkpoints, step)
-    temporary = temporary_folder(final)
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    model.save_pretrained(str(temporary))
-    tokenizer.save(temporary)
-    write_json(temporary / TRAINER, {"step": step, **trainer})
-    sums = {str(path.relative_to(temporary)): FileSum.of(path) for path in temporary.rglob("*") if path.is_file()}
-    commit(temporary, final, sums, about={"step": step, "world_size": 1})
-    prune(checkpoints, keep=keep)
-    return final

@@ -12,10 +12,12 @@ rank 0 prints and writes the shared files of the run folder.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nsa.train.checkpoint_save import Checkpointer
 from nsa.train.config import RunConfig
 from nsa.train.device import deterministic_algorithms
 from nsa.train.load_config import dump_config
@@ -26,7 +28,7 @@ from nsa.train.observe.summary import data_index, describe, final_metrics
 from nsa.train.observe.telemetry import Telemetry
 from nsa.train.parallel import Parallel
 from nsa.train.run_folder import FailureStatus, RunFolder, check_unused, write_json
-from nsa.train.stop import StopRequest
+from nsa.train.stop import Stop, StopRequest
 from nsa.train.trainer import Trainer
 
 
@@ -36,7 +38,7 @@ class Outcome:
 
     Attributes:
         folder: the run folder.
-        stopped_by: the signal that ended it early, or None.
+        stopped_by: what asked it to end early, a signal or HALT, or None.
         metrics: the contents of `metrics.json`.
     """
 
@@ -70,27 +72,42 @@ def prepare(
     return trainer, folder
 
 
-def train(trainer: Trainer, folder: RunFolder) -> Outcome:
-    """Run a whole training.
+def train(trainer: Trainer, folder: RunFolder, *, resumed: bool = False) -> Outcome:
+    """Run a whole training, or the rest of one.
+
+    Args:
+        trainer: at its start, or at a checkpoint.
+        folder: of this run, locked by `prepare` or `prepare_resume`; the lock is given back.
+        resumed: continue the tables of the folder after the trainer's step.
 
     Raises:
-        TrainingError: a guard ended the run; everything written so far is whole, `status.json` says why.
+        TrainingError: a guard ended the run, or a checkpoint could not be written; everything written so far is whole,
+            `status.json` says why.
     """
     config, parallel = trainer.config, trainer.parallel
+    # A run that begins again before its first checkpoint keeps no row, not even the evaluation of step 0.
+    resume_step = (trainer.step or -1) if resumed else None
     with (
+        closing(folder.lock),
         deterministic_algorithms(config.run.deterministic and trainer.device.type == "cpu"),
         FailureStatus(folder, parallel.rank) as status,
-        StopRequest() as stop,
-        Telemetry(folder, config, parallel) as telemetry,
+        StopRequest(folder.halt, parallel) as stop,
+        Telemetry(folder, config, parallel, resume_step=resume_step) as telemetry,
+        trainer.checkpointer(folder) as checkpointer,
     ):
         trainer.on_phase = telemetry.phase
-        stopped_by = fit(trainer, folder, telemetry, stop, status)
-        return finish(trainer, folder, telemetry, stopped_by)
+        asked = fit(trainer, folder, telemetry, checkpointer, stop, status)
+        return finish(trainer, folder, telemetry, asked)
 
 
 def fit(
-    trainer: Trainer, folder: RunFolder, telemetry: Telemetry, stop: StopRequest, status: FailureStatus
-) -> str | None:
+    trainer: Trainer,
+    folder: RunFolder,
+    telemetry: Telemetry,
+    checkpointer: Checkpointer,
+    stop: StopRequest,
+    status: FailureStatus,
+) -> Stop | None:
     """The loop: optimizer steps, with measurements, evaluations and checkpoints between them; ends with a checkpoint.
 
     Returns:
@@ -98,13 +115,14 @@ def fit(
     """
     config, every = trainer.config, trainer.config.train.checkpoint_every_steps
     measure = config.observe.health_every_steps
-    telemetry.phase("sample")
-    trainer.write_samples(folder, "before")
-    evaluate(trainer, telemetry)
-    stopped_by = None
+    loaded_step = status.step = trainer.step
+    if not trainer.evaluations:
+        telemetry.phase("sample")
+        trainer.write_samples(folder, "before")
+        evaluate(trainer, telemetry)
+    asked = None
     while trainer.step < config.train.steps and not trainer.early_stop:
-        if trainer.parallel.any(stop.reason is not None):
-            stopped_by = stop.reason or "another rank"
+        if asked := stop.agreed(failed=checkpointer.failed):
             break
         with telemetry.training_step(trainer.step + 1):
             record, waits_s = trainer.train_step()
@@ -117,13 +135,14 @@ def fit(
             evaluate(trainer, telemetry)
         if every and trainer.step % every == 0:
             telemetry.phase("checkpoint")
-            trainer.save(folder)
+            trainer.save(checkpointer)
         if trainer.parallel.is_main and trainer.step % config.train.log_every_steps == 0:
             folder.write_status("running", step=trainer.step)
-    if trainer.saved_step != trainer.step:
-        telemetry.phase("checkpoint")
-        trainer.save(folder)
-    return stopped_by
+    telemetry.phase("checkpoint")
+    if trainer.step not in (loaded_step, checkpointer.saved_step):
+        trainer.save(checkpointer)
+    checkpointer.wait()
+    return asked
 
 
 def evaluate(trainer: Trainer, telemetry: Telemetry) -> None:
@@ -132,9 +151,10 @@ def evaluate(trainer: Trainer, telemetry: Telemetry) -> None:
     telemetry.evaluation(trainer.evaluate())
 
 
-def finish(trainer: Trainer, folder: RunFolder, telemetry: Telemetry, stopped_by: str | None) -> Outcome:
+def finish(trainer: Trainer, folder: RunFolder, telemetry: Telemetry, asked: Stop | None) -> Outcome:
     """Samples, metrics, picture and report; then the final status."""
     telemetry.phase("finish")
+    stopped_by = asked.reason if asked else None
     if stopped_by is None:
         trainer.write_samples(folder, "after")
     metrics = final_metrics(trainer, stopped_by)
@@ -143,5 +163,6 @@ def finish(trainer: Trainer, folder: RunFolder, telemetry: Telemetry, stopped_by
         draw_curves(folder, folder.curves_png)
         write_report(folder, trainer.config, metrics)
         state = "finished" if stopped_by is None else "stopped"
-        folder.write_status(state, step=trainer.step, reason=stopped_by or trainer.early_stop)
+        reason, rank = stopped_by or trainer.early_stop, asked.rank if asked else None
+        folder.write_status(state, step=trainer.step, reason=reason, rank=rank)
     return Outcome(folder, stopped_by, metrics)

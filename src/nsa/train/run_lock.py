@@ -28,7 +28,7 @@ class RunLock:
         self._file: IO[str] | None = None
 
     def acquire(self) -> str | None:
-        """Take the lock, until `release` or the end of this process.
+        """Take the lock, until `close` or the end of this process.
 
         Returns:
             A line about a lock that a process left behind without an orderly end, or None.
@@ -56,7 +56,7 @@ class RunLock:
         self._file = file
         return left and f"{self.path.parent} was left by {left}, which has ended without saying so"
 
-    def release(self) -> None:
+    def close(self) -> None:
         """Give the lock back and empty the file; nothing happens when it is not held."""
         if self._file is not None:
             self._file.truncate(0)

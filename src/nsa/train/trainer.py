@@ -29,11 +29,12 @@ from nsa.eval.perplexity import TokenBatch, evaluate, to_device
 from nsa.eval.samples import SampleOptions, draw_samples, format_samples
 from nsa.hf import NSAForCausalLM
 from nsa.train.activation import checkpoint_activations
-from nsa.train.checkpoint import save_checkpoint
 from nsa.train.checkpoint_load import load_checkpoint, restore_random_state
+from nsa.train.checkpoint_save import Checkpointer
 from nsa.train.config import RunConfig
 from nsa.train.flops import FlopCount, device_peak_flops
 from nsa.train.guards import StepGuard
+from nsa.train.load_config import dump_config
 from nsa.train.model import build_model, compile_layers, whole_model
 from nsa.train.observe.heartbeat import Phase
 from nsa.train.observe.probe import HealthProbe, ModelHealth
@@ -77,7 +78,7 @@ class Trainer:
         self.guard = StepGuard(config.guards)
         self.flops = FlopCount(self.model.config, config.train.sequence_length)
         self.peak_flops = device_peak_flops(self.device, config.train.precision)
-        self.step, self.tokens, self.saved_step = 0, 0, 0
+        self.step, self.tokens = 0, 0
         self.evaluations: list[EvalRecord] = []
         self.losses: list[float] = []
         self.train_s = 0.0
@@ -233,19 +234,21 @@ class Trainer:
         self.load_state_dict(load_checkpoint(checkpoint, model=self.model, optimizer=optimizer, parallel=parallel))
         return restore_random_state(checkpoint, seed=self.config.run.seed, parallel=parallel)
 
-    def save(self, folder: RunFolder) -> None:
-        """Write a checkpoint of this step."""
-        model = self.whole_model()
-        if model is not None:
-            save_checkpoint(
-                folder.checkpoints,
-                self.step,
-                model=model,
-                tokenizer=self.tokenizer,
-                trainer={"tokens": self.tokens, "evaluations": [asdict(record) for record in self.evaluations]},
-                keep=self.config.train.keep_checkpoints,
-            )
-        self.saved_step = self.step
+    def checkpointer(self, folder: RunFolder) -> Checkpointer:
+        """What writes this run's checkpoints."""
+        return Checkpointer(
+            folder.checkpoints,
+            self.model,
+            self.parallel,
+            tokenizer=self.tokenizer,
+            config_yaml=dump_config(self.config),
+            keep=self.config.train.keep_checkpoints,
+            keep_every_steps=self.config.train.keep_every_steps,
+        )
+
+    def save(self, checkpointer: Checkpointer) -> None:
+        """Begin to write a checkpoint of this step."""
+        checkpointer.save(self.step, optimizer=self.optimizer, trainer=self.state_dict())
 
     def write_samples(self, folder: RunFolder, moment: Literal["before", "after"]) -> None:
         """Write `samples/before.txt` or `samples/after.txt`: the same prompts and random numbers."""

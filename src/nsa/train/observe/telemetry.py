@@ -46,7 +46,7 @@ class Telemetry:
             rank=parallel.rank,
             world_size=parallel.world_size,
             num_steps=config.train.steps,
-            start_step=resume_step or 0,
+            start_step=max(resume_step or 0, 0),  # a run that begins again resumes before its first row
             every_s=config.observe.heartbeat_s,
             device=parallel.device,
         )
