@@ -20,6 +20,7 @@ def write_report(folder: RunFolder, config: RunConfig, metrics: dict[str, Any]) 
     sections = [
         f"# Run {config.run.name}\n\nThis run {ended} of {config.train.steps} steps.",
         f"**{index['description']}.**" if index["replaced_because"] else "",
+        _overridden(folder),
         "## Results\n\n" + table(results(metrics)),
         f"![Loss curves]({folder.curves_png.name})",
         "## Samples\n\nSame prompts and random numbers before and after training.\n\n" + _samples(folder),
@@ -30,6 +31,12 @@ def write_report(folder: RunFolder, config: RunConfig, metrics: dict[str, Any]) 
         "`tb/` the same for TensorBoard. The model is in `checkpoints/latest`, a folder for `from_pretrained`.",
     ]
     write_text(folder.report_md, "\n\n".join(section for section in sections if section) + "\n")
+
+
+def _overridden(folder: RunFolder) -> str:
+    """The errors of preflight that the config lets pass."""
+    codes = folder.overridden()
+    return f"**Preflight was overridden: {', '.join(codes)}** (`preflight.json`)." if codes else ""
 
 
 def results(metrics: dict[str, Any]) -> dict[str, str]:

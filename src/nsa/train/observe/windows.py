@@ -5,7 +5,7 @@
             with windows.at(step):
                 train_step()
 
-Traces go to `profile/`, one for each rank: `.json` for chrome://tracing or Perfetto with a table of operators beside
+Traces go to `profile/`, one for each rank: `.json.gz` for chrome://tracing or Perfetto with a table of operators beside
 it; memory histories are `.pickle` for https://pytorch.org/memory_viz.
 """
 
@@ -82,7 +82,7 @@ class StepWindows:
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_cuda else [])]
         with profile(activities=activities, record_shapes=True) as recorded:
             yield
-        recorded.export_chrome_trace(str(self.folder / f"trace_{name}.json"))
+        recorded.export_chrome_trace(str(self.folder / f"trace_{name}.json.gz"))
         sorting = "self_cuda_time_total" if on_cuda else "self_cpu_time_total"
         table = recorded.key_averages().table(sort_by=sorting, row_limit=TABLE_ROWS)
         (self.folder / f"operators_{name}.txt").write_text(table, encoding="utf-8")
