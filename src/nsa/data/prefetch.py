@@ -209,8 +209,9 @@ class _Channel:
         """Wait for room and add; False if nobody will read it."""
         with self._changed:
             self._changed.wait_for(lambda: self._closed or len(self._items) < self._capacity)
-            self._items.append(item)
-            self._changed.notify_all()
+            if not self._closed:
+                self._items.append(item)
+                self._changed.notify_all()
             return not self._closed
 
     def fail(self, error: BaseException) -> None:
