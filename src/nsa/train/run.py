@@ -27,6 +27,7 @@ from nsa.train.observe.report import write_report
 from nsa.train.observe.summary import data_index, describe, final_metrics
 from nsa.train.observe.telemetry import Telemetry
 from nsa.train.parallel import Parallel
+from nsa.train.preflight.report import examine
 from nsa.train.run_folder import FailureStatus, RunFolder, check_unused, write_json
 from nsa.train.stop import Stop, StopRequest
 from nsa.train.trainer import Trainer
@@ -57,17 +58,25 @@ def prepare(
         parallel: this process among those of the run; the only one unless given.
 
     Raises:
-        ValueError: the config asks for something impossible, or the run folder exists; nothing was written.
+        ValueError: preflight refuses the run, the config asks for something impossible, or the run folder exists;
+            nothing was written.
     """
     path = Path(config.run.folder) / config.run.name
     check_unused(path)
+    report = examine(config, world_size=parallel.world_size if parallel else 1, thorough=False)
+    report.raise_if_refused()
     trainer = Trainer(config, parallel)
     folder = RunFolder(path)
     trainer.parallel.barrier()  # all ranks have looked before one makes the folder
     if trainer.parallel.is_main:
-        print(describe(trainer), flush=True)
-        env = snapshot(trainer.device, command)
-        folder = RunFolder.create(path, config_yaml=dump_config(config), env=env, data_index=data_index(trainer))
+        print("\n".join([describe(trainer), *(finding.line() for finding in report.findings)]), flush=True)
+        folder = RunFolder.create(
+            path,
+            config_yaml=dump_config(config),
+            env=snapshot(trainer.device, command),
+            data_index=data_index(trainer),
+            preflight=report.values(),
+        )
     trainer.parallel.barrier()
     return trainer, folder
 

@@ -32,6 +32,7 @@ class RunFolder:
         self.config_yaml = path / "config.yaml"
         self.env_json = path / "env.json"
         self.data_index_json = path / "data_index.json"
+        self.preflight_json = path / "preflight.json"
         self.training_csv = path / "training.csv"
         self.val_csv = path / "val.csv"
         self.health_csv = path / "health.csv"
@@ -46,8 +47,19 @@ class RunFolder:
         self.lock = RunLock(path / "run.lock")
 
     @classmethod
-    def create(cls, path: Path, *, config_yaml: str, env: dict[str, Any], data_index: dict[str, Any]) -> RunFolder:
+    def create(
+        cls,
+        path: Path,
+        *,
+        config_yaml: str,
+        env: dict[str, Any],
+        data_index: dict[str, Any],
+        preflight: dict[str, Any] | None = None,
+    ) -> RunFolder:
         """Make the folder with `config.yaml`, `env.json`, `data_index.json` and `status.json`, and lock it.
+
+        Args:
+            preflight: for `preflight.json`; the findings that it lets pass stand in every `status.json` from now on.
 
         Raises:
             ValueError: it exists already; nothing in it is touched.
@@ -60,6 +72,8 @@ class RunFolder:
         write_text(folder.config_yaml, config_yaml)
         write_json(folder.env_json, env)
         write_json(folder.data_index_json, data_index)
+        if preflight is not None:
+            write_json(folder.preflight_json, preflight)
         folder.write_status("running", step=0)
         return folder
 
@@ -84,6 +98,13 @@ class RunFolder:
         """The contents of `status.json`."""
         return json.loads(self.status_json.read_text(encoding="utf-8"))
 
+    def overridden(self) -> list[str]:
+        """Names of the errors of preflight that the config lets pass."""
+        if not self.preflight_json.is_file():
+            return []
+        findings = json.loads(self.preflight_json.read_text(encoding="utf-8"))["findings"]
+        return [finding["code"] for finding in findings if finding["allowed"]]
+
     def _status_or_empty(self) -> dict[str, Any]:
         return self.read_status() if self.status_json.is_file() else {}
 
@@ -94,6 +115,7 @@ class RunFolder:
         if self.data_index_json.is_file():
             index = json.loads(self.data_index_json.read_text(encoding="utf-8"))
             values["data"] = index.get("description")
+        values["preflight_overridden"] = self.overridden()
         write_json(self.status_json, {**values, "unix_time_s": time.time()})
 
 

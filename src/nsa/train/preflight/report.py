@@ -116,7 +116,7 @@ def examine(config: RunConfig, *, machine: Machine | None = None, world_size: in
     """
     start_s = time.perf_counter()
     findings: list[Finding] = []
-    here = machine or _machine_of(config)
+    here = machine or _machine_of(config, findings)
     plan = Plan(config, here, world_size)
     # A run that is meant for another machine may find its tokenizer there only.
     known = None if plan.is_here else KNOWN_VOCAB_SIZES.get(config.data.tokenizer)
@@ -169,10 +169,11 @@ def num_tokens(config: RunConfig) -> int:
     return config.train.steps * config.train.batch_tokens
 
 
-def _machine_of(config: RunConfig) -> Machine | None:
+def _machine_of(config: RunConfig, findings: list[Finding]) -> Machine | None:
     try:
         return machine_here(choose_device(config.run.device))
-    except ValueError:
+    except ValueError as error:
+        findings.append(Finding("device-missing", "error", str(error), "or start on a machine that has it"))
         return None
 
 
