@@ -175,7 +175,7 @@ def _prepare_locked(
     parallel: Parallel,
     say: Callable[[str], object],
 ) -> tuple[Trainer, RunFolder]:
-    before = on_main(parallel, folder.read_status) if folder.status_json.is_file() else {}
+    before = on_main(parallel, folder.read_status)
     trainer = Trainer(config, parallel)
     say(f"checking the checkpoints in {folder.checkpoints}")
     checkpoint, damaged = on_main(parallel, lambda: choose_checkpoint(folder.checkpoints))
