@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
 import torch
+from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from nsa.attention import NSAAttention
@@ -45,7 +50,9 @@ def model_config(config: RunConfig, *, vocab_size: int, eos_token_id: int) -> NS
 
 
 def compile_layers(model: NSAForCausalLM, backend: str = "inductor") -> None:
-    """Compile every decoder layer by itself: alike layers share one compilation, and other code stays as it is.
+    """Compile every decoder layer by itself, for training; alike layers share one compilation.
+
+    Without gradients, in evaluation and generation, the layers run as they are: their shapes are many.
 
     Args:
         backend: of torch.compile.
@@ -53,16 +60,20 @@ def compile_layers(model: NSAForCausalLM, backend: str = "inductor") -> None:
     for layer in model.model.layers:
         # Dense attention over packed documents reads their bounds on the host.
         whole = isinstance(layer.self_attn, NSAAttention)
-        layer.forward = torch.compile(layer.forward, fullgraph=whole, backend=backend)
+        compiled = torch.compile(layer.forward, fullgraph=whole, backend=backend)
+        layer.forward = partial(_forward, layer.forward, compiled)
 
 
-def whole_model(model: NSAForCausalLM, parallel: Parallel, *, compiled: bool) -> NSAForCausalLM | None:
-    """The model itself where it is whole and not compiled, else a copy that is, on rank 0; None on the others."""
-    if parallel.mode != "fsdp2" and not compiled:
+def _forward(eager: Callable[..., Tensor], compiled: Callable[..., Tensor], *inputs: Any, **options: Any) -> Tensor:
+    return (compiled if torch.is_grad_enabled() else eager)(*inputs, **options)
+
+
+def whole_model(model: NSAForCausalLM, parallel: Parallel) -> NSAForCausalLM | None:
+    """The model itself where it is whole, else a copy that is, on rank 0; None on the others."""
+    if parallel.mode != "fsdp2":
         return model if parallel.is_main else None
-    # Of sharded weights every rank sends its part.
-    options = StateDictOptions(full_state_dict=parallel.mode == "fsdp2", cpu_offload=True)
-    weights = get_model_state_dict(model, options=options)
+    # Every rank sends its part.
+    weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if not parallel.is_main:
         return None
     with torch.random.fork_rng(devices=[]):

@@ -189,11 +189,11 @@ class Trainer:
         return f"early stop: {patience} evaluations in a row no better than {min(losses):.4f}"
 
     def whole_model(self) -> NSAForCausalLM | None:
-        """The model as transformers knows it, with all weights and not compiled, on rank 0; None on the others.
+        """The model with all its weights, which can generate, on rank 0; None on the others.
 
         All ranks must call it, as they may have to send their shards.
         """
-        return whole_model(self.model, self.parallel, compiled=self.config.train.compile)
+        return whole_model(self.model, self.parallel)
 
     def state_dict(self) -> dict[str, Any]:
         """The position in the run as plain values, the same on all ranks: all but tensors and random numbers."""
