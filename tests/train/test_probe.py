@@ -127,6 +127,13 @@ def test_a_compiled_model_is_measured_too_and_not_compiled_again() -> None:
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == compiled
 
 
+def test_measuring_keeps_nothing_for_a_backward_pass() -> None:
+    model, outputs = tiny_model("nsa"), []
+    model.model.layers[0].register_forward_hook(lambda module, inputs, out: outputs.append(out))
+    probe_of(model, batch(64)).measure(step=0)
+    assert [out.requires_grad for out in outputs] == [False]
+
+
 def test_measuring_leaves_the_training_as_it_is(tiny) -> None:
     def losses(measured: bool) -> list[float]:
         trainer, found = Trainer(tiny(train={"steps": 4})), []
