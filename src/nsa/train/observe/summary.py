@@ -45,8 +45,9 @@ def _documents(trainer: Trainer) -> str:
     """How many documents are trained and evaluated on."""
     held_out = trainer.held_out
     total = trainer.corpus.num_documents
-    training = f"{trainer.loader.num_documents:,} documents to train on"
-    if trainer.loader.num_documents is None:
+    if trainer.loader.num_documents is not None:
+        training = f"{trainer.loader.num_documents:,} documents to train on"
+    else:
         training = "documents without end" if total is None else f"{total:,} documents, read during the run"
     return f"{training}, {len(held_out.document_names):,} to evaluate on ({held_out.num_labels:,} tokens)"
 
