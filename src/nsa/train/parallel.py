@@ -196,3 +196,9 @@ def gradient_sync(module: nn.Module, enabled: bool) -> Iterator[None]:
     if isinstance(module, FSDPModule):
         module.set_requires_gradient_sync(enabled)
     yield
+
+
+def release_gathered(module: nn.Module) -> None:
+    """Give back the weights that FSDP2 keeps gathered after a forward without backward."""
+    if isinstance(module, FSDPModule):
+        module.reshard()

@@ -42,7 +42,7 @@ from nsa.train.observe.recorder import EvalRecord, StepRecord
 from nsa.train.observe.summary import FINAL_LOSSES
 from nsa.train.observe.windows import check_windows
 from nsa.train.optim import build_optimizer, clip_gradients, learning_rate, set_learning_rate
-from nsa.train.parallel import Parallel, distribute, gradient_sync, one_process
+from nsa.train.parallel import Parallel, distribute, gradient_sync, one_process, release_gathered
 from nsa.train.run_folder import RunFolder, write_text
 
 
@@ -169,6 +169,7 @@ class Trainer:
                 world_size=self.parallel.world_size,
                 total=self.parallel.sum,
             )
+        release_gathered(self.loss)
         self.guard.check_evaluation(self.step, result.loss)
         record = EvalRecord(self.step, result.loss, result.perplexity, result.bits_per_byte)
         self.evaluations.append(record)
