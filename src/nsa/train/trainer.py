@@ -31,7 +31,7 @@ from nsa.hf import NSAForCausalLM
 from nsa.train.activation import checkpoint_activations
 from nsa.train.checkpoint_load import load_checkpoint, restore_random_state
 from nsa.train.checkpoint_save import Checkpointer
-from nsa.train.config import RunConfig
+from nsa.train.config import GuardSection, RunConfig
 from nsa.train.flops import FlopCount, device_peak_flops
 from nsa.train.guards import StepGuard
 from nsa.train.load_config import dump_config
@@ -75,7 +75,7 @@ class Trainer:
         self.probe = self._build_probe()
         self.on_phase: Callable[[Phase], None] = lambda phase: None
         self.optimizer = build_optimizer(self.model, config.optim)
-        self.guard = StepGuard(config.guards)
+        self.guard = StepGuard(self._guards())
         self.flops = FlopCount(self.model.config, config.train.sequence_length)
         self.peak_flops = device_peak_flops(self.device, config.train.precision)
         self.step, self.tokens = 0, 0
@@ -98,6 +98,11 @@ class Trainer:
         )
         self.held_out = build_eval_batches(config.data, **rows, rows_per_batch=config.eval.rows)
         self._batches: Iterator[TokenBatch] = iter(self.loader)
+
+    def _guards(self) -> GuardSection:
+        """The configured guards, with the floor of the data itself where it is known and none is given."""
+        guards, floor = self.config.guards, self.corpus.entropy_floor_nats(self.tokenizer)
+        return guards if guards.entropy_floor_nats else guards.model_copy(update={"entropy_floor_nats": floor})
 
     def _build_model(self) -> None:
         """The model in fp32, alike on all ranks, then what makes it fast, small and shared, in the order that fits."""
