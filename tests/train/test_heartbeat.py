@@ -129,8 +129,8 @@ def test_a_full_disk_costs_beats_and_not_the_run(
     with heartbeat(path) as beating:
         with monkeypatch.context() as patched:
             patched.setattr(os, "write", lambda file, line: write(file, line[:10]))
-            beating._write()
-            beating._write()
+            beating.beat()
+            beating.beat()
         beating.update(step=7)
     assert [beat.step for beat in read_heartbeats(path)] == [0, 7]
     assert read_heartbeats(path)[-1].counters == {"lost_beats": 2}

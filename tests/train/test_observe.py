@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import math
+import struct
 import time
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from nsa.train.observe.compare import COMPARISON_COLUMNS, compare_runs
-from nsa.train.observe.csv_log import TRAINING_COLUMNS, VALIDATION_COLUMNS, CsvWriter, read_csv
+from nsa.train.observe.csv_log import HEALTH_COLUMNS, TRAINING_COLUMNS, VALIDATION_COLUMNS, CsvWriter, read_csv
 from nsa.train.observe.curves import column, draw_curves, running_mean
 from nsa.train.observe.progress import Progress, log_line, percentiles_ms
 from nsa.train.observe.recorder import EvalRecord, Recorder, StepRecord
@@ -144,3 +145,22 @@ def test_a_recorder_that_resumes_continues_tables_and_tensorboard_after_the_step
     board = EventAccumulator(str(folder.tensorboard))
     board.Reload()
     assert [(event.step, event.value) for event in board.Scalars("train/loss")] == [(1, 1), (2, 2), (3, 3), (4, 40)]
+
+
+def test_gates_are_drawn_below_the_losses_where_they_were_measured(tmp_path: Path) -> None:
+    folder = RunFolder(write_run(tmp_path / "run", [5.0, 2.0, 1.5]))
+    draw_curves(folder, folder.curves_png)
+    without = png_size(folder.curves_png)
+    with CsvWriter(folder.health_csv, HEALTH_COLUMNS) as writer:
+        for step in (1, 2):
+            for layer in (0, 3):
+                writer.write(
+                    **{**dict.fromkeys(HEALTH_COLUMNS, 0.5), "step": step, "layer": layer, "max_selected_tokens": 9}
+                )
+    draw_curves(folder, folder.curves_png)
+    assert png_size(folder.curves_png)[1] > without[1]
+
+
+def png_size(path: Path) -> tuple[int, int]:
+    """Width and height of a PNG in pixels."""
+    return struct.unpack(">II", path.read_bytes()[16:24])

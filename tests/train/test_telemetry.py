@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -77,10 +78,29 @@ def test_gates_and_selection_are_in_the_table_tensorboard_and_beats(finished: Pa
         assert events[-1].value == pytest.approx(value)
 
 
+def test_health_is_judged_in_metrics_and_report(finished: Path) -> None:
+    assert json.loads((finished / "metrics.json").read_text())["findings"] == []
+    report = (finished / "report.md").read_text()
+    rows = read_csv(finished / "health.csv", HEALTH_COLUMNS)
+    assert "Nothing is outside the thresholds of a healthy run." in report
+    assert "Gates and selection at step 5:" in report
+    assert f"| 0 | {rows[-1]['gate_entropy_mean_nats']:.4g} | {rows[-1]['gate_max_mean']:.4g} |" in report
+
+
+def test_what_is_not_healthy_is_in_metrics_and_report(tiny) -> None:
+    trainer, folder = prepare(tiny(train={"steps": 2}))
+    with torch.no_grad():
+        trainer.model.model.layers[0].self_attn.gate.down.bias.view(-1, 3)[:, 0] = 50
+    (finding,) = train(trainer, folder).metrics["findings"]
+    assert finding.startswith("gates: rank 0, step 2: the gates have mean entropy 0.000 nats")
+    assert f"- {finding}" in folder.report_md.read_text()
+
+
 def test_measurements_can_be_switched_off(tiny) -> None:
     folder = train(*prepare(tiny(train={"steps": 2}, observe={"health_every_steps": 0}))).folder.path
     assert read_csv(folder / "health.csv", HEALTH_COLUMNS) == []
     assert read_heartbeats(heartbeat_path(folder, 0))[-1].gate is None
+    assert "Gates and selection were not measured." in (folder / "report.md").read_text()
 
 
 def test_only_rank_0_writes_shared_files_and_each_rank_its_own(tiny, tmp_path: Path) -> None:
@@ -95,7 +115,7 @@ def test_only_rank_0_writes_shared_files_and_each_rank_its_own(tiny, tmp_path: P
     for rank in (0, 1):
         last = read_heartbeats(heartbeat_path(tmp_path, rank))[-1]
         assert (last.rank, last.world_size, last.step, last.mfu, last.fetch_p95_ms) == (rank, 2, 4, 0.25, 100.0)
-        assert last.counters == ({"skipped_steps": 1} if rank else {})
+        assert last.counters == {"fallbacks": 0, "skipped_steps": rank}
         assert (tmp_path / f"stacks_rank{rank}.txt").is_file()
 
 

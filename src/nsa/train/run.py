@@ -23,9 +23,11 @@ from nsa.train.device import deterministic_algorithms
 from nsa.train.load_config import dump_config
 from nsa.train.observe.curves import draw_curves
 from nsa.train.observe.environment import snapshot
+from nsa.train.observe.health import judge_run
 from nsa.train.observe.report import write_report
-from nsa.train.observe.summary import data_index, describe, final_metrics
+from nsa.train.observe.summary import data_index, describe, final_metrics, routing_values
 from nsa.train.observe.telemetry import Telemetry
+from nsa.train.observe.thresholds import Thresholds
 from nsa.train.parallel import Parallel
 from nsa.train.preflight.report import examine
 from nsa.train.run_folder import FailureStatus, RunFolder, check_unused, write_json
@@ -73,7 +75,7 @@ def prepare(
         folder = RunFolder.create(
             path,
             config_yaml=dump_config(config),
-            env=snapshot(trainer.device, command),
+            env=snapshot(trainer.device, command) | {"routing": routing_values(trainer)},
             data_index=data_index(trainer),
             preflight=report.values(),
         )
@@ -162,12 +164,13 @@ def evaluate(trainer: Trainer, telemetry: Telemetry) -> None:
 
 def finish(trainer: Trainer, folder: RunFolder, telemetry: Telemetry, asked: Stop | None) -> Outcome:
     """Samples, metrics, picture and report; then the final status."""
-    telemetry.phase("finish")
+    telemetry.finish()
     stopped_by = asked.reason if asked else None
     if stopped_by is None:
         trainer.write_samples(folder, "after")
     metrics = final_metrics(trainer, stopped_by)
     if trainer.parallel.is_main:
+        metrics["findings"] = [str(finding) for finding in judge_run(folder.path, Thresholds())]
         write_json(folder.metrics_json, metrics)
         draw_curves(folder, folder.curves_png)
         write_report(folder, trainer.config, metrics)

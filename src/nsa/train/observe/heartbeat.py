@@ -142,7 +142,7 @@ class Heartbeat:
         self._counters: Counter[str] = Counter()
         self._waits_s: deque[float] = deque(maxlen=NUM_WAITS)
         self._progress_s = time.monotonic()
-        self._lock = threading.Lock()
+        self._lock, self._writing = threading.Lock(), threading.Lock()
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._beat_on, name="heartbeat", daemon=True)
 
@@ -163,7 +163,7 @@ class Heartbeat:
     def __enter__(self) -> Heartbeat:
         self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         _cut_half_line(self._file)
-        self._write()
+        self.beat()
         self._thread.start()
         return self
 
@@ -173,15 +173,19 @@ class Heartbeat:
         self._stopped.set()
         self._thread.join()
         self._values["phase"] = "ended"
-        self._write()
+        self.beat()
         os.close(self._file)
 
     def _beat_on(self) -> None:
         while not self._stopped.wait(self.every_s):
+            self.beat()
+
+    def beat(self) -> None:
+        """Write a line now; one that does not fit on the disk is taken back, counted, and told on standard error."""
+        with self._writing:
             self._write()
 
     def _write(self) -> None:
-        """Append a line; one that does not fit on the disk is taken back, counted, and told on standard error."""
         line = SCHEMA.dump_json(self._beat()) + b"\n"
         size = os.fstat(self._file).st_size
         try:

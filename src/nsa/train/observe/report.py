@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 from nsa.train.config import RunConfig
+from nsa.train.observe.csv_log import HEALTH_COLUMNS, read_csv
 from nsa.train.run_folder import RunFolder, write_text
 
 UNTRAINED_TOLERANCE_NATS = 0.5  # an untrained model further from ln(vocabulary) than this is worth a look
@@ -23,12 +24,14 @@ def write_report(folder: RunFolder, config: RunConfig, metrics: dict[str, Any]) 
         _overridden(folder),
         "## Results\n\n" + table(results(metrics)),
         f"![Loss curves]({folder.curves_png.name})",
+        "## Health\n\n" + _health(folder, metrics["findings"]),
         "## Samples\n\nSame prompts and random numbers before and after training.\n\n" + _samples(folder),
         "## Held-out documents\n\n" + _held_out(index["held_out_documents"]),
         "## Config\n\nAll of it is in `config.yaml`.\n\n" + table(_config(config, index["description"])),
         "## Machine\n\n" + table(_machine(env)),
-        "## Files\n\n`training.csv` has every optimizer step, `val.csv` every evaluation, `metrics.json` the results, "
-        "`tb/` the same for TensorBoard. The model is in `checkpoints/latest`, a folder for `from_pretrained`.",
+        "## Files\n\n`training.csv` has every optimizer step, `val.csv` every evaluation, `health.csv` the gates and "
+        "selection of every layer, `metrics.json` the results, `tb/` the same for TensorBoard. The model is in "
+        "`checkpoints/latest`, a folder for `from_pretrained`.",
     ]
     write_text(folder.report_md, "\n\n".join(section for section in sections if section) + "\n")
 
@@ -52,6 +55,7 @@ def results(metrics: dict[str, Any]) -> dict[str, str]:
         "held-out perplexity": f"{metrics['val_ppl']:.3f}",
         "held-out bits per byte": f"{metrics['val_bits_per_byte']:.4f}",
         "skipped steps": f"{metrics['num_skipped_steps']}",
+        "health": "; ".join(metrics["findings"]) or "healthy",
         "time": f"{metrics['wall_s']:.1f} s, {metrics['train_s']:.1f} s of them in training steps",
         "training tokens per second": "none" if not metrics["tokens_per_s"] else f"{metrics['tokens_per_s']:,.0f}",
     }
@@ -68,6 +72,19 @@ def table(values: dict[str, str]) -> str:
     """Names and texts as a Markdown table."""
     lines = [f"| {name} | {str(text).replace('|', '/')} |" for name, text in values.items()]
     return "\n".join(["| | |", "|---|---|", *lines])
+
+
+def _health(folder: RunFolder, findings: list[str]) -> str:
+    """What is outside the thresholds, and the last measurement of gates and selection."""
+    judged = "\n".join(f"- {finding}" for finding in findings) or "Nothing is outside the thresholds of a healthy run."
+    rows = read_csv(folder.health_csv, HEALTH_COLUMNS)
+    if not rows:
+        return f"{judged}\n\nGates and selection were not measured."
+    last = [row for row in rows if row["step"] == rows[-1]["step"]]
+    names = [name for name in HEALTH_COLUMNS if name != "step"]
+    lines = [f"| {' | '.join(name.replace('_', ' ') for name in names)} |", "|---" * len(names) + "|"]
+    lines += [f"| {' | '.join(f'{row[name]:.4g}' for name in names)} |" for row in last]
+    return f"{judged}\n\nGates and selection at step {rows[-1]['step']}:\n\n" + "\n".join(lines)
 
 
 def _samples(folder: RunFolder) -> str:

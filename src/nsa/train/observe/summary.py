@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from nsa.ops.routing import explain_backend
+from nsa.train.observe.routes import describe_routes, routes
 
 if TYPE_CHECKING:
     from nsa.train.trainer import Trainer
@@ -20,18 +20,14 @@ FINAL_LOSSES = 20  # training losses whose mean stands for the end of training
 
 def describe(trainer: Trainer) -> str:
     """What is about to run, in a few lines."""
-    config, geometry = trainer.config, trainer.config.model.geometry
-    probe = torch.empty(0, device=trainer.device)
-    backend = config.model.attention_backend
-    why = f"{backend}, asked for"
-    if backend == "auto":
-        why = "{}, {}".format(*explain_backend(probe, geometry))
+    config = trainer.config
+    backend = describe_routes(routes(config.model, trainer.device, config.train.precision))
     total = config.train.steps * config.train.batch_tokens
     lines = {
         "run": Path(config.run.folder) / config.run.name,
         "model": f"{trainer.model.num_parameters():,} parameters, {config.model.num_hidden_layers} layers "
         f"({', '.join(config.model.layer_types)}), {config.train.precision}",
-        "device": f"{trainer.device}, {torch.get_num_threads()} threads; NSA backend {why}",
+        "device": f"{trainer.device}, {torch.get_num_threads()} threads; NSA backend {backend}",
         "data": f"{trainer.corpus.description}; {_documents(trainer)}; tokenizer "
         f"{trainer.tokenizer.name}, vocabulary {trainer.tokenizer.vocab_size}",
         "steps": f"{config.train.steps} of {config.train.batch_tokens:,} tokens "
@@ -50,6 +46,11 @@ def _documents(trainer: Trainer) -> str:
     else:
         training = "documents without end" if total is None else f"{total:,} documents, read during the run"
     return f"{training}, {len(held_out.document_names):,} to evaluate on ({held_out.num_labels:,} tokens)"
+
+
+def routing_values(trainer: Trainer) -> list[dict[str, Any]]:
+    """The routing report, for `env.json`."""
+    return [asdict(route) for route in routes(trainer.config.model, trainer.device, trainer.config.train.precision)]
 
 
 def data_index(trainer: Trainer) -> dict[str, Any]:

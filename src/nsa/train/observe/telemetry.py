@@ -1,9 +1,9 @@
 """What a rank reports about itself while it trains: one context manager around the loop.
 
-    with Telemetry(folder, config, parallel, start_step=0) as telemetry:
+    with Telemetry(folder, config, parallel) as telemetry:
         with telemetry.training_step(1):
             record, waits_s = trainer.train_step()
-        telemetry.step(record, waits_s)
+        telemetry.step(record, waits_s, num_skipped=trainer.guard.num_skipped)
 
 Every rank beats, dumps its stacks on SIGUSR1 and records its profiler windows; rank 0 also writes the tables,
 TensorBoard and the terminal.
@@ -19,6 +19,7 @@ from nsa.train.config import RunConfig
 from nsa.train.observe.heartbeat import Heartbeat, Phase, heartbeat_path
 from nsa.train.observe.probe import ModelHealth
 from nsa.train.observe.recorder import EvalRecord, Recorder, SilentRecorder, StepRecord
+from nsa.train.observe.routes import routes
 from nsa.train.observe.stacks import stacks_on_signal, stacks_path
 from nsa.train.observe.windows import StepWindows
 from nsa.train.parallel import Parallel
@@ -58,6 +59,9 @@ class Telemetry:
             memory_snapshot_steps=config.observe.memory_snapshot_steps,
         )
 
+        found = routes(config.model, parallel.device, config.train.precision)
+        self.heartbeat.count("fallbacks", sum(route.is_fallback for route in found))
+
     def __enter__(self) -> Telemetry:
         with ExitStack() as stack:
             stack.enter_context(stacks_on_signal(stacks_path(self.folder.path, self.parallel.rank)))
@@ -85,8 +89,7 @@ class Telemetry:
     def step(self, record: StepRecord, waits_s: Sequence[float], *, num_skipped: int) -> None:
         """An optimizer step is done; `num_skipped` steps of the run were skipped by a guard so far."""
         self.heartbeat.update(waits_s=waits_s, **{name: getattr(record, name) for name in IN_BEATS})
-        if num_skipped:
-            self.heartbeat.count("skipped_steps", num_skipped)
+        self.heartbeat.count("skipped_steps", num_skipped)
         self.recorder.step(record, list(waits_s))
 
     def evaluation(self, record: EvalRecord) -> None:
@@ -98,6 +101,11 @@ class Telemetry:
         if health is not None:
             self.heartbeat.update(**health.beat_values())
             self.recorder.health(health)
+
+    def finish(self) -> None:
+        """The loop is over; what it reported last is in the file when this returns."""
+        self.phase("finish")
+        self.heartbeat.beat()
 
     def _recorder(self) -> Recorder | SilentRecorder:
         if not self.parallel.is_main:
