@@ -115,3 +115,40 @@ def test_two_ranks_go_on_where_one_process_was(tiny: Callable[..., RunConfig]) -
     """
     assert run_ranks(body, str(folder.path)) == [(4, 6), (4, 6)]
     assert losses(folder.path) == pytest.approx(before, rel=1e-4)
+
+
+FULL_DISK = """
+import errno, os
+from nsa.train.checkpoint import CheckpointError
+from nsa.train.config import RunConfig
+from nsa.train.run import prepare, train
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+
+honest = FileSystemWriter.write_data
+
+def full(self, *args):
+    written = honest(self, *args)
+    if parallel.rank == 1 and "step_000004" in str(self.path):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    return written
+
+FileSystemWriter.write_data = full
+with setup_parallel("cpu", "ddp", timeout_s=100) as parallel:
+    trainer, folder = prepare(RunConfig.model_validate(given), parallel=parallel)
+    try:
+        train(trainer, folder)
+    except CheckpointError as error:
+        parallel.barrier()
+        report((trainer.step, str(error), folder.read_status()))
+"""
+
+
+def test_a_full_disk_on_one_rank_ends_both_after_the_same_step(tiny: Callable[..., RunConfig]) -> None:
+    values = config(tiny, "full", "ddp")
+    (first, message, status), (second, other_message, _) = run_ranks(FULL_DISK, values.model_dump(mode="json"))
+    assert first == second
+    for text in (message, other_message, status["reason"]):
+        assert "step_000004 could not be written: rank 1: OSError: [Errno 28] No space left on device" in text
+    assert (status["state"], status["step"]) == ("failed", first)
+    folder = Path(values.run.folder) / "full"
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["latest", "step_000002"]

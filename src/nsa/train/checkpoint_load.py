@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 
 from nsa.train.checkpoint import COMPLETE, STATE, TRAINER, CheckpointError, damage, step_folders, step_of
 from nsa.train.checkpoint_random import seed_rank, set_random_state
-from nsa.train.checkpoint_save import MODEL, OPTIMIZER, random_file, training_state
+from nsa.train.checkpoint_save import MODEL, OPTIMIZER, expect_no_group, random_file, training_state
 from nsa.train.parallel import Parallel
 
 DAMAGED = "damaged_"  # a prefix that takes a folder out of the scan
@@ -69,6 +69,7 @@ def load_checkpoint(
     Raises:
         CheckpointError: it cannot be read, or belongs to another model.
     """
+    expect_no_group()
     model_state, optimizer_state = training_state(model, optimizer)
     state = {MODEL: model_state, OPTIMIZER: optimizer_state}
     try:

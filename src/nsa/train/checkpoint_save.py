@@ -91,8 +91,7 @@ class Checkpointer:
         keep: int,
         keep_every_steps: int = 0,
     ) -> None:
-        # A process of its own has no group, and is told so at every checkpoint.
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+        expect_no_group()
         self.checkpoints, self.model, self.parallel, self.tokenizer = checkpoints, model, parallel, tokenizer
         self.config_yaml, self.keep, self.keep_every_steps = config_yaml, keep, keep_every_steps
         self.saved_step: int | None = None
@@ -249,6 +248,11 @@ def _group(parallel: Parallel) -> dist.ProcessGroup | None:
     group = dist.new_group(backend="gloo", timeout=WRITE_TIMEOUT)
     assert isinstance(group, dist.ProcessGroup)
     return group
+
+
+def expect_no_group() -> None:
+    """Let DCP be silent about a process without a group, which it says at every checkpoint."""
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
 
 def random_file(rank: int) -> str:
