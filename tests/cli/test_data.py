@@ -64,7 +64,7 @@ def test_files_that_are_read_by_blocks_are_counted_as_far_as_known(
     [
         ([], "usage: nsa data check CONFIG"),
         (["check"], "usage: nsa data check CONFIG"),
-        (["chek", "x.yaml"], "unknown action 'chek'"),
+        (["look", "x.yaml"], "unknown action 'look'"),
         (["check", "absent.yaml"], "there is no config file absent.yaml"),
         (["check", "{config}", "--batches", "0"], "--batches must be at least 1"),
         (["check", "{config}", "--data.paths", "nowhere.txt"], "no file, folder or match for nowhere.txt"),
