@@ -25,6 +25,7 @@ from nsa.cli import EXIT_DONE, EXIT_USAGE, fail
 KINDS = {
     "prefill": ("nsa.bench.prefill", "PrefillBench", "measure_prefill", "the operator against dense attention"),
     "decode": ("nsa.bench.decode", "DecodeBench", "measure_decode", "time for one token at growing context"),
+    "telemetry": ("nsa.bench.telemetry", "TelemetryBench", "measure_telemetry", "what a run's reports and guards cost"),
     "train": ("nsa.bench.train", "TrainBench", "measure_train", "whole training steps in tokens per second"),
 }
 
@@ -78,6 +79,6 @@ def arguments_of(settings_type: type) -> type:
 
 def usage() -> str:
     """The text of `nsa bench --help`."""
-    lines = [f"  {kind:<9}{summary}" for kind, (*_, summary) in KINDS.items()]
+    lines = [f"  {kind:<10}{summary}" for kind, (*_, summary) in KINDS.items()]
     head = "usage: nsa bench KIND ...\n\nMeasure on this machine, print a table, write a CSV.\n\nkinds:\n"
     return head + "\n".join(lines) + "\n\n`nsa bench KIND --help` lists the settings."
