@@ -1,7 +1,7 @@
 """The folder of one run: what lies where, and writes that are either whole or absent.
 
-runs/NAME/  config.yaml env.json status.json training.csv val.csv metrics.json curves.png report.md
-            tb/ samples/before.txt samples/after.txt
+runs/NAME/  config.yaml env.json status.json training.csv val.csv health.csv metrics.json
+            heartbeat_rank0.jsonl stacks_rank0.txt curves.png report.md tb/ samples/before.txt samples/after.txt
             checkpoints/step_000500/ ... checkpoints/latest -> step_000500
             run.lock, and HALT when someone asks the run to stop
 """

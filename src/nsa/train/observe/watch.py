@@ -26,7 +26,8 @@ from nsa.train.observe.health import Finding, Process, judge
 from nsa.train.observe.heartbeat import Beat, HeartbeatReader, heartbeat_files
 from nsa.train.observe.stacks import stacks_path
 from nsa.train.observe.thresholds import Thresholds
-from nsa.train.run_folder import RunFolder, write_text
+from nsa.train.run_folder import RunFolder
+from nsa.train.stop import ask_to_halt
 
 MAX_BEATS = 17_280  # of each rank that are kept and judged: a day's at one in 5 s
 START_TOLERANCE_S = 2.0  # two readings of a process's start may differ by this
@@ -164,7 +165,7 @@ class Watch:
         if self.halted_s is not None:
             return []
         self.halted_s = look.unix_time_s
-        write_text(self.folder.halt, f"nsa watch: {finding}\n")
+        ask_to_halt(self.folder.halt, f"nsa watch: {finding}")
         return [f"halt: wrote {self.folder.halt}; the run ends with a checkpoint after its current step"]
 
 
