@@ -18,6 +18,7 @@ from nsa.train.observe.thresholds import Thresholds
 from nsa.train.parallel import Parallel
 from nsa.train.run import prepare, train
 from nsa.train.run_folder import RunFolder
+from ranks import run_ranks
 
 RECORD = StepRecord(
     step=4, tokens=400, loss=2.5, lr=1e-3, grad_norm=0.5, tokens_per_s=100.0, mfu=0.25, step_s=1.0, fetch_s=0.1
@@ -117,6 +118,33 @@ def test_only_rank_0_writes_shared_files_and_each_rank_its_own(tiny, tmp_path: P
         assert (last.rank, last.world_size, last.step, last.mfu, last.fetch_p95_ms) == (rank, 2, 4, 0.25, 100.0)
         assert last.counters == {"fallbacks": 0, "skipped_steps": rank}
         assert (tmp_path / f"stacks_rank{rank}.txt").is_file()
+
+
+TWO_RANKS = """
+from nsa.train.config import RunConfig
+from nsa.train.run import prepare, train
+
+with setup_parallel("cpu", "fsdp2") as parallel:
+    train(*prepare(RunConfig.model_validate(given), parallel=parallel))
+"""
+
+
+def test_with_sharded_weights_both_ranks_beat_and_measure_what_one_process_does(tiny_values, tiny) -> None:
+    observe = {"observe": {"health_every_steps": 1}}
+    alone = train(*prepare(tiny(**observe, train={"steps": 2}))).folder.path
+    values = {**tiny_values, **observe, "train": {**tiny_values["train"], "steps": 2, "parallel": "fsdp2"}}
+    values["run"] = {**values["run"], "name": "sharded"}
+    run_ranks(TWO_RANKS, values)
+    together = alone.parent / "sharded"
+    for expected, row in zip(*(read_csv(run / "health.csv", HEALTH_COLUMNS) for run in (alone, together)), strict=True):
+        assert row == pytest.approx(expected, rel=1e-4)
+    last = [read_heartbeats(heartbeat_path(together, rank))[-1] for rank in (0, 1)]
+    assert [(beat.rank, beat.world_size, beat.step, beat.phase) for beat in last] == [
+        (rank, 2, 2, "ended") for rank in (0, 1)
+    ]
+    assert last[0].gate is not None
+    assert last[0].gate == last[1].gate
+    assert last[0].pid != last[1].pid
 
 
 def test_a_resumed_run_continues_its_tables_and_says_where_it_began(tiny, tmp_path: Path) -> None:
