@@ -177,7 +177,7 @@ def distribute(loss: NextTokenLoss, parallel: Parallel, precision: Literal["fp32
         return loss
     if parallel.mode == "ddp":
         devices = [parallel.device] if parallel.device.type == "cuda" else None
-        return DistributedDataParallel(loss, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True)
+        return DistributedDataParallel(loss, device_ids=devices, gradient_as_bucket_view=True)
     low = torch.bfloat16 if precision == "bf16" else None
     policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32, cast_forward_inputs=False)
     model: Any = loss.model
