@@ -157,7 +157,8 @@ def test_the_whole_operator_is_as_exact_as_plain_mathematics(arguments):
     mine = run(lambda *x: torch.ops.nsa.attention(*x, *tail)[0], case.dtype)
     names = ("out", "dq", "dk", "dv", "dk_cmp", "dv_cmp", "dk_win", "dv_win", "dgates")
     for name, x, y, z in zip(names, mine, low, exact, strict=True):
-        floor = 1e-6 * float(z.detach().norm()) + 1e-12
+        # Where exact gradients are zero (one key), rounding leaves what it leaves of the terms that cancel.
+        floor = 1e-6 * (float(z.detach().norm()) + float(case.dout.norm()))
         times = 2 if name == "out" else 3
         assert error(x, z) <= times * error(y, z) + floor, (name, error(x, z), error(y, z))
 

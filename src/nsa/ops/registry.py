@@ -156,9 +156,12 @@ def _attention_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ..
     ctx.save_for_backward(*tensors, *output[1:], cu_seqlens)
     ctx.constants = (geometry, scale, backend)
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
 
 
-def _attention_whole_backward(ctx: Any, dout: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+def _attention_whole_backward(ctx: Any, dout: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    if dout is None:
+        return (None,) * 12
     return (*torch.ops.nsa.attention_backward(dout, *ctx.saved_tensors, *ctx.constants), None, None, None, None)
 
 

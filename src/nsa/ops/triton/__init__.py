@@ -137,17 +137,26 @@ def attention_backward(
     shape = BlockGeometry(*geometry)
     with torch.cuda.device_of(q):
         layout = make_layout(cu_seqlens, shape, q.shape[1], k_cmp.shape[1])
-        dgates, delta, gate = combine.gate_backward(dout, out_cmp, out_slc, out_win, gates)
-        of_cmp, of_slc, of_win = map(dense_bwd.Rows, (lse_cmp, lse_slc, lse_win), delta, gate)
-        dout, queries = fit(dout), fit(q, KEY_SIZES)
+        dout, gates, queries = dout.contiguous(), gates.contiguous(), fit(q, KEY_SIZES)
+        dgates, delta = torch.empty_like(gates), torch.empty_like(lse_cmp)
+        dbranch = torch.empty_like(dout)  # of one branch after another
+
+        def rows(out: Tensor, lse: Tensor, branch: int) -> tuple[Tensor, dense_bwd.Rows]:
+            combine.gate_backward(dout, out.contiguous(), gates, branch, dbranch, dgates, delta)
+            return fit(dbranch), dense_bwd.Rows(lse, delta)
+
+        gradient, of_cmp = rows(out_cmp, lse_cmp, 0)
         dq, dk_cmp, dv_cmp = dense_bwd.dense_backward(
-            dout, queries, fit(k_cmp, KEY_SIZES), fit(v_cmp), of_cmp, shape, layout, 0, 0, 0, scale
+            gradient, queries, fit(k_cmp, KEY_SIZES), fit(v_cmp), of_cmp, shape, layout, 0, 0, 0, scale
         )
+        gradient, of_win = rows(out_win, lse_win, 2)
+        window, keys = shape.window_size, (fit(k_win, KEY_SIZES), fit(v_win))
         dq, dk_win, dv_win = dense_bwd.dense_backward(
-            dout, queries, fit(k_win, KEY_SIZES), fit(v_win), of_win, shape, layout, shape.window_size, 0, 0, scale, dq
+            gradient, queries, *keys, of_win, shape, layout, window, 0, 0, scale, dq
         )
+        gradient, of_slc = rows(out_slc, lse_slc, 1)
         dq, dk, dv = select_bwd.select_backward(
-            dout, queries, fit(k, KEY_SIZES), fit(v), of_slc, block_indices, shape, layout, 0, scale, dq
+            gradient, queries, fit(k, KEY_SIZES), fit(v), of_slc, block_indices, shape, layout, 0, scale, dq
         )
         grads = (dq, dk, dv, dk_cmp, dv_cmp, dk_win, dv_win)
         inputs = (q, k, v, k_cmp, v_cmp, k_win, v_win)

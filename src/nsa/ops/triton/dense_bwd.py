@@ -4,7 +4,7 @@ One kernel holds a tile of keys and runs over the rows that see it (dK, dV in re
 runs over its keys (dQ). The first compressed tokens are seen by almost all rows: the rows are cut into `splits`, each
 writes its own fp32 dK and dV, and these are added in order, so that the result is bitwise repeatable.
 
-Shapes: q, dq `[B, T, H, Dk]`, out, dout `[B, T, H, Dv]`, lse, delta, gate `[B, T, H]`, k `[B, S, Hkv, Dk]`.
+Shapes: q, dq `[B, T, H, Dk]`, out, dout `[B, T, H, Dv]`, lse, delta `[B, T, H]`, k `[B, S, Hkv, Dk]`.
 """
 
 # Kernels are typed by Triton, not by Python.
@@ -66,12 +66,10 @@ class Rows(NamedTuple):
     Attributes:
         lse: natural log-sum-exp of the branch.
         delta: sum(out * dout) - dlse, so that dS = P (dP - delta).
-        gate: factor of the branch's output; dout is then the gradient of the gated sum, and dlse is none.
     """
 
     lse: Tensor
     delta: Tensor
-    gate: Tensor | None = None
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -104,10 +102,10 @@ def make_delta(out: Tensor, dout: Tensor, dlse: Tensor | None) -> Tensor:
 
 @triton.jit
 def _key_step(
-    dk, dk_tail, dv, k, k_tail, v, q_ptr, q_tail_ptr, dout_ptr, lse_ptr, delta_ptr, gate_ptr, doc_ptr, cmp_ptr,
+    dk, dk_tail, dv, k, k_tail, v, q_ptr, q_tail_ptr, dout_ptr, lse_ptr, delta_ptr, doc_ptr, cmp_ptr,
     row_start, row_end, batch_row, head, key, scale_log2, log2e, T, S, q_start, k_start,
     H: tl.constexpr, G: tl.constexpr, DK: tl.constexpr, TAIL: tl.constexpr, DV: tl.constexpr, SIZE: tl.constexpr,
-    STRIDE: tl.constexpr, WINDOW: tl.constexpr, PACKED: tl.constexpr, GATED: tl.constexpr, TMA: tl.constexpr,
+    STRIDE: tl.constexpr, WINDOW: tl.constexpr, PACKED: tl.constexpr, TMA: tl.constexpr,
     MASKED: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     MAIN: tl.constexpr = DK - TAIL
@@ -135,8 +133,6 @@ def _key_step(
         first, end = key_interval(t, doc_ptr, cmp_ptr, S, q_start, k_start, SIZE, STRIDE, WINDOW, PACKED)
         seen = (key[:, None] >= first[None, :]) & (key[:, None] < end[None, :]) & live[None, :]
         p = tl.where(seen, p, 0.0)
-    if GATED:
-        p *= tl.load(gate_ptr + row_64)[None, :]
     if TMA:
         dout = tl.reshape(dout_ptr.load(box), [BLOCK_M, DV])
     else:
@@ -152,10 +148,10 @@ def _key_step(
 
 @triton.jit(do_not_specialize=["T", "S", "q_start", "k_start", "split_rows"])
 def dense_key_kernel(
-    q_ptr, q_tail_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, gate_ptr, dk_ptr, dv_ptr, doc_ptr, cmp_ptr,
+    q_ptr, q_tail_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, doc_ptr, cmp_ptr,
     first_ptr, end_ptr, scale, scale_log2, log2e, T, S, q_start, k_start, split_rows,
     H: tl.constexpr, HKV: tl.constexpr, DK: tl.constexpr, TAIL: tl.constexpr, DV: tl.constexpr,
-    SIZE: tl.constexpr, STRIDE: tl.constexpr, WINDOW: tl.constexpr, PACKED: tl.constexpr, GATED: tl.constexpr,
+    SIZE: tl.constexpr, STRIDE: tl.constexpr, WINDOW: tl.constexpr, PACKED: tl.constexpr,
     PRECISION: tl.constexpr, TMA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     G: tl.constexpr = H // HKV
@@ -191,16 +187,16 @@ def dense_key_kernel(
     dv = tl.zeros([BLOCK_N, DV], tl.float32)
     for row_start in tl.range(full_start, full_end, BLOCK_M):
         dk, dk_tail, dv = _key_step(
-            dk, dk_tail, dv, k, k_tail, v, q_ptr, q_tail_ptr, dout_ptr, lse_ptr, delta_ptr, gate_ptr, doc_ptr, cmp_ptr,
+            dk, dk_tail, dv, k, k_tail, v, q_ptr, q_tail_ptr, dout_ptr, lse_ptr, delta_ptr, doc_ptr, cmp_ptr,
             row_start, row_end, b * T, group * G, key, scale_log2, log2e, T, S, q_start, k_start,
-            H, G, DK, TAIL, DV, SIZE, STRIDE, WINDOW, PACKED, GATED, TMA, False, PRECISION, BLOCK_M,
+            H, G, DK, TAIL, DV, SIZE, STRIDE, WINDOW, PACKED, TMA, False, PRECISION, BLOCK_M,
         )  # fmt: skip
     for i in tl.range(num_masked):
         row_start = tl.where(i < num_left, row_low + i * BLOCK_M, full_end + (i - num_left) * BLOCK_M)
         dk, dk_tail, dv = _key_step(
-            dk, dk_tail, dv, k, k_tail, v, q_ptr, q_tail_ptr, dout_ptr, lse_ptr, delta_ptr, gate_ptr, doc_ptr, cmp_ptr,
+            dk, dk_tail, dv, k, k_tail, v, q_ptr, q_tail_ptr, dout_ptr, lse_ptr, delta_ptr, doc_ptr, cmp_ptr,
             row_start, row_end, b * T, group * G, key, scale_log2, log2e, T, S, q_start, k_start,
-            H, G, DK, TAIL, DV, SIZE, STRIDE, WINDOW, PACKED, GATED, TMA, True, PRECISION, BLOCK_M,
+            H, G, DK, TAIL, DV, SIZE, STRIDE, WINDOW, PACKED, TMA, True, PRECISION, BLOCK_M,
         )  # fmt: skip
 
     shift = split * (tl.num_programs(1) // HKV).to(tl.int64) * S * HKV
@@ -212,8 +208,8 @@ def dense_key_kernel(
 
 @triton.jit
 def _query_step(
-    dq, dq_tail, q, q_tail, dout, lse, delta, gate, k_desc, k_tail_desc, v_desc, key_start, first_row, column_k,
-    column_v, first, end, scale_log2, GATED: tl.constexpr, TAIL: tl.constexpr, MAIN: tl.constexpr,
+    dq, dq_tail, q, q_tail, dout, lse, delta, k_desc, k_tail_desc, v_desc, key_start, first_row, column_k,
+    column_v, first, end, scale_log2, TAIL: tl.constexpr, MAIN: tl.constexpr,
     MASKED: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     k = k_desc.load([first_row + key_start, column_k])
@@ -226,8 +222,6 @@ def _query_step(
     if MASKED:
         key = key_start + tl.arange(0, BLOCK_N)
         p = tl.where((key[None, :] >= first[:, None]) & (key[None, :] < end[:, None]), p, 0.0)
-    if GATED:
-        p *= gate[:, None]
     ds = p * (tl.dot(dout, tl.trans(v), input_precision=PRECISION) - delta[:, None])
     dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
     if TAIL > 0:
@@ -237,10 +231,10 @@ def _query_step(
 
 @triton.jit(do_not_specialize=["T", "S", "q_start", "k_start"])
 def dense_query_kernel(
-    q_ptr, k_desc, k_tail_desc, v_desc, dout_ptr, lse_ptr, delta_ptr, gate_ptr, dq_ptr, doc_ptr, cmp_ptr,
+    q_ptr, k_desc, k_tail_desc, v_desc, dout_ptr, lse_ptr, delta_ptr, dq_ptr, doc_ptr, cmp_ptr,
     scale, scale_log2, log2e, T, S, q_start, k_start,
     H: tl.constexpr, HKV: tl.constexpr, DK: tl.constexpr, TAIL: tl.constexpr, DV: tl.constexpr,
-    SIZE: tl.constexpr, STRIDE: tl.constexpr, WINDOW: tl.constexpr, PACKED: tl.constexpr, GATED: tl.constexpr,
+    SIZE: tl.constexpr, STRIDE: tl.constexpr, WINDOW: tl.constexpr, PACKED: tl.constexpr,
     ADD: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """dQ of a tile of rows; ADD puts it on top of what `dq_ptr` holds."""
@@ -264,9 +258,6 @@ def dense_query_kernel(
     dout = tl.load(dout_ptr + row_64[:, None] * DV + tl.arange(0, DV)[None, :], mask=live[:, None], other=0.0)
     lse = tl.load(lse_ptr + row_64, mask=live, other=0.0) * log2e
     delta = tl.load(delta_ptr + row_64, mask=live, other=0.0)
-    gate = delta
-    if GATED:
-        gate = tl.load(gate_ptr + row_64, mask=live, other=0.0)
 
     first, end = key_interval(t, doc_ptr, cmp_ptr, S, q_start, k_start, SIZE, STRIDE, WINDOW, PACKED)
     t_low = (tile * BLOCK_M) // G
@@ -280,14 +271,14 @@ def dense_query_kernel(
 
     for key_start in tl.range(full_start, full_end, BLOCK_N):
         dq, dq_tail = _query_step(
-            dq, dq_tail, q, q_tail, dout, lse, delta, gate, k_desc, k_tail_desc, v_desc, key_start, b * S, group * DK,
-            group * DV, first, end, scale_log2, GATED, TAIL, MAIN, False, BLOCK_N, PRECISION,
+            dq, dq_tail, q, q_tail, dout, lse, delta, k_desc, k_tail_desc, v_desc, key_start, b * S, group * DK,
+            group * DV, first, end, scale_log2, TAIL, MAIN, False, BLOCK_N, PRECISION,
         )  # fmt: skip
     for i in tl.range(num_masked):
         key_start = tl.where(i < num_left, first_low + i * BLOCK_N, full_end + (i - num_left) * BLOCK_N)
         dq, dq_tail = _query_step(
-            dq, dq_tail, q, q_tail, dout, lse, delta, gate, k_desc, k_tail_desc, v_desc, key_start, b * S, group * DK,
-            group * DV, first, end, scale_log2, GATED, TAIL, MAIN, True, BLOCK_N, PRECISION,
+            dq, dq_tail, q, q_tail, dout, lse, delta, k_desc, k_tail_desc, v_desc, key_start, b * S, group * DK,
+            group * DV, first, end, scale_log2, TAIL, MAIN, True, BLOCK_N, PRECISION,
         )  # fmt: skip
     dq *= scale
     if ADD:
@@ -335,13 +326,12 @@ def dense_backward(
     dv = torch.empty(splits, *v.shape, dtype=dtype, device=q.device)
     add = dq is not None
     dq = torch.empty_like(q) if dq is None else dq
-    of_rows = (rows.lse, rows.delta, rows.delta if rows.gate is None else rows.gate)
     unpacked = (q, q, q, q)
     starts, ends = (q, q) if layout is None else (layout.cmp_token, layout.doc_end if window else layout.cmp_doc_end)
     documents = unpacked if layout is None else (layout.doc_start, layout.cmp_start, starts, ends)
     shape = {"H": H, "HKV": Hkv, "DK": Dk, "TAIL": key_tail(Dk), "DV": Dv, "SIZE": geometry.compress_block_size,
              "STRIDE": geometry.compress_stride, "WINDOW": window, "PACKED": layout is not None,
-             "GATED": rows.gate is not None, "PRECISION": dot_precision(q)}  # fmt: skip
+             "PRECISION": dot_precision(q)}  # fmt: skip
     numbers = (scale, scale * LOG2E, LOG2E, T, S, q_start, k_start)
     G = H // Hkv
     # A tile of whole tokens is a box of q and dout; other group sizes are loaded row by row.
@@ -354,12 +344,12 @@ def dense_backward(
     if boxes and tail:
         tail_rows = describe_rows(q, by_key["BLOCK_M"], G, tail)
     dense_key_kernel[(triton.cdiv(S, by_key["BLOCK_N"]), B * Hkv, splits)](
-        q_rows, tail_rows, k, v, dout_rows, *of_rows, dk, dv, *documents, *numbers, triton.cdiv(T, splits) * G,
+        q_rows, tail_rows, k, v, dout_rows, *rows, dk, dv, *documents, *numbers, triton.cdiv(T, splits) * G,
         TMA=boxes, **shape, **by_key,
     )  # fmt: skip
     descriptors = (*describe_keys(k, by_query["BLOCK_N"]), describe(v, by_query["BLOCK_N"]))
     dense_query_kernel[(triton.cdiv(T * G, by_query["BLOCK_M"]), B * Hkv)](
-        q, *descriptors, dout, *of_rows, dq, *documents[:2], *numbers, ADD=add, **shape, **by_query
+        q, *descriptors, dout, *rows, dq, *documents[:2], *numbers, ADD=add, **shape, **by_query
     )
     if splits == 1:
         return dq, dk[0], dv[0]

@@ -23,7 +23,7 @@ from nsa.geometry import BlockGeometry
 from nsa.ops.triton.common import LOG2E, Layout, dot_precision, has_large_shared_memory, key_tail
 from nsa.ops.triton.dense_bwd import Rows
 from nsa.ops.triton.invert import cut_chunks, invert, plan
-from nsa.ops.triton.select_fwd import REDUCE_ELEMENTS, chunk_token_bytes, item_keys
+from nsa.ops.triton.select_fwd import REDUCE_ELEMENTS, item_keys
 
 SCRATCH_BYTES = 768 * 2**20
 ITEM_ROWS = 4096
@@ -41,56 +41,14 @@ def select_backward_tile(q: Tensor, head_dim: int, value_head_dim: int, large: b
     return {"BLOCK_M": 32 if widest > 128 else 64, "num_warps": 4, "num_stages": 2}
 
 
-@triton.jit
-def _backward_step(
-    dk, dk_tail, dv, k, k_tail, v, q_ptr, dout_ptr, lse_ptr, delta_ptr, gate_ptr, part_ptr, entries_ptr, start,
-    num_rows, token_start, position, scale_log2, log2e,
-    H: tl.constexpr, G: tl.constexpr, DK: tl.constexpr, TAIL: tl.constexpr, DV: tl.constexpr, SLOTS: tl.constexpr,
-    GATED: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr,
-):  # fmt: skip
-    """Add BLOCK_M rows to dK and dV and store their parts of dQ; rows past the last have probability 0."""
-    MAIN: tl.constexpr = DK - TAIL
-    row = start + tl.arange(0, BLOCK_M)
-    live = row < num_rows
-    place = tl.load(entries_ptr + row // G, mask=live, other=token_start * SLOTS)
-    t = place // SLOTS
-    q_row = (t - token_start) * H + row % G
-    q_ptrs = q_ptr + q_row[:, None] * DK
-    q = tl.load(q_ptrs + tl.arange(0, MAIN)[None, :], mask=live[:, None], other=0.0)
-    dout = tl.load(dout_ptr + q_row[:, None] * DV + tl.arange(0, DV)[None, :], mask=live[:, None], other=0.0)
-    lse = tl.load(lse_ptr + q_row, mask=live, other=float("inf")) * log2e
-    delta = tl.load(delta_ptr + q_row, mask=live, other=0.0)
-    s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
-    if TAIL > 0:
-        q_tail = tl.load(q_ptrs + MAIN + tl.arange(0, TAIL)[None, :], mask=live[:, None], other=0.0)
-        s = tl.dot(k_tail, tl.trans(q_tail), s, input_precision=PRECISION)
-    p = tl.math.exp2(s * scale_log2 - lse[None, :])
-    if MASKED:
-        p = tl.where(position[:, None] <= t[None, :], p, 0.0)
-    if GATED:
-        p *= tl.load(gate_ptr + q_row, mask=live, other=0.0)[None, :]
-    dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION)
-    ds = p * (tl.dot(v, tl.trans(dout), input_precision=PRECISION) - delta[None, :])
-    ds = ds.to(q.dtype)
-    dk = tl.dot(ds, q, dk, input_precision=PRECISION)
-    dq = tl.dot(tl.trans(ds), k, input_precision=PRECISION)
-    target = part_ptr + ((place - token_start * SLOTS) * G + row % G)[:, None] * DK
-    tl.store(target + tl.arange(0, MAIN)[None, :], dq.to(part_ptr.dtype.element_ty), mask=live[:, None])
-    if TAIL > 0:
-        dk_tail = tl.dot(ds, q_tail, dk_tail, input_precision=PRECISION)
-        dq = tl.dot(tl.trans(ds), k_tail, input_precision=PRECISION).to(part_ptr.dtype.element_ty)
-        tl.store(target + MAIN + tl.arange(0, TAIL)[None, :], dq, mask=live[:, None])
-    return dk, dk_tail, dv
-
-
 @triton.jit(do_not_specialize=["T", "S", "q_start", "head_start", "token_start", "num_tokens", "bound"])
 def select_backward_kernel(
-    q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, gate_ptr, part_ptr, dk_ptr, dv_ptr, key_ptr,
+    q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, part_ptr, dk_ptr, dv_ptr, key_ptr,
     entries_ptr, item_ptr, doc_ptr, doc_end_ptr, base_ptr,
     scale_log2, log2e, T, S, q_start, head_start, token_start, num_tokens, bound,
     H: tl.constexpr, HKV: tl.constexpr, DK: tl.constexpr, TAIL: tl.constexpr, DV: tl.constexpr, BLOCK: tl.constexpr,
-    RATIO: tl.constexpr, SLOTS: tl.constexpr, PACKED: tl.constexpr, GATED: tl.constexpr, PRECISION: tl.constexpr,
-    OWN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    RATIO: tl.constexpr, SLOTS: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     G: tl.constexpr = H // HKV
     item = tl.program_id(1) * bound + tl.program_id(0)
@@ -122,34 +80,37 @@ def select_backward_kernel(
         v = tl.load(v_ptr + key_row[:, None] * DV + tl.arange(0, DV)[None, :], mask=live_key[:, None], other=0.0)
         position = tl.where(live_key, key_start + n, S) - q_start
         dv = tl.zeros([BLOCK_N, DV], tl.float32)
-        # One 64-bit base for each tensor; offsets within the chunk fit 32 bits (see `chunk_token_bytes`).
-        first_row = (b * T + token_start) * H + group * G
-        q_ptr += first_row * DK
-        dout_ptr += first_row * DV
-        lse_ptr += first_row
-        delta_ptr += first_row
-        gate_ptr += first_row
-        part_ptr += tl.program_id(1).to(tl.int64) * num_tokens * (SLOTS * G * DK)
-        entries_ptr += entry
-        # Entries are in the order of tokens: only the first are of tokens within the block and need masks.
-        own = tl.arange(0, OWN)
-        token = tl.load(entries_ptr + own, mask=own * G < num_rows, other=2147483647) // SLOTS
-        num_own = tl.sum((token < key_start + BLOCK - q_start).to(tl.int32), 0) * G
-        num_masked = tl.minimum(tl.cdiv(num_own, BLOCK_M) * BLOCK_M, num_rows)
-        if BLOCK < BLOCK_N:
-            num_masked = num_rows
-        for start in tl.range(0, num_masked, BLOCK_M):
-            dk, dk_tail, dv = _backward_step(
-                dk, dk_tail, dv, k, k_tail, v, q_ptr, dout_ptr, lse_ptr, delta_ptr, gate_ptr, part_ptr, entries_ptr,
-                start, num_rows, token_start, position, scale_log2, log2e,
-                H, G, DK, TAIL, DV, SLOTS, GATED, True, PRECISION, BLOCK_M,
-            )  # fmt: skip
-        for start in tl.range(num_masked, num_rows, BLOCK_M):
-            dk, dk_tail, dv = _backward_step(
-                dk, dk_tail, dv, k, k_tail, v, q_ptr, dout_ptr, lse_ptr, delta_ptr, gate_ptr, part_ptr, entries_ptr,
-                start, num_rows, token_start, position, scale_log2, log2e,
-                H, G, DK, TAIL, DV, SLOTS, GATED, False, PRECISION, BLOCK_M,
-            )  # fmt: skip
+        for start in tl.range(0, num_rows, BLOCK_M):
+            row = start + tl.arange(0, BLOCK_M)
+            live = row < num_rows
+            place = tl.load(entries_ptr + entry + row // G, mask=live, other=0)
+            t = place // SLOTS
+            q_row = (b * T + t) * H + group * G + row % G
+            q_ptrs = q_ptr + q_row[:, None] * DK
+            q = tl.load(q_ptrs + tl.arange(0, MAIN)[None, :], mask=live[:, None], other=0.0)
+            dout = tl.load(dout_ptr + q_row[:, None] * DV + tl.arange(0, DV)[None, :], mask=live[:, None], other=0.0)
+            lse = tl.load(lse_ptr + q_row, mask=live, other=0.0) * log2e
+            delta = tl.load(delta_ptr + q_row, mask=live, other=0.0)
+            s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+            if TAIL > 0:
+                q_tail = tl.load(q_ptrs + MAIN + tl.arange(0, TAIL)[None, :], mask=live[:, None], other=0.0)
+                s = tl.dot(k_tail, tl.trans(q_tail), s, input_precision=PRECISION)
+            s *= scale_log2
+            seen = (position[:, None] <= t[None, :]) & live[None, :]
+            p = tl.where(seen, tl.math.exp2(s - lse[None, :]), 0.0)
+            dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION)
+            ds = p * (tl.dot(v, tl.trans(dout), input_precision=PRECISION) - delta[None, :])
+            ds = ds.to(q.dtype)
+            dk = tl.dot(ds, q, dk, input_precision=PRECISION)
+            dq = tl.dot(tl.trans(ds), k, input_precision=PRECISION)
+            part = (tl.program_id(1).to(tl.int64) * num_tokens - token_start) * SLOTS + place
+            part = part * G + row % G
+            target = part_ptr + part[:, None] * DK
+            tl.store(target + tl.arange(0, MAIN)[None, :], dq.to(part_ptr.dtype.element_ty), mask=live[:, None])
+            if TAIL > 0:
+                dk_tail = tl.dot(ds, q_tail, dk_tail, input_precision=PRECISION)
+                dq = tl.dot(tl.trans(ds), k_tail, input_precision=PRECISION).to(part_ptr.dtype.element_ty)
+                tl.store(target + MAIN + tl.arange(0, TAIL)[None, :], dq, mask=live[:, None])
         item_row = (item.to(tl.int64) * BLOCK + n)[:, None]
         inside = (n < BLOCK)[:, None]
         tl.store(dk_ptr + item_row * DK + tl.arange(0, MAIN)[None, :], dk, mask=inside)
@@ -220,7 +181,7 @@ def select_key_reduce_kernel(
 
 
 def select_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, of_rows: Rows, block_indices: Tensor, geometry: BlockGeometry,
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, rows: Rows, block_indices: Tensor, geometry: BlockGeometry,
     layout: Layout | None, q_start: int, scale: float, dq: Tensor | None = None, scratch_bytes: int = SCRATCH_BYTES,
     item_rows: int = ITEM_ROWS, tile: dict[str, int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
@@ -241,7 +202,7 @@ def select_backward(
     block_n = max(16, triton.next_power_of_2(block))
     documents = (q, q, q) if layout is None else (layout.doc_start, layout.doc_end, layout.block_base)
     item_entries = max(1, item_rows // G)
-    token_bytes = chunk_token_bytes(G * slots * Dk * q.element_size(), H * max(Dk, Dv), scratch_bytes)
+    token_bytes = G * slots * Dk * q.element_size()
     chunks = cut_chunks(B * Hkv, T, token_bytes, inversion.segment, scratch_bytes)
     most = max((c.head_end - c.head) * (c.token_end - c.token) for c in chunks)
     part = q.new_empty(most * G * slots, Dk)
@@ -252,22 +213,21 @@ def select_backward(
     item_dv = torch.empty(most_items * block, Dv, dtype=torch.float32, device=k.device)
     item_key = torch.empty(most_items, 2, dtype=torch.int32, device=k.device)
     padded = triton.next_power_of_2(Dk)
-    rows = max(1, REDUCE_ELEMENTS // padded)
+    reduce_rows = max(1, REDUCE_ELEMENTS // padded)
     for chunk in chunks:
         heads, tokens = chunk.head_end - chunk.head, chunk.token_end - chunk.token
         place = (chunk.token // items.range_tokens, slice(chunk.head, chunk.head_end))
         table, first = items.table[place], items.first[place]
         select_backward_kernel[(bound, heads)](
-            q, k, v, dout, of_rows.lse, of_rows.delta, of_rows.delta if of_rows.gate is None else of_rows.gate, part,
-            item_dk, item_dv, item_key, inversion.entries, table, *documents,
+            q, k, v, dout, rows.lse, rows.delta, part, item_dk, item_dv, item_key,
+            inversion.entries, table, *documents,
             scale * LOG2E, LOG2E, T, S, q_start, chunk.head, chunk.token, tokens, bound,
             H=H, HKV=Hkv, DK=Dk, TAIL=key_tail(Dk), DV=Dv, BLOCK=block, RATIO=inversion.ratio, SLOTS=slots,
-            PACKED=layout is not None, GATED=of_rows.gate is not None, PRECISION=dot_precision(q), BLOCK_N=block_n,
-            OWN=triton.next_power_of_2(geometry.select_block_size), **tile,
+            PACKED=layout is not None, PRECISION=dot_precision(q), BLOCK_N=block_n, **tile,
         )  # fmt: skip
-        select_query_reduce_kernel[(triton.cdiv(tokens * G, rows), heads)](
+        select_query_reduce_kernel[(triton.cdiv(tokens * G, reduce_rows), heads)](
             part, block_indices, dq, scale, T, chunk.head, chunk.token, tokens,
-            H=H, HKV=Hkv, DK=Dk, RATIO=inversion.ratio, SLOTS=slots, PADDED=padded, ADD=add, ROWS=rows,
+            H=H, HKV=Hkv, DK=Dk, RATIO=inversion.ratio, SLOTS=slots, PADDED=padded, ADD=add, ROWS=reduce_rows,
             num_warps=4,
         )  # fmt: skip
         select_key_reduce_kernel[(num_blocks, heads)](
