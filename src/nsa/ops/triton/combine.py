@@ -28,10 +28,11 @@ def gate_backward_kernel(
     dout = tl.load(dout_ptr + place, mask=inside, other=0.0).to(tl.float32)
     out = tl.load(out_ptr + place, mask=inside, other=0.0).to(tl.float32)
     gate = tl.load(gate_ptr + row * 3 + BRANCH, mask=live, other=0.0).to(tl.float32)
-    dgate = tl.sum(out * dout, 1)
-    tl.store(dbranch_ptr + place, (gate[:, None] * dout).to(dbranch_ptr.dtype.element_ty), mask=inside)
-    tl.store(dgate_ptr + row * 3 + BRANCH, dgate.to(dgate_ptr.dtype.element_ty), mask=live)
-    tl.store(delta_ptr + row, gate * dgate, mask=live)
+    # delta is of the rounded gradient, as dP will be, so that the two cancel where they should.
+    dbranch = (gate[:, None] * dout).to(dbranch_ptr.dtype.element_ty)
+    tl.store(dbranch_ptr + place, dbranch, mask=inside)
+    tl.store(dgate_ptr + row * 3 + BRANCH, tl.sum(out * dout, 1).to(dgate_ptr.dtype.element_ty), mask=live)
+    tl.store(delta_ptr + row, tl.sum(out * dbranch.to(tl.float32), 1), mask=live)
 
 
 def gate_backward(
