@@ -21,8 +21,8 @@ from torch import Tensor
 
 from nsa.geometry import BlockGeometry
 from nsa.ops.triton.common import LOG2E, Layout, dot_precision, has_large_shared_memory, key_tail
-from nsa.ops.triton.dense_bwd import make_delta
-from nsa.ops.triton.invert import Inversion, cut_chunks, invert, plan
+from nsa.ops.triton.dense_bwd import Rows
+from nsa.ops.triton.invert import cut_chunks, invert, plan
 from nsa.ops.triton.select_fwd import REDUCE_ELEMENTS, item_keys
 
 SCRATCH_BYTES = 768 * 2**20
@@ -123,9 +123,9 @@ def select_backward_kernel(
 def select_query_reduce_kernel(
     part_ptr, choice_ptr, dq_ptr, scale, T, head_start, token_start, num_tokens,
     H: tl.constexpr, HKV: tl.constexpr, DK: tl.constexpr, RATIO: tl.constexpr, SLOTS: tl.constexpr,
-    PADDED: tl.constexpr, ROWS: tl.constexpr,
+    PADDED: tl.constexpr, ADD: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """dQ of a row: the sum over its slots, in fp32."""
+    """dQ of a row: the sum over its slots, in fp32; ADD puts it on top of what `dq_ptr` holds."""
     G: tl.constexpr = H // HKV
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     live = row < num_tokens * G
@@ -142,8 +142,12 @@ def select_query_reduce_kernel(
             tl.float32
         )
     dq_row = token_row * H + (head % HKV) * G + row % G
-    dq = (acc * scale).to(dq_ptr.dtype.element_ty)
-    tl.store(dq_ptr + dq_row[:, None] * DK + column, dq, mask=live[:, None] & (column < DK))
+    inside = live[:, None] & (column < DK)
+    dq_ptrs = dq_ptr + dq_row[:, None] * DK + column
+    dq = acc * scale
+    if ADD:
+        dq += tl.load(dq_ptrs, mask=inside, other=0.0).to(tl.float32)
+    tl.store(dq_ptrs, dq.to(dq_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["S", "first_stride", "head_start", "bound"])
@@ -177,23 +181,23 @@ def select_key_reduce_kernel(
 
 
 def select_backward(
-    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, block_indices: Tensor,
-    geometry: BlockGeometry, layout: Layout | None, q_start: int, scale: float, inversion: Inversion | None = None,
-    scratch_bytes: int = SCRATCH_BYTES, item_rows: int = ITEM_ROWS, tile: dict[str, int] | None = None,
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, rows: Rows, block_indices: Tensor, geometry: BlockGeometry,
+    layout: Layout | None, q_start: int, scale: float, dq: Tensor | None = None, scratch_bytes: int = SCRATCH_BYTES,
+    item_rows: int = ITEM_ROWS, tile: dict[str, int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """dq, dk, dv of `select_forward`, for fitting tensors."""
+    """dq, dk, dv of `select_forward`, for fitting tensors; a given `dq` is added to in place."""
     B, T, H, Dk = q.shape
     S, Hkv, Dv = k.shape[1], k.shape[2], v.shape[3]
     G = H // Hkv
-    dq = torch.empty_like(q)
+    add = dq is not None
+    dq = torch.empty_like(q) if dq is None else dq
     dk = torch.zeros(k.shape, dtype=torch.float32, device=k.device)
     dv = torch.zeros(v.shape, dtype=torch.float32, device=v.device)
-    if out.numel() == 0:
+    if q.numel() == 0:
         return dq, dk.to(k.dtype), dv.to(v.dtype)
     tile = tile or select_backward_tile(q, Dk, Dv, has_large_shared_memory(q))
     block_indices = block_indices.contiguous()
-    delta = make_delta(out, dout, dlse)
-    inversion = inversion or invert(block_indices, geometry, layout, S)
+    inversion = invert(block_indices, geometry, layout, S)
     slots, block = inversion.slots, inversion.sub_block
     block_n = max(16, triton.next_power_of_2(block))
     documents = (q, q, q) if layout is None else (layout.doc_start, layout.doc_end, layout.block_base)
@@ -209,22 +213,21 @@ def select_backward(
     item_dv = torch.empty(most_items * block, Dv, dtype=torch.float32, device=k.device)
     item_key = torch.empty(most_items, 2, dtype=torch.int32, device=k.device)
     padded = triton.next_power_of_2(Dk)
-    rows = max(1, REDUCE_ELEMENTS // padded)
+    reduce_rows = max(1, REDUCE_ELEMENTS // padded)
     for chunk in chunks:
         heads, tokens = chunk.head_end - chunk.head, chunk.token_end - chunk.token
         place = (chunk.token // items.range_tokens, slice(chunk.head, chunk.head_end))
         table, first = items.table[place], items.first[place]
         select_backward_kernel[(bound, heads)](
-            q, k, v, dout, lse, delta, part, item_dk, item_dv, item_key,
+            q, k, v, dout, rows.lse, rows.delta, part, item_dk, item_dv, item_key,
             inversion.entries, table, *documents,
             scale * LOG2E, LOG2E, T, S, q_start, chunk.head, chunk.token, tokens, bound,
             H=H, HKV=Hkv, DK=Dk, TAIL=key_tail(Dk), DV=Dv, BLOCK=block, RATIO=inversion.ratio, SLOTS=slots,
-            PACKED=layout is not None,
-            PRECISION=dot_precision(q), BLOCK_N=block_n, **tile,
+            PACKED=layout is not None, PRECISION=dot_precision(q), BLOCK_N=block_n, **tile,
         )  # fmt: skip
-        select_query_reduce_kernel[(triton.cdiv(tokens * G, rows), heads)](
+        select_query_reduce_kernel[(triton.cdiv(tokens * G, reduce_rows), heads)](
             part, block_indices, dq, scale, T, chunk.head, chunk.token, tokens,
-            H=H, HKV=Hkv, DK=Dk, RATIO=inversion.ratio, SLOTS=slots, PADDED=padded, ROWS=rows,
+            H=H, HKV=Hkv, DK=Dk, RATIO=inversion.ratio, SLOTS=slots, PADDED=padded, ADD=add, ROWS=reduce_rows,
             num_warps=4,
         )  # fmt: skip
         select_key_reduce_kernel[(num_blocks, heads)](
