@@ -4,7 +4,8 @@
 
 Each decoder layer keeps its input. "selective" also keeps the results of its attention operators, the dearest per byte,
 and computes projections, norms, rotations and SwiGLU again; "full" computes attention again too. The choice of blocks
-is kept by both: it is small, and a second choice from inputs that differ in the last bit could be another one.
+is kept by both: it is small, and a second choice from inputs that differ in the last bit could be another one. On a GPU
+the branches and the choice are one operator, so that both kinds keep it.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from nsa.hf import NSAForCausalLM
 from nsa.ops import registry  # noqa: F401  (defines torch.ops.nsa)
 
 Kind = Literal["none", "selective", "full"]
-CHOICE = frozenset({torch.ops.nsa.select_blocks.default})
+CHOICE = frozenset({torch.ops.nsa.select_blocks.default, torch.ops.nsa.attention.default})
 ATTENTION = CHOICE | {
     torch.ops.nsa.compressed_attention.default,
     torch.ops.nsa.selected_attention.default,
