@@ -36,6 +36,7 @@ ALLOWED = frozenset(
         "data.cache_folder",
         "data.first_batch_timeout_s",
         "data.hub_access",
+        "data.paths",
         "data.prefetch_batches",
         "data.stall_timeout_s",
         "train.activation_checkpointing",
@@ -54,7 +55,8 @@ ALLOWED = frozenset(
     }
 )
 """Keys that a resumed run may change: how long, where and how it computes, and what it writes. None changes what a step
-is meant to compute, though another device or another cut of the batch changes the last bits."""
+is meant to compute, though another device or another cut of the batch changes the last bits. Files may lie elsewhere,
+but their contents must be the same: the data's fingerprint is compared."""
 
 ALLOWED_SECTIONS = ("guards", "observe", "preflight", "sample")
 """Sections that a resumed run may change throughout."""
