@@ -27,6 +27,7 @@ from nsa.data import (
     build_prefetcher,
     build_train_loader,
 )
+from nsa.data.background import in_background
 
 LENGTHS = [1, 45, 2, 7, 130, 8, 16, 0, 61, 3, 24, 33, 5, 9, 200, 12] * 3
 SIZES = {"sequence_length": 8, "rows_per_batch": 2, "seed": 3, "window_tokens": 100}
@@ -55,7 +56,7 @@ class Slow:
 
     def __init__(self, loader: TrainLoader, count: int, then: Callable[[], None]) -> None:
         self.loader, self.count, self.then = loader, count, then
-        self.num_documents = 1
+        self.num_documents, self.close = 1, loader.close
 
     def __next__(self) -> Batch:
         if self.count == 0:
@@ -187,6 +188,41 @@ def test_closing_or_dropping_ends_the_thread(prefetched) -> None:
     gc.collect()
     assert reference() is None
     thread.join(PATIENCE_S)
+    assert not thread.is_alive()
+
+
+def test_no_thread_is_left_when_the_loader_is_gone(make_loader) -> None:
+    """The end of the process takes the same way: threads that outlive the interpreter abort it."""
+
+    class Endless(ChosenDocuments):
+        units_per_read, delay_s = 1, 0.0
+
+        def read(self, units):
+            time.sleep(self.delay_s)
+            return super().read(units)
+
+    loader = make_loader(window_tokens=10_000)
+    documents = Endless(loader._documents._source, list(range(len(LENGTHS))) * 1000)
+    loader._reader.documents = loader._documents = documents
+    before = set(threading.enumerate())
+    ahead = Prefetcher(lambda: loader, source="counting")
+    next(ahead)
+    documents.delay_s = 0.01
+    loader._ahead = in_background("nsa-data-window", loader._following(loader._window))
+    window = loader._ahead.thread
+    assert window.is_alive()
+    del ahead
+    gc.collect()
+    assert set(threading.enumerate()) <= before
+    assert isinstance(loader._ahead.exception(), RuntimeError)
+
+
+def test_dropping_waits_for_a_batch_that_is_being_made(make_loader) -> None:
+    ahead = Prefetcher(lambda: Slow(make_loader(), 1, lambda: time.sleep(0.5)), source="counting")
+    next(ahead)
+    thread = ahead._thread
+    del ahead
+    gc.collect()
     assert not thread.is_alive()
 
 

@@ -1,6 +1,7 @@
 """Work on a thread of its own, with its result or its exception handed to whoever waits for it.
 
-The threads are daemons: one that hangs in a read does not keep the process from ending.
+The threads are daemons: one that hangs in a read does not keep the process from ending. But the interpreter must not
+end while one is inside a library that is no Python: that aborts the process. Whoever starts one ends it before.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 Result = TypeVar("Result")
+JOIN_S = 10.0  # that a thread which was told to end may take; one that hangs in a read takes longer
 
 
 class HandsOverErrors:
@@ -31,13 +33,30 @@ class HandsOverErrors:
         return True
 
 
-def in_background(name: str, work: Callable[[], Result]) -> Future[Result]:
+class BackgroundFuture(Future[Result]):
+    """The future of work on a thread of its own.
+
+    Attributes:
+        thread: where the work is done.
+    """
+
+    thread: threading.Thread
+
+
+def in_background(name: str, work: Callable[[], Result]) -> BackgroundFuture[Result]:
     """Start `work` on a thread called `name`; its result, or its exception, comes from the future's `result()`."""
-    future: Future[Result] = Future()
+    future: BackgroundFuture[Result] = BackgroundFuture()
 
     def run() -> None:
         with HandsOverErrors(future.set_exception):
             future.set_result(work())
 
-    threading.Thread(target=run, name=name, daemon=True).start()
+    future.thread = threading.Thread(target=run, name=name, daemon=True)
+    future.thread.start()
     return future
+
+
+def join(thread: threading.Thread) -> None:
+    """Wait a while for a thread that was told to end, unless it is this one."""
+    if thread is not threading.current_thread():
+        thread.join(JOIN_S)

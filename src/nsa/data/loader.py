@@ -16,10 +16,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future
 from typing import Any
 
-from nsa.data.background import in_background
+from nsa.data.background import BackgroundFuture, in_background, join
 from nsa.data.config import DataConfig
 from nsa.data.corpus import Corpus, open_corpus
 from nsa.data.errors import DataError
@@ -142,7 +141,7 @@ class TrainLoader:
             documents, tokenizer, sequence_length=sequence_length, seed=seed, window_tokens=window_tokens
         )
         self._check_window()
-        self._ahead: Future[Window] | None = None
+        self._ahead: BackgroundFuture[Window] | None = None
         self.prepared_tokens, self.prepare_s = 0, 0.0
         self._open(self._reader.read(0, 0, [], {}))
         self._check_enough()
@@ -161,6 +160,12 @@ class TrainLoader:
         if self._read_ahead and self._ahead is None:
             self._ahead = in_background("nsa-data-window", self._following(self._window))
         return builder.build()
+
+    def close(self) -> None:
+        """Give up the window that is being made ahead and end its thread; no more batches come."""
+        self._reader.stop()
+        if self._ahead is not None:
+            join(self._ahead.thread)
 
     @property
     def epoch(self) -> int:

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from nsa.data.background import HandsOverErrors
+from nsa.data.background import HandsOverErrors, join
 from nsa.data.config import DataConfig
 from nsa.data.corpus import Corpus, open_corpus
 from nsa.data.errors import DataTimeoutError
@@ -172,20 +172,23 @@ class Prefetcher:
         self._channel.close()
 
     def _start(self, build: Callable[[], TrainLoader]) -> None:
-        # The thread knows the channel and not this object, so that dropping this object ends the thread.
+        # The thread knows the channel and not this object, so that dropping this object, or the end of the process,
+        # ends the thread.
         self._channel = _Channel(self._num_batches)
-        self._closing = weakref.finalize(self, self._channel.close)
         arguments = (build, self._channel, self._pin_memory_for)
         self._thread = threading.Thread(target=_produce, args=arguments, name="nsa-data-batches", daemon=True)
+        weakref.finalize(self, _end, self._channel, self._thread)
         self._thread.start()
         self._is_first = True
         self._loader, self._state = self._wait("the first window of documents", self._first_batch_timeout_s)
+        weakref.finalize(self, self._loader.close)
 
     def _wait(self, what: str, timeout_s: float) -> tuple[Any, dict[str, Any]]:
         start_s = time.monotonic()
         while True:
             waited_s = time.monotonic() - start_s
             if waited_s >= timeout_s:
+                self._channel.given_up = True
                 raise DataTimeoutError(
                     f"{what} of {self._source} did not come within {timeout_s:g} s; look whether the source answers, "
                     f"or raise data.first_batch_timeout_s (now {self._first_batch_timeout_s:g}) or "
@@ -203,6 +206,7 @@ class _Channel:
     def __init__(self, capacity: int) -> None:
         self._items: deque[tuple[Any, dict[str, Any]]] = deque()
         self._capacity, self._error, self._closed = capacity, None, False
+        self.given_up = False  # the thread hangs; do not wait for it
         self._changed = threading.Condition()
 
     def put(self, item: tuple[Any, dict[str, Any]]) -> bool:
@@ -240,6 +244,12 @@ class _Channel:
             if self._closed:
                 raise RuntimeError("the loader is closed; it gives no more batches")
             return None
+
+
+def _end(channel: _Channel, thread: threading.Thread) -> None:
+    channel.close()
+    if not channel.given_up:
+        join(thread)
 
 
 def _produce(build: Callable[[], TrainLoader], channel: _Channel, pin_memory_for: torch.device | None) -> None:

@@ -8,6 +8,7 @@ over, so that it can be made again, or ahead of time.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -152,6 +153,11 @@ class WindowReader:
     ) -> None:
         self.documents, self._tokenizer = documents, tokenizer
         self._sequence_length, self._seed, self.window_tokens = sequence_length, seed, window_tokens
+        self._stopped = threading.Event()
+
+    def stop(self) -> None:
+        """Let every `read`, also one on another thread, end soon with an error."""
+        self._stopped.set()
 
     def read(self, epoch: int, first: int, carry: list[Piece], known: Mapping[int, np.ndarray]) -> Window:
         """The window at place `first` of the epoch's order, behind the pieces carried over.
@@ -161,6 +167,7 @@ class WindowReader:
 
         Raises:
             DataError: a document cannot be read.
+            RuntimeError: `stop` was called.
         """
         start_s = time.perf_counter()
         documents, order = self.documents, self.documents.order(self._seed, epoch)
@@ -170,6 +177,8 @@ class WindowReader:
         tokens.update(encode_documents([(d, documents.text(d)) for d in missing], self._tokenizer))
         place, num_inputs, read = first, 0, []
         while place < len(order) and num_inputs < self.window_tokens:
+            if self._stopped.is_set():
+                raise RuntimeError("the loader is closed; it reads no more documents")
             chunk = order[place : place + documents.units_per_read]
             encoded = encode_documents(documents.read(chunk), self._tokenizer)
             tokens.update(encoded)
