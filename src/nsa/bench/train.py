@@ -38,6 +38,7 @@ from nsa.train.trainer import Trainer
 DENSE_KERNELS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
 GIB = 2**30
 NAN = float("nan")
+PROFILE_ROWS, PROFILE_NAME = 32, 90  # kernels, and characters of their names, that are printed
 # One layer of width 128, 8 heads in 2 groups, 8 rows of 128 bytes.
 TOY = {
     "model": {
@@ -254,12 +255,18 @@ def _row(candidate: _Candidate, all_: list[_Candidate], step_ms: float) -> Train
 
 
 def _print_profile(candidate: _Candidate) -> None:
-    """One step's kernels by their time."""
-    on_cuda = candidate.trainer.device.type == "cuda"
+    """One step's kernels by their time: operators on the CPU, kernels on a GPU."""
+    trainer = candidate.trainer
+    on_cuda = trainer.device.type == "cuda"
     with torch.profiler.profile() as profiler:
         candidate.step()
-    table = profiler.key_averages().table(
-        sort_by="self_cuda_time_total" if on_cuda else "self_cpu_time_total", row_limit=40, max_name_column_width=90
-    )
-    if candidate.trainer.parallel.is_main:
-        print(f"one step of {candidate.name}, {candidate.trainer.config.train.sequence_length} tokens a row\n{table}")
+    spent = []
+    for event in profiler.key_averages():
+        if (event.device_type.name == "CUDA") == on_cuda:
+            us = event.self_device_time_total if on_cuda else event.self_cpu_time_total
+            spent.append((us / 1000, event.count, event.key[:PROFILE_NAME]))
+    if trainer.parallel.is_main:
+        total = sum(ms for ms, *_ in spent)
+        print(f"one step of {candidate.name}, {trainer.config.train.sequence_length} tokens a row: {total:.1f} ms busy")
+        for ms, count, name in sorted(spent, reverse=True)[:PROFILE_ROWS]:
+            print(f"{ms:10.2f} ms {ms / total:6.1%} {count:6d} x {name}")
