@@ -77,6 +77,19 @@ def test_the_fingerprint_is_of_the_contents(source: str, tmp_path: Path) -> None
     assert same[0] == same[1] != other
 
 
+def test_the_fingerprint_of_parquet_files_of_one_size_is_of_their_row_groups(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    fingerprints, sizes_bytes = set(), set()
+    for first, last in [("one", "seven"), ("seven", "one"), ("seven", "two")]:
+        pyarrow.parquet.write_table(
+            pyarrow.table({"text": [first, last]}), path, row_group_size=1, compression="NONE", use_dictionary=False
+        )
+        fingerprints.add(opened("parquet", path).fingerprint)
+        sizes_bytes.add(path.stat().st_size)
+    assert len(fingerprints) == 3
+    assert len(sizes_bytes) == 1
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
@@ -136,6 +149,15 @@ def test_a_damaged_parquet_file_is_named(damage, message: str, in_memory: bool, 
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(DataError, match=message):
         documents(opened("parquet", path, in_memory=in_memory))
+
+
+def test_a_changed_letter_in_a_parquet_file_is_an_error_where_its_pages_have_checksums(tmp_path: Path) -> None:
+    path = write_parquet(tmp_path / "a.parquet", TEXTS, NAMES)
+    content = path.read_bytes()
+    assert b"text 0" in content
+    path.write_bytes(content.replace(b"text 0", b"next 0", 1))
+    with pytest.raises(DataError, match=r"a\.parquet, row group 0 \(rows from 1\) is damaged"):
+        opened("parquet", path).text(0)
 
 
 def test_a_row_without_text_is_named(tmp_path: Path) -> None:
