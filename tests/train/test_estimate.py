@@ -94,11 +94,19 @@ def test_the_parts_of_the_memory_are_those_of_the_parameters() -> None:
     assert memory.optimizer_gib * GIB == pytest.approx(8 * total, rel=1e-3)
 
 
-def test_shards_share_weights_gradients_and_optimizer_but_not_activations() -> None:
-    one, two = (estimate.trace_memory(config(), vocab_size=VOCAB_SIZE, shards=shards) for shards in (1, 2))
-    assert two.weights_gib == one.weights_gib / 2
-    assert two.gradients_gib == one.gradients_gib / 2
+def test_fsdp2_shares_weights_and_optimizer_but_not_activations_or_gradients_of_earlier_passes() -> None:
+    def memory(parallel: str, world_size: int) -> estimate.Memory:
+        subject = config(train={"parallel": parallel, "batch_tokens": 2048})  # four micro-batches
+        return estimate.trace_memory(subject, vocab_size=VOCAB_SIZE, world_size=world_size)
+
+    one, two, four = memory("fsdp2", 1), memory("fsdp2", 2), memory("fsdp2", 4)
+    assert memory("ddp", 2) == one
     assert two.optimizer_gib == one.optimizer_gib / 2
+    assert one.weights_gib / 4 < four.weights_gib
+    gathered = 64 * VOCAB_SIZE * 4 + 2 * (one.weights_gib * GIB - 64 * VOCAB_SIZE * 4) / 2
+    assert four.weights_gib * GIB == pytest.approx(one.weights_gib * GIB / 4 + gathered)
+    assert two.gradients_gib == one.gradients_gib
+    assert four.gradients_gib == one.gradients_gib / 4
     assert two.activations_gib == one.activations_gib
 
 
@@ -118,6 +126,7 @@ def test_disk_is_for_the_kept_checkpoints_and_the_one_being_written() -> None:
         ({"steps": 10_000, "checkpoint_every_steps": 500, "keep_checkpoints": 2}, 3),
         ({"steps": 600, "checkpoint_every_steps": 500, "keep_checkpoints": 5}, 2),
         ({"steps": 10_000, "checkpoint_every_steps": 0}, 1),
+        ({"steps": 10_000, "checkpoint_every_steps": 500, "keep_checkpoints": 2, "keep_every_steps": 2000}, 8),
     ]:
         assert estimate.disk_needed_gib(config(train=train), GIB // 16) == num_checkpoints
 

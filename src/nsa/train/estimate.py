@@ -29,7 +29,7 @@ from nsa.hf import NSAForCausalLM
 from nsa.train.activation import checkpoint_activations
 from nsa.train.config import RunConfig
 from nsa.train.flops import FlopCount
-from nsa.train.model import build_model
+from nsa.train.model import build_model, compile_layers
 from nsa.train.optim import build_optimizer
 
 GIB = 2**30
@@ -89,18 +89,19 @@ def step_flops(config: RunConfig, vocab_size: int) -> float:
     return count.training(torch.tensor([length])) * config.train.batch_tokens / length
 
 
-def trace_memory(config: RunConfig, *, vocab_size: int, shards: int = 1, kind: str = "cuda") -> Memory:
+def trace_memory(config: RunConfig, *, vocab_size: int, world_size: int = 1, kind: str = "cuda") -> Memory:
     """Memory of each process at the peak of a step of `config`.
 
     Args:
         config: of the run.
         vocab_size: of its tokenizer.
-        shards: processes that share weights, gradients and optimizer state (FSDP2).
+        world_size: processes that share the batch and, with FSDP2, weights, gradients and optimizer state.
         kind: "cuda" or "cpu", for the overhead.
 
     Raises:
         ValueError: no model can be built from the config.
     """
+    num_passes = math.ceil(config.num_micro_batches / world_size)
     bounds = row_bounds(config)  # real numbers: the checks of `cu_seqlens` read them
     with FakeTensorMode(allow_non_fake_inputs=True), _LiveBytes() as live:
         model = build_model(config_for_cpu(config), vocab_size=vocab_size, eos_token_id=0).train()
@@ -114,14 +115,18 @@ def trace_memory(config: RunConfig, *, vocab_size: int, shards: int = 1, kind: s
         before = live.now - gradients
         optimizer.step()
         state = live.now - before - gradients
-        if config.num_micro_batches == 1:  # else gradients are there already while the next are computed
+        if num_passes == 1:  # else gradients are there already while the next are computed
             optimizer.zero_grad(set_to_none=True)
         live.peak = live.now
         _forward_backward(loss, batch, config)
         activations = live.peak - weights - gradients - state
+    shards, gathered = 1, 0.0
+    if config.train.parallel == "fsdp2" and world_size > 1:
+        shards, gathered = world_size, _gathered_bytes(config, model, weights)
     return Memory(
-        weights_gib=weights / shards / GIB,
-        gradients_gib=gradients / shards / GIB,
+        weights_gib=(weights / shards + gathered) / GIB,
+        # FSDP2 shares gradients out with the last micro-batch of a step only.
+        gradients_gib=gradients / (shards if num_passes == 1 else 1) / GIB,
         optimizer_gib=state / shards / GIB,
         activations_gib=activations * (1 + SLACK) / GIB,
         overhead_gib=OVERHEAD_GIB[kind],
@@ -159,7 +164,8 @@ def disk_needed_gib(config: RunConfig, num_parameters: int) -> float:
     """Disk for all checkpoints that are kept, and the one being written beside them."""
     every = config.train.checkpoint_every_steps
     written = 1 + (config.train.steps // every if every else 0)
-    return min(config.train.keep_checkpoints + 1, written) * checkpoint_gib(num_parameters)
+    forever = config.train.steps // config.train.keep_every_steps if config.train.keep_every_steps else 0
+    return min(config.train.keep_checkpoints + 1 + forever, written) * checkpoint_gib(num_parameters)
 
 
 def cpu_flops_per_s(config: RunConfig) -> float:
@@ -194,6 +200,14 @@ def config_for_cpu(config: RunConfig) -> RunConfig:
     return config.model_copy(update={"model": config.model.model_copy(update={"attention_backend": "torch"})})
 
 
+def _gathered_bytes(config: RunConfig, model: NSAForCausalLM, weights: int) -> float:
+    """Weights that a rank of FSDP2 has whole at a time: the embedding, and two of the decoder layers."""
+    ends = {id(layer.weight): layer.weight.numel() for layer in (model.model.embed_tokens, model.lm_head)}
+    outside = BYTES_PER_PARAMETER * sum(ends.values())
+    share = 0.5 if config.train.precision == "bf16" else 1.0
+    return share * (outside + 2 * (weights - outside) / config.model.num_hidden_layers)
+
+
 def _model_without_weights(config: RunConfig, vocab_size: int) -> NSAForCausalLM:
     """The model with the shapes of its weights only."""
     with torch.device("meta"):
@@ -216,8 +230,11 @@ def _time_steps(config: RunConfig, device: torch.device, vocab_size: int, limit_
     model = build_model(config, vocab_size=vocab_size, eos_token_id=0).train()
     model.to(device)  # pyright: ignore[reportArgumentType]  (transformers wraps `to`)
     checkpoint_activations(model, config.train.activation_checkpointing)
+    compiled = config.train.compile and device.type == "cuda"  # on the CPU that takes longer than it tells
+    if compiled:
+        compile_layers(model)
     optimizer = build_optimizer(model, config.optim)
-    loss = NextTokenLoss(model)
+    loss = NextTokenLoss(model, compiled=compiled)
     batch = random_rows(config, vocab_size, device, row_bounds(config).to(device))
     passes_s: list[float] = []
     updates_s: list[float] = []

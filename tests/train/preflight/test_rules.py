@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -134,3 +135,11 @@ def test_a_gpu_is_found_by_a_part_of_its_name() -> None:
         machine_named("z9")
     with pytest.raises(ValueError, match="names NVIDIA A100-SXM4-80GB, NVIDIA A100-SXM4-40GB"):
         machine_named("a100")
+
+
+def test_the_guide_lists_every_finding_and_whether_it_can_be_overridden() -> None:
+    guide = (Path(__file__).parents[3] / "docs" / "before_a_run.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| `([a-z0-9-]+)` \| ([^|]+) \|", guide, flags=re.MULTILINE))
+    listed = {code: level for code, level in rows.items() if code in CODES or "-" in code}
+    assert sorted(listed) == sorted(CODES)
+    assert {code for code, level in listed.items() if "not overridable" in level} == NOT_OVERRIDABLE

@@ -219,9 +219,9 @@ def _leak_findings(plan: Plan) -> list[Finding]:
 def _add_memory(plan: Plan) -> Plan:
     assert plan.machine is not None
     assert plan.vocab_size is not None
-    shards = plan.world_size if plan.config.train.parallel == "fsdp2" else 1
-    kind = plan.machine.kind
-    memory = estimate.trace_memory(plan.config, vocab_size=plan.vocab_size, shards=shards, kind=kind)
+    memory = estimate.trace_memory(
+        plan.config, vocab_size=plan.vocab_size, world_size=plan.world_size, kind=plan.machine.kind
+    )
     return replace(plan, memory=memory)
 
 
