@@ -207,7 +207,7 @@ def dense_key_kernel(
 
 
 @triton.jit
-def _query_step(
+def query_step(
     dq, dq_tail, q, q_tail, dout, lse, delta, k_desc, k_tail_desc, v_desc, key_start, first_row, column_k,
     column_v, first, end, scale_log2, TAIL: tl.constexpr, MAIN: tl.constexpr,
     MASKED: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
@@ -270,13 +270,13 @@ def dense_query_kernel(
     num_masked = num_left + tl.cdiv(tl.maximum(end_high - full_end, 0), BLOCK_N)
 
     for key_start in tl.range(full_start, full_end, BLOCK_N):
-        dq, dq_tail = _query_step(
+        dq, dq_tail = query_step(
             dq, dq_tail, q, q_tail, dout, lse, delta, k_desc, k_tail_desc, v_desc, key_start, b * S, group * DK,
             group * DV, first, end, scale_log2, TAIL, MAIN, False, BLOCK_N, PRECISION,
         )  # fmt: skip
     for i in tl.range(num_masked):
         key_start = tl.where(i < num_left, first_low + i * BLOCK_N, full_end + (i - num_left) * BLOCK_N)
-        dq, dq_tail = _query_step(
+        dq, dq_tail = query_step(
             dq, dq_tail, q, q_tail, dout, lse, delta, k_desc, k_tail_desc, v_desc, key_start, b * S, group * DK,
             group * DV, first, end, scale_log2, TAIL, MAIN, True, BLOCK_N, PRECISION,
         )  # fmt: skip
