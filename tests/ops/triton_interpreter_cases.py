@@ -25,7 +25,8 @@ LONG = BlockGeometry(16, 16, 144, 2, 0, 1, 9)
 # name -> batch, tokens, heads, groups, Dk, Dv, geometry, document bounds, q_start, k_start, dtype, stages
 CASES = {
     "three heads a group, batch of two, Dk != Dv": (2, 41, 3, 1, 16, 32, SMALL, None, 0, 0, "float32", "pcwsau"),
-    "packed, empty and short documents": (1, 52, 4, 2, 16, 16, SMALL, [0, 0, 25, 25, 28, 52], 0, 0, "float32", "pcwsau"),
+    "packed, empty and short documents": (1, 52, 4, 2, 16, 16, SMALL, [0, 0, 25, 25, 28, 52], 0, 0, "float32",
+                                          "pcwsau"),
     "rows after the last document": (1, 30, 2, 1, 16, 16, SMALL, [0, 19], 0, 0, "float32", "cwsa"),
     "chunk of a prefill": (1, 14, 2, 2, 16, 16, SMALL, None, 37, 11, "float32", "cws"),
     "one token": (1, 1, 2, 1, 16, 16, SMALL, None, 0, 0, "float32", "pcwsau"),

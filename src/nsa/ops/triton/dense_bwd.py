@@ -45,7 +45,8 @@ def key_tile(q: Tensor, head_dim: int, value_head_dim: int, large: bool) -> dict
         return {"BLOCK_M": 32, "BLOCK_N": 32 if widest > 128 else 64, "num_warps": 4, "num_stages": 1}
     if widest > 192:
         return {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2}
-    return {"BLOCK_M": 32 if widest > 128 else 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}
+    rows = 32 if widest > 128 else 64 if widest > 64 else 128
+    return {"BLOCK_M": rows, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}
 
 
 def query_tile(q: Tensor, head_dim: int, value_head_dim: int, large: bool) -> dict[str, int]:

@@ -29,7 +29,9 @@ SCRATCH_BYTES = 768 * 2**20
 ITEM_ROWS = 4096
 
 
-def select_backward_tile(q: Tensor, head_dim: int, value_head_dim: int, large: bool) -> dict[str, int]:
+def select_backward_tile(
+    q: Tensor, head_dim: int, value_head_dim: int, large: bool, queries: bool = True
+) -> dict[str, int]:
     """BLOCK_M rows a step; all keys of a (sub-)block are held."""
     widest = max(head_dim, value_head_dim)
     if q.dtype == torch.float32:
@@ -38,7 +40,8 @@ def select_backward_tile(q: Tensor, head_dim: int, value_head_dim: int, large: b
         return {"BLOCK_M": 16 if widest > 128 else 32, "num_warps": 4, "num_stages": 1}
     if widest > 192:
         return {"BLOCK_M": 64, "num_warps": 8, "num_stages": 2}
-    return {"BLOCK_M": 32 if widest > 128 else 64, "num_warps": 4, "num_stages": 2}
+    stages = 2 if queries else 3 if widest > 64 else 1
+    return {"BLOCK_M": 32 if widest > 128 else 64, "num_warps": 4, "num_stages": stages}
 
 
 @triton.jit(do_not_specialize=["T", "S", "q_start", "head_start", "token_start", "num_tokens", "bound"])
@@ -202,7 +205,7 @@ def select_backward(
     dv = torch.zeros(v.shape, dtype=torch.float32, device=v.device)
     if q.numel() == 0:
         return dq, dk.to(k.dtype), dv.to(v.dtype)
-    tile = tile or select_backward_tile(q, Dk, Dv, has_large_shared_memory(q))
+    tile = tile or select_backward_tile(q, Dk, Dv, has_large_shared_memory(q), queries)
     block_indices = block_indices.contiguous()
     inversion = invert(block_indices, geometry, layout, S)
     slots, block = inversion.slots, inversion.sub_block

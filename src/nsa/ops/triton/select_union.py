@@ -30,9 +30,9 @@ from nsa.ops.triton.select_fwd import Gated, gated_sum
 MAX_TOKENS = 64  # of a tile: bits of a mask
 BLOCK_M = 64  # rows of a tile, about; what `union_pays` reckons with
 NOTHING = 2**31 - 1
-# Work per block of a tile's union over work per block of a token, as measured: below it the union is faster.
-FORWARD_RATIO = 2.2
-BACKWARD_RATIO = 1.6
+# Blocks of the unions over blocks of the lists, in full tiles: below these the union is faster (H200, docs/kernels.md).
+FORWARD_RATIO = 3.0
+BACKWARD_RATIO = 2.4
 
 
 class Unions(NamedTuple):
