@@ -100,6 +100,15 @@ class LargestTensor(TorchDispatchMode):
         return result
 
 
+@pytest.mark.parametrize(("max_logits", "num_calls"), [(61 * 60, 1), (61 * 60 - 1, 0)])
+def test_the_output_layer_is_called_as_a_whole_only_where_its_logits_are_few(max_logits: int, num_calls: int) -> None:
+    model, calls = tiny_model(), []
+    model.lm_head.register_forward_hook(lambda *call: calls.append(call[-1].shape))
+    ids = torch.randint(0, 61, (2, 30))
+    NextTokenLoss(model, max_logits=max_logits)(ids, ids)
+    assert len(calls) == num_calls
+
+
 @pytest.mark.parametrize("with_gradient", [True, False])
 def test_no_tensor_holds_all_logits(with_gradient: bool) -> None:
     hidden, weight, labels = example(256, 8, 500)

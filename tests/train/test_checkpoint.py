@@ -65,7 +65,7 @@ def test_a_commit_that_is_cut_off_leaves_whole_checkpoints_only(
         with pytest.raises(KeyboardInterrupt):
             write_files(tmp_path, 10, keep=1)
     whole = [path.name for path in complete_checkpoints(tmp_path)]
-    assert whole == {"listing": ["step_000005"], "rename": ["step_000005"]}.get(at, ["step_000005", "step_000010"])
+    assert whole == {"pointer": ["step_000005", "step_000010"], "removal": ["step_000010"]}.get(at, ["step_000005"])
     remove_parts(tmp_path)
     assert not [name for name in names(tmp_path) if name.endswith(".part")]
     write_files(tmp_path, 15, keep=1)

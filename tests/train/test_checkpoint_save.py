@@ -209,3 +209,11 @@ def test_another_number_of_ranks_gets_random_numbers_of_its_own(tmp_path: Path) 
         assert "written by 1 ranks and is continued by 2" in note
         draws.append(torch.rand(3).tolist())
     assert draws[0] == draws[1] != draws[2]
+
+
+def test_what_a_killed_writer_left_is_removed_at_the_start(tmp_path: Path) -> None:
+    part = tmp_path / "checkpoints" / ".step_000009.part" / "state"
+    part.mkdir(parents=True)
+    (part / "__1_0.distcp").write_text("of another number of ranks")
+    with checkpointer(tmp_path, build(0)[0]):
+        assert list((tmp_path / "checkpoints").iterdir()) == []

@@ -24,6 +24,7 @@ COMMANDS = {
     "preflight": ("nsa.cli.preflight", "say what a run needs and what is wrong with it, before it starts"),
     "doctor": ("nsa.cli.doctor", "say whether this machine can train and run models"),
     "watch": ("nsa.cli.watch", "watch a run: a live table, alarms, stacks of a hung process, halt"),
+    "smoke": ("nsa.cli.smoke", "check everything from kernels to a resumed run, against a baseline"),
     "generate": ("nsa.cli.generate", "continue a text, printed as it is produced"),
     "inspect": ("nsa.cli.inspect", "show which blocks of a prompt each query selects"),
     "bench": ("nsa.cli.bench", "measure speed and memory on this machine"),

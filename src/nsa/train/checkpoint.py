@@ -98,16 +98,18 @@ def commit(temporary: Path, final: Path, sums: dict[str, FileSum], *, about: dic
     os.replace(temporary, final)
     sync(final.parent)
     _point(final.parent / "latest", final.name)
-    shutil.rmtree(replaced, ignore_errors=True)
+    if replaced.exists():
+        shutil.rmtree(replaced)
 
 
 def prune(checkpoints: Path, *, keep: int, keep_every_steps: int = 0) -> None:
     """Remove all but the newest `keep` checkpoints and those of every `keep_every_steps`-th step (0: no such)."""
     for old in complete_checkpoints(checkpoints)[:-keep]:
         if not keep_every_steps or step_of(old) % keep_every_steps:
-            # The listing goes first: what a crash leaves of the folder is then no checkpoint.
-            (old / COMPLETE).unlink()
-            shutil.rmtree(old)
+            # Under another name first: what a crash leaves of it is then no checkpoint, and goes at the next start.
+            removed = old.with_name(f".{old.name}.removed.part")
+            os.replace(old, removed)
+            shutil.rmtree(removed)
 
 
 def remove_parts(checkpoints: Path) -> None:

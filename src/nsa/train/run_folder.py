@@ -142,9 +142,12 @@ class FailureStatus:
     ) -> None:
         if kind is None or error is None:
             return
-        error.add_note(f"rank {self.rank}, after step {self.step}; the run folder is {self.folder.path}")
+        # A full disk may have stopped a table before the checkpoint in flight, whose note says more.
+        reason = "; ".join([f"{kind.__name__}: {error}", *getattr(error, "__notes__", [])])
+        folder = self.folder.path
+        error.add_note(f"rank {self.rank}, after step {self.step}; once mended, go on with: nsa resume {folder}")
         try:
-            self.folder.write_status("failed", step=self.step, reason=f"{kind.__name__}: {error}", rank=self.rank)
+            self.folder.write_status("failed", step=self.step, reason=reason, rank=self.rank)
         except OSError as unwritten:
             error.add_note(f"{self.folder.status_json} could not be written: {unwritten}")
 

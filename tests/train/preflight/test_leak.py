@@ -11,6 +11,7 @@ from torch import Tensor
 
 import nsa.attention
 from nsa.attention import NSAAttention
+from nsa.gate import Gate
 from nsa.hf.dense_nsa import DenseAttention
 from nsa.train.config import RunConfig
 from nsa.train.preflight.leak import find_leaks, probe_length
@@ -102,6 +103,17 @@ def test_a_branch_that_sees_one_token_too_many_is_found(branch: str, monkeypatch
     monkeypatch.setattr(nsa.attention, "nsa_attention", leaky)
     leaks = find_leaks(config(), CPU)
     assert any("depends on tokens after" in leak for leak in leaks)
+
+
+def test_a_leak_into_a_gate_that_starts_at_zero_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    gate = Gate.forward
+    monkeypatch.setattr(Gate, "forward", lambda self, x, *rest: gate(self, x.roll(-1, 1), *rest))
+    assert find_leaks(config(), CPU)
+
+
+def test_a_leak_of_the_second_kind_of_layer_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(DenseAttention, "forward", see_next_token(DenseAttention.forward))
+    assert find_leaks(config(layer_types=("nsa", "full_attention", "nsa", "nsa")), CPU)
 
 
 def test_a_neighbouring_document_that_is_seen_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from nsa.data.tokenizers import ByteTokenizer
 from nsa.train.config import RunConfig
 from nsa.train.estimate import Speed
 from nsa.train.preflight import report as subject
@@ -55,6 +56,19 @@ def test_an_override_lets_its_finding_pass_alone_and_is_kept(tiny: Tiny) -> None
     both.raise_if_refused()
     assert "allowed no-checkpoints:" in both.text()
     assert [f["allowed"] for f in both.values()["findings"] if f["level"] == "error"] == [True, True]
+
+
+def test_an_override_is_of_errors_only(tiny: Tiny) -> None:
+    report = examine(tiny(optim={"lr": 0.05}, preflight={"allow": ["learning-rate"]}), thorough=False)
+    assert [(finding.level, finding.allowed) for finding in report.findings] == [("warning", False)]
+    assert report.allowed == []
+
+
+def test_the_data_of_a_run_elsewhere_are_not_looked_for_here(tiny: Tiny, tmp_path: Path) -> None:
+    ByteTokenizer().save(tmp_path / "tokenizer")
+    data = {"paths": ["/there/only.txt"], "tokenizer": str(tmp_path / "tokenizer")}
+    report = examine(tiny(data=data, train={"precision": "bf16"}), machine=machine_named("h200"))
+    assert report.refused_by == []
 
 
 def test_what_cannot_be_overridden_is_not_offered(tiny: Tiny, tmp_path: Path) -> None:

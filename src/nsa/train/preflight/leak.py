@@ -108,19 +108,15 @@ def _leaks_in_documents(model: nn.Module, tokens: Tensor) -> Iterator[str]:
     bounds = torch.tensor([0, first, second, length], dtype=torch.int32, device=tokens.device)
     middle = (first + second) // 2
     later, earlier = tokens.clone(), tokens.clone()
-    later[:first] = _others(later[:first])
     later[middle + 1 :] = _others(later[middle + 1 :])
     earlier[:second] = _others(earlier[:second])
     out, after_later, after_earlier = (
         model(input_ids=x.unsqueeze(0), cu_seqlens=bounds, use_cache=False).logits[0] for x in (tokens, later, earlier)
     )
-    if position := _seen(out, after_later, slice(first, middle + 1), slice(middle + 1, second)):
-        yield (
-            f"in packed documents, the output at position {position[0]} of the row depends on tokens after {middle} "
-            f"or on the document before ({position[1]})"
-        )
+    if position := _seen(out, after_later, slice(0, middle + 1), slice(middle + 1, None)):
+        yield f"in packed documents, the output at {position[0]} depends on tokens after {middle} ({position[1]})"
     if position := _seen(out, after_earlier, slice(second, length), slice(0, second)):
-        yield f"in packed documents, the output at position {position[0]} depends on earlier documents ({position[1]})"
+        yield f"in packed documents, the output at {position[0]} depends on earlier documents ({position[1]})"
 
 
 def _seen(one: Tensor, other: Tensor, fixed: slice, free: slice) -> tuple[int, str] | None:
