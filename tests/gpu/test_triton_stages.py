@@ -132,8 +132,10 @@ def test_every_stage_is_as_exact_as_plain_mathematics(arguments):
     check("selected", case, keys, lambda *x: ops.selected_attention(*x, blocks, *chosen), blocks)
 
 
+@pytest.mark.parametrize("union", [False, True])
 @pytest.mark.parametrize("arguments", [c for c in CASES if c[8] == 0], ids=str)
-def test_the_whole_operator_is_as_exact_as_plain_mathematics(arguments):
+def test_the_whole_operator_is_as_exact_as_plain_mathematics(arguments, union, monkeypatch):
+    monkeypatch.setattr(backend, "_union_pays", lambda *_: union)
     case = Case(*arguments)
     geometry, scale = case.geometry, case.scale
     gates = torch.randn(*case.q.shape[:3], 3, device="cuda").to(case.dtype)

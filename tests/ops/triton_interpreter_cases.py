@@ -24,14 +24,15 @@ LONG = BlockGeometry(16, 16, 144, 2, 0, 1, 9)
 
 # name -> batch, tokens, heads, groups, Dk, Dv, geometry, document bounds, q_start, k_start, dtype, stages
 CASES = {
-    "three heads a group, batch of two, Dk != Dv": (2, 41, 3, 1, 16, 32, SMALL, None, 0, 0, "float32", "pcwsa"),
-    "packed, empty and short documents": (1, 52, 4, 2, 16, 16, SMALL, [0, 0, 25, 25, 28, 52], 0, 0, "float32", "pcwsa"),
+    "three heads a group, batch of two, Dk != Dv": (2, 41, 3, 1, 16, 32, SMALL, None, 0, 0, "float32", "pcwsau"),
+    "packed, empty and short documents": (1, 52, 4, 2, 16, 16, SMALL, [0, 0, 25, 25, 28, 52], 0, 0, "float32",
+                                          "pcwsau"),
     "rows after the last document": (1, 30, 2, 1, 16, 16, SMALL, [0, 19], 0, 0, "float32", "cwsa"),
     "chunk of a prefill": (1, 14, 2, 2, 16, 16, SMALL, None, 37, 11, "float32", "cws"),
-    "one token": (1, 1, 2, 1, 16, 16, SMALL, None, 0, 0, "float32", "pcwsa"),
-    "no token": (1, 0, 2, 1, 16, 16, SMALL, None, 0, 0, "float32", "pcwsa"),
+    "one token": (1, 1, 2, 1, 16, 16, SMALL, None, 0, 0, "float32", "pcwsau"),
+    "no token": (1, 0, 2, 1, 16, 16, SMALL, None, 0, 0, "float32", "pcwsau"),
     "head size that fits no tile, fp16": (1, 33, 2, 1, 20, 12, SMALL, None, 0, 0, "float16", "cwsa"),
-    "long selection blocks in parts": (1, 150, 1, 1, 16, 16, LONG, None, 0, 0, "float32", "sa"),
+    "long selection blocks in parts": (1, 150, 1, 1, 16, 16, LONG, None, 0, 0, "float32", "sau"),
     "long stencil": (1, 60, 1, 1, 16, 16, BlockGeometry(24, 4, 8, 5, 1, 1, 7), None, 0, 0, "float32", "s"),
     "forced blocks only": (1, 60, 2, 1, 16, 16, BlockGeometry(8, 4, 16, 3, 1, 2, 24), None, 0, 0, "float32", "sa"),
     "choice in many chunks": (1, 110, 1, 1, 16, 16, BlockGeometry(4, 2, 4, 5, 1, 2, 4), None, 0, 0, "float32", "t"),
@@ -123,11 +124,14 @@ class Case:
                 select_bwd.select_backward = partial(select_bwd.select_backward, scratch_bytes=1)
             self.attention("selected_attention", (self.q, self.k, self.v), (self.blocks,), (self.q_start, self.scale))
         if "a" in stages:
-            self.whole()
+            self.whole("whole", union=False)
+        if "u" in stages:
+            self.whole("union", union=True)
         return self.errors
 
-    def whole(self) -> None:
+    def whole(self, name: str, union: bool) -> None:
         """Compare the whole operator with its stages by the reference, for gates of either sign."""
+        backend._union_pays = lambda *_: union
         gates = self.draw(*self.q.shape[:3], 3)
         keys = (self.k, self.v, self.k_cmp, self.v_cmp, self.draw(*self.k.shape), self.draw(*self.v.shape))
         inputs = (self.q, *keys, gates)
@@ -143,18 +147,18 @@ class Case:
         expected = sum(g[..., i, None] * branch for i, branch in enumerate(branches))
         constants = (self.cu, self.geometry.as_tuple(), self.scale)
         out, *saved = backend.attention_forward(*inputs, *constants)
-        self.errors["whole"] = relative_error(out[:, : self.used], expected)
-        self.errors["whole blocks"] = float((saved[-1] != self.blocks).sum())
+        self.errors[name] = relative_error(out[:, : self.used], expected)
+        self.errors[f"{name} blocks"] = float((saved[-1] != self.blocks).sum())
         dout = self.draw(*out.shape)
         grads = backend.attention_backward(dout, *inputs, *saved, *constants)
         wanted = torch.autograd.grad(
             expected, exact, dout[:, : self.used].double(), allow_unused=True, materialize_grads=True
         )
         outside = [out[:, self.used :].abs().sum()]
-        for name, x, y, length in zip(NAMES, grads, wanted, lengths, strict=True):
-            self.errors[f"whole d{name}"] = relative_error(x[:, :length], y, least=1.0)
+        for tensor, x, y, length in zip(NAMES, grads, wanted, lengths, strict=True):
+            self.errors[f"{name} d{tensor}"] = relative_error(x[:, :length], y, least=1.0)
             outside.append(x[:, length:].abs().sum())
-        self.errors["whole outside"] = float(sum(outside))
+        self.errors[f"{name} outside"] = float(sum(outside))
 
     def choice(self, limit: bool) -> None:
         """Compare the chosen blocks; with `limit`, in chunks of few candidates and of few tokens."""

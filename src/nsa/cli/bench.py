@@ -1,7 +1,7 @@
 """`nsa bench KIND ...`: measure, print a table, write a CSV with a JSON file of the circumstances beside it.
 
-A kind is one line in `KINDS` and one module in `nsa.bench` with a settings dataclass and a function from settings to
-rows. `nsa bench KIND --help` lists the settings.
+A kind is one line in `KINDS` and one module in `nsa.bench` with a settings dataclass, a function from settings to rows
+and, where there is a picture of them, `draw(rows, settings, path)`. `nsa bench KIND --help` lists the settings.
 """
 
 from __future__ import annotations
@@ -50,6 +50,9 @@ def main(arguments: Sequence[str]) -> int:
             return EXIT_DONE
         out = given.out or Path(f"benchmarks/results/{kind}_{device.type}.csv")
         write_results(rows, out, given.settings, shlex.join(["nsa", "bench", *arguments]), device)
+        draw = getattr(importlib.import_module(KINDS[kind][0]), "draw", None)
+        if draw is not None:
+            draw(rows, given.settings, out.with_suffix(".png"))
     except (ValueError, OSError) as error:
         return fail("bench", error)
     print_table(rows, f"{kind} on {device.type}")

@@ -16,8 +16,18 @@ import torch
 from torch import Tensor
 
 from nsa.geometry import BlockGeometry
-from nsa.ops.triton import combine, compress, dense_bwd, dense_fwd, forced, score_topk, select_bwd, select_fwd
-from nsa.ops.triton.common import KEY_SIZES, fit, make_layout
+from nsa.ops.triton import (
+    combine,
+    compress,
+    dense_bwd,
+    dense_fwd,
+    forced,
+    score_topk,
+    select_bwd,
+    select_fwd,
+    select_union,
+)
+from nsa.ops.triton.common import KEY_SIZES, Layout, fit, make_layout
 
 Geometry = Sequence[int]
 Triple = tuple[Tensor, Tensor, Tensor]
@@ -119,12 +129,14 @@ def attention_forward(
         blocks = score_topk.select_blocks(queries, keys_cmp, lse_cmp, shape, layout, 0, scale)
         window = shape.window_size
         out_win, lse_win = dense_fwd.dense_forward(queries, keys_win, values_win, shape, layout, window, 0, 0, scale)
-        known = forced.forced_forward(queries, keys, values, shape, layout, 0, scale)
         out = torch.empty_like(out_cmp)
         gated = select_fwd.Gated(out_cmp, out_win, gates.contiguous(), out)
-        out_slc, lse_slc = select_fwd.select_forward(
-            queries, keys, values, blocks, shape, layout, 0, scale, forced=known, gated=gated
-        )
+        selected = (queries, keys, values, blocks, shape, layout, 0, scale)
+        if _union_pays(queries, keys, shape, layout, select_union.FORWARD_RATIO):
+            out_slc, lse_slc = select_union.union_forward(*selected, gated)
+        else:
+            known = forced.forced_forward(queries, keys, values, shape, layout, 0, scale)
+            out_slc, lse_slc = select_fwd.select_forward(*selected, forced=known, gated=gated)
         return *(_cut(x, v) for x in (out, out_cmp, out_slc, out_win)), lse_cmp, lse_slc, lse_win, blocks
 
 
@@ -155,12 +167,20 @@ def attention_backward(
             gradient, queries, *keys, of_win, shape, layout, window, 0, 0, scale, dq
         )
         gradient, of_slc = rows(out_slc, lse_slc, 1)
-        dq, dk, dv = select_bwd.select_backward(
-            gradient, queries, fit(k, KEY_SIZES), fit(v), of_slc, block_indices, shape, layout, 0, scale, dq
-        )
+        selected = (gradient, queries, fit(k, KEY_SIZES), fit(v), of_slc, block_indices, shape, layout, 0, scale, dq)
+        union = _union_pays(queries, k, shape, layout, select_union.BACKWARD_RATIO)
+        if union:
+            select_union.union_query_backward(*selected)
+        dq, dk, dv = select_bwd.select_backward(*selected, queries=not union)
         grads = (dq, dk, dv, dk_cmp, dv_cmp, dk_win, dv_win)
         inputs = (q, k, v, k_cmp, v_cmp, k_win, v_win)
         return *(_cut(x, like) for x, like in zip(grads, inputs, strict=True)), dgates
+
+
+def _union_pays(q: Tensor, k: Tensor, geometry: BlockGeometry, layout: Layout | None, ratio: float) -> bool:
+    docs = q.shape[0] if layout is None else layout.cu_seqlens.numel() - 1
+    group = q.shape[2] // k.shape[2]
+    return select_union.union_pays(q.shape[0] * q.shape[1], docs, group, geometry, select_union.BLOCK_M, ratio)
 
 
 def _dense_forward(

@@ -45,7 +45,8 @@ def key_tile(q: Tensor, head_dim: int, value_head_dim: int, large: bool) -> dict
         return {"BLOCK_M": 32, "BLOCK_N": 32 if widest > 128 else 64, "num_warps": 4, "num_stages": 1}
     if widest > 192:
         return {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2}
-    return {"BLOCK_M": 32 if widest > 128 else 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}
+    rows = 32 if widest > 128 else 64 if widest > 64 else 128
+    return {"BLOCK_M": rows, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}
 
 
 def query_tile(q: Tensor, head_dim: int, value_head_dim: int, large: bool) -> dict[str, int]:
@@ -207,7 +208,7 @@ def dense_key_kernel(
 
 
 @triton.jit
-def _query_step(
+def query_step(
     dq, dq_tail, q, q_tail, dout, lse, delta, k_desc, k_tail_desc, v_desc, key_start, first_row, column_k,
     column_v, first, end, scale_log2, TAIL: tl.constexpr, MAIN: tl.constexpr,
     MASKED: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
@@ -270,13 +271,13 @@ def dense_query_kernel(
     num_masked = num_left + tl.cdiv(tl.maximum(end_high - full_end, 0), BLOCK_N)
 
     for key_start in tl.range(full_start, full_end, BLOCK_N):
-        dq, dq_tail = _query_step(
+        dq, dq_tail = query_step(
             dq, dq_tail, q, q_tail, dout, lse, delta, k_desc, k_tail_desc, v_desc, key_start, b * S, group * DK,
             group * DV, first, end, scale_log2, TAIL, MAIN, False, BLOCK_N, PRECISION,
         )  # fmt: skip
     for i in tl.range(num_masked):
         key_start = tl.where(i < num_left, first_low + i * BLOCK_N, full_end + (i - num_left) * BLOCK_N)
-        dq, dq_tail = _query_step(
+        dq, dq_tail = query_step(
             dq, dq_tail, q, q_tail, dout, lse, delta, k_desc, k_tail_desc, v_desc, key_start, b * S, group * DK,
             group * DV, first, end, scale_log2, TAIL, MAIN, True, BLOCK_N, PRECISION,
         )  # fmt: skip

@@ -128,6 +128,18 @@ def select_forward_kernel(
             tl.store(part_lse_ptr + part, tl.where(total == 0.0, float("-inf"), best + tl.math.log2(total)))
 
 
+@triton.jit
+def gated_sum(out, cmp_ptr, win_ptr, gate_ptr, sum_ptr, row, place, live):
+    """Store the gated sum of the branches (Eq. 5), of which the selected one is `out`."""
+    gate_ptr += row * 3
+    out *= tl.load(gate_ptr + 1, mask=live, other=0.0).to(tl.float32)[:, None]
+    gate = tl.load(gate_ptr, mask=live, other=0.0).to(tl.float32)[:, None]
+    out += gate * tl.load(cmp_ptr + place, mask=live[:, None], other=0.0).to(tl.float32)
+    gate = tl.load(gate_ptr + 2, mask=live, other=0.0).to(tl.float32)[:, None]
+    out += gate * tl.load(win_ptr + place, mask=live[:, None], other=0.0).to(tl.float32)
+    tl.store(sum_ptr + place, out.to(sum_ptr.dtype.element_ty), mask=live[:, None])
+
+
 @triton.jit(do_not_specialize=["T", "q_start", "head_start", "token_start", "num_tokens"])
 def select_reduce_kernel(
     part_ptr, part_lse_ptr, choice_ptr, forced_ptr, forced_lse_ptr, out_ptr, lse_ptr, cmp_ptr, win_ptr, gate_ptr,
@@ -188,13 +200,7 @@ def select_reduce_kernel(
     place = out_row[:, None] * DV + column
     tl.store(out_ptr + place, out.to(out_ptr.dtype.element_ty), mask=live[:, None])
     if GATED:
-        gate_ptr += out_row * 3
-        out *= tl.load(gate_ptr + 1, mask=live, other=0.0).to(tl.float32)[:, None]
-        gate = tl.load(gate_ptr, mask=live, other=0.0).to(tl.float32)[:, None]
-        out += gate * tl.load(cmp_ptr + place, mask=live[:, None], other=0.0).to(tl.float32)
-        gate = tl.load(gate_ptr + 2, mask=live, other=0.0).to(tl.float32)[:, None]
-        out += gate * tl.load(win_ptr + place, mask=live[:, None], other=0.0).to(tl.float32)
-        tl.store(sum_ptr + place, out.to(sum_ptr.dtype.element_ty), mask=live[:, None])
+        gated_sum(out, cmp_ptr, win_ptr, gate_ptr, sum_ptr, out_row, place, live)
     tl.store(lse_ptr + out_row, tl.where(total == 0.0, float("-inf"), (best + tl.math.log2(total)) * LN2), mask=live)
 
 
