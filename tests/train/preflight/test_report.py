@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from nsa.data.errors import DataError
 from nsa.data.tokenizers import ByteTokenizer
 from nsa.train.config import RunConfig
 from nsa.train.estimate import Speed
@@ -116,6 +117,17 @@ def test_a_run_for_a_gpu_elsewhere_is_judged_by_its_figures(tiny: Tiny) -> None:
 def test_gpt2_s_vocabulary_is_known_without_its_files(tiny: Tiny) -> None:
     report = examine(tiny(train={"precision": "bf16"}, data={"tokenizer": "gpt2"}), machine=machine_named("h200"))
     assert report.plan.vocab_size == 50257
+
+
+def test_a_tokenizer_that_is_not_here_hides_nothing_else(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(name: str) -> None:
+        raise DataError("GPT-2's vocabulary is not here")
+
+    monkeypatch.setattr(subject, "load_tokenizer", absent)
+    monkeypatch.setattr(subject.estimate, "measure_speed", lambda *a, **k: Speed(1.0, ""))
+    report = examine(tiny(data={"tokenizer": "gpt2"}, optim={"lr": 2.0}))
+    assert [finding.code for finding in report.refused_by] == ["tokenizer", "learning-rate"]
+    assert report.plan.memory is not None
 
 
 def test_a_step_that_would_take_minutes_is_not_timed(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -118,9 +118,9 @@ def examine(config: RunConfig, *, machine: Machine | None = None, world_size: in
     findings: list[Finding] = []
     here = machine or _machine_of(config, findings)
     plan = Plan(config, here, world_size)
+    known = KNOWN_VOCAB_SIZES.get(config.data.tokenizer)
     # A run that is meant for another machine may find its tokenizer there only.
-    known = None if plan.is_here else KNOWN_VOCAB_SIZES.get(config.data.tokenizer)
-    tokenizer = _tokenizer(config, findings) if known is None else None
+    tokenizer = _tokenizer(config, findings) if plan.is_here or known is None else None
     plan = _size(plan, tokenizer.vocab_size if tokenizer else known, findings)
     if plan.num_parameters is not None:
         findings += _leak_findings(plan)
