@@ -164,12 +164,20 @@ def test_a_first_window_or_batch_that_does_not_come_is_an_error(make_loader) -> 
     hung.set()
 
 
-def test_waiting_is_measured(make_loader) -> None:
-    ahead = Prefetcher(lambda: Slow(make_loader(), 3, lambda: time.sleep(0.3)), source="counting")
+def test_waiting_is_measured(make_loader, monkeypatch: pytest.MonkeyPatch) -> None:
+    ready = threading.Event()
+    ahead = Prefetcher(lambda: Slow(make_loader(), 3, ready.wait), source="counting")
     for _ in range(3):
         next(ahead)
+    get = ahead._channel.get
+
+    def get_and_make_ready(timeout_s: float):
+        threading.Timer(0.2, ready.set).start()
+        return get(timeout_s)
+
+    monkeypatch.setattr(ahead._channel, "get", get_and_make_ready)
     next(ahead)
-    assert 0.1 < ahead.last_wait_s < PATIENCE_S
+    assert ahead.last_wait_s > 0.19
 
 
 def test_closing_or_dropping_ends_the_thread(prefetched) -> None:
