@@ -8,6 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from nsa.geometry import BlockGeometry
 from nsa.train.flops import FlopCount, compression_flops, keys_seen, linear_flops, new_compressed, peak_flops
+from nsa.train.trainer import Trainer
 from tiny_models import tiny_config, tiny_model
 
 GEOMETRY = BlockGeometry(8, 4, 16, 3, window_size=5)
@@ -73,3 +74,20 @@ def test_peaks_are_by_name_and_precision() -> None:
     assert peak_flops("NVIDIA H100 PCIe", "bf16") < peak_flops("NVIDIA H100 80GB HBM3", "bf16")
     assert peak_flops("NVIDIA H200", "fp32") == 67e12
     assert peak_flops("AMD EPYC", "bf16") is None
+
+
+def test_mfu_is_the_work_of_the_steps_own_documents_over_the_peak(tiny) -> None:
+    trainer, fetched = Trainer(tiny(train={"steps": 1})), []
+    trainer.peak_flops = 1e9
+    fetch = trainer._fetch
+
+    def remembered(count: int):
+        batches, waits_s = fetch(count)
+        fetched.extend(batches)
+        return batches, waits_s
+
+    trainer._fetch = remembered
+    record, _ = trainer.train_step()
+    work = sum(trainer.flops.training(batch.cu_seqlens.diff()) for batch in fetched)
+    assert len(fetched) == 2
+    assert record.mfu == pytest.approx(work / record.step_s / 1e9)

@@ -65,7 +65,12 @@ def compile_layers(model: NSAForCausalLM, backend: str = "inductor") -> None:
 
 
 def _forward(eager: Callable[..., Tensor], compiled: Callable[..., Tensor], *inputs: Any, **options: Any) -> Tensor:
-    return (compiled if torch.is_grad_enabled() else eager)(*inputs, **options)
+    if not torch.is_grad_enabled():
+        return eager(*inputs, **options)
+    if options.get("cu_seqlens") is not None:
+        # Its length differs from batch to batch; without this the first one would get a graph of its own.
+        torch._dynamo.maybe_mark_dynamic(options["cu_seqlens"], 0)
+    return compiled(*inputs, **options)
 
 
 def whole_model(model: NSAForCausalLM, parallel: Parallel) -> NSAForCausalLM | None:

@@ -115,6 +115,7 @@ class Trainer:
             compile_layers(self.model)
         self.loss = NextTokenLoss(self.model, compiled=train.compile)
         self.shared_loss = distribute(self.loss, self.parallel, train.precision)
+        self._parameters = list(self.model.parameters())
 
     def _build_probe(self) -> HealthProbe:
         observe = self.config.observe
@@ -135,12 +136,11 @@ class Trainer:
         self.on_phase("step")
         num_valid, num_flops = self._count(micro_batches)
         sum_nats = self._backward(micro_batches, num_valid)
-        parameters, world_size = list(self.model.parameters()), self.parallel.world_size
-        norm = clip_gradients(parameters, self.config.optim.max_grad_norm)
+        norm = clip_gradients(self._parameters, self.config.optim.max_grad_norm)
         rate = learning_rate(self.step + 1, self.config.train.steps, self.config.optim)
         set_learning_rate(self.optimizer, rate)
         # The only wait for the device in a step. All ranks get the same two numbers, and so decide alike.
-        stats = self.parallel.sum(torch.stack([sum_nats / num_valid, norm / world_size]))
+        stats = self.parallel.sum(torch.stack([sum_nats / num_valid, norm / self.parallel.world_size]))
         mean_loss, grad_norm = stats.tolist()
         if self.guard.allows(self.step + 1, mean_loss, grad_norm):
             self.optimizer.step()
