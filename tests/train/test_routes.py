@@ -58,6 +58,9 @@ def test_on_a_gpu_whatever_is_not_a_kernel_is_a_fallback(monkeypatch: pytest.Mon
 def test_a_run_keeps_the_report_and_prints_it(tiny, capsys: pytest.CaptureFixture) -> None:
     _, folder = prepare(tiny())
     folder.lock.close()
-    stored = json.loads(folder.env_json.read_text())["routing"]
+    facts = json.loads(folder.env_json.read_text())
+    assert facts["kernels"]["backend"] == "torch"
+    assert facts["kernels"]["stages"][0]["kernels"] == "nsa.ops.torch_native"
+    stored = facts["routing"]
     assert stored[0]["stage"] == "mean of keys"
     assert "NSA backend torch, triton cannot run" in capsys.readouterr().out

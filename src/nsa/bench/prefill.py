@@ -176,12 +176,13 @@ def nsa_steps(bench: PrefillBench, length: int) -> Steps:
     def pooled() -> tuple[Tensor, Tensor]:
         return mean_pool(k, geometry, backend=backend), mean_pool(v, geometry, backend=backend)
 
-    given = None if bench.pool else tuple(x.detach().requires_grad_() for x in pooled())
+    given = () if bench.pool else tuple(x.detach().requires_grad_() for x in pooled())
 
     def forward() -> Any:
-        return nsa_attention(q, k, v, *(given or pooled()), gates, geometry, backend=backend)
+        k_cmp, v_cmp = given or pooled()
+        return nsa_attention(q, k, v, k_cmp, v_cmp, gates, geometry, backend=backend)
 
-    return forward_and_backward(forward, [q, k, v, gates, *(given or ())])
+    return forward_and_backward(forward, [q, k, v, gates, *given])
 
 
 def dense_steps(bench: PrefillBench, length: int) -> Steps:

@@ -104,7 +104,7 @@ def routing_report(
     """
     chosen, reason = explain_backend(q, geometry) if backend == "auto" else (backend, "asked for")
     choose_backend(chosen, q, geometry)
-    versions = {"torch": torch.__version__}
+    versions = {"torch": str(torch.__version__)}
     if chosen == "triton":
         kernels = importlib.import_module("nsa.ops.triton.report").kernels
         docs = q.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1

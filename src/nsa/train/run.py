@@ -25,7 +25,7 @@ from nsa.train.observe.curves import draw_curves
 from nsa.train.observe.environment import snapshot
 from nsa.train.observe.health import judge_run
 from nsa.train.observe.report import write_report
-from nsa.train.observe.summary import data_index, describe, final_metrics, routing_values
+from nsa.train.observe.summary import data_index, describe, final_metrics, kernel_values, routing_values
 from nsa.train.observe.telemetry import Telemetry
 from nsa.train.observe.thresholds import Thresholds
 from nsa.train.parallel import Parallel
@@ -75,7 +75,8 @@ def prepare(
         folder = RunFolder.create(
             path,
             config_yaml=dump_config(config),
-            env=snapshot(trainer.device, command) | {"routing": routing_values(trainer)},
+            env=snapshot(trainer.device, command)
+            | {"routing": routing_values(trainer), "kernels": kernel_values(trainer)},
             data_index=data_index(trainer),
             preflight=report.values(),
         )

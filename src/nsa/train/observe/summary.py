@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from nsa.ops.routing import routing_report
 from nsa.train.observe.routes import describe_routes, routes
 
 if TYPE_CHECKING:
@@ -51,6 +52,23 @@ def _documents(trainer: Trainer) -> str:
 def routing_values(trainer: Trainer) -> list[dict[str, Any]]:
     """The routing report, for `env.json`."""
     return [asdict(route) for route in routes(trainer.config.model, trainer.device, trainer.config.train.precision)]
+
+
+def kernel_values(trainer: Trainer) -> dict[str, Any] | None:
+    """The kernels of an NSA layer in a training step, for `env.json`; None for a model without such layers."""
+    config, model = trainer.config, trainer.config.model
+    if "nsa" not in model.layer_types:
+        return None
+    size = model.head_dim or model.hidden_size // model.num_attention_heads
+    tokens = config.train.micro_batch_rows * config.train.sequence_length
+    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+    heads = (model.num_attention_heads, model.num_key_value_heads, model.num_key_value_heads)
+    sizes = (size, size, model.value_head_dim or size)
+    one = torch.empty(1, dtype=dtype, device=trainer.device)
+    q, k, v = (one.expand(1, tokens, count, size) for count, size in zip(heads, sizes, strict=True))
+    bounds = torch.empty(config.train.micro_batch_rows + 1, dtype=torch.int32, device=trainer.device)
+    report = routing_report(q, k, v, model.geometry, cu_seqlens=bounds, backend=model.attention_backend)
+    return report.as_dict()
 
 
 def data_index(trainer: Trainer) -> dict[str, Any]:
