@@ -41,7 +41,7 @@ class RankFailure(AssertionError):
         super().__init__(f"exit codes {codes}\n" + "\n".join(f"rank {i}: {text}" for i, text in enumerate(errors)))
 
 
-def run_ranks(body: str, given: Any = None, *, world_size: int = 2, timeout_s: float = 150.0) -> list[Any]:
+def run_ranks(body: str, given: Any = None, *, world_size: int = 2, timeout_s: float = 240.0) -> list[Any]:
     """Run `body` in `world_size` fresh processes and return what each reported.
 
     Raises:

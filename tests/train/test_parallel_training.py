@@ -27,6 +27,8 @@ from tiny_runs import builder, tiny_config_values, write_corpus
 STEPS = 20
 ACTIONS = {"ddp": "stop", "fsdp2": "skip"}
 BODY = """
+import functools
+import nsa.train.trainer as trainer_module
 from nsa.eval.perplexity import DeviceBatch
 from nsa.train.config import RunConfig
 from nsa.train.guards import TrainingError
@@ -81,9 +83,17 @@ def damaged(trainer):
         seen.append(all(torch.equal(a, b) for a, b in zip(before, own(trainer.model))))
     return seen
 
-with setup_parallel("cpu", given["train"]["parallel"], timeout_s=60) as parallel:
+def compiled(trainer):
+    trainer_module.compile_layers = functools.partial(trainer_module.compile_layers, backend="eager")
+    changed = {"compile": True, "activation_checkpointing": "selective"}
+    config = trainer.config.model_copy(update={"train": trainer.config.train.model_copy(update=changed)})
+    fast = Trainer(config, trainer.parallel)
+    losses = [fast.train_step()[0].loss for _ in range(3)]
+    return losses, torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+with setup_parallel("cpu", given["train"]["parallel"], timeout_s=120) as parallel:
     config = RunConfig.model_validate(given)
-    report({part.__name__: part(Trainer(config, parallel)) for part in (curve, sparse, damaged)})
+    report({part.__name__: part(Trainer(config, parallel)) for part in (curve, sparse, damaged, compiled)})
 """
 PARTS = BODY[: BODY.index("with setup_parallel")]
 
@@ -165,6 +175,13 @@ def test_a_nan_of_one_rank_is_judged_alike_by_both(together: dict[str, Any]) -> 
         assert not unchanged
         assert second_unchanged
         assert ("step 2 has loss nan" in second) if together["action"] == "stop" else math.isnan(second)
+
+
+def test_compiled_and_recomputed_layers_follow_the_same_curve(alone: dict[str, Any], together: dict[str, Any]) -> None:
+    for rank in together["ranks"]:
+        losses, num_graphs = rank["compiled"]
+        assert losses == pytest.approx(alone["curve"]["losses"][:3], rel=1e-5)
+        assert num_graphs == 1
 
 
 def test_tokens_that_do_not_divide_among_the_ranks_are_refused(values: Callable[..., dict[str, Any]]) -> None:

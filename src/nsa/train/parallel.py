@@ -18,12 +18,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
@@ -56,11 +56,6 @@ class Parallel:
     def is_main(self) -> bool:
         """Whether this is rank 0, the only one that prints, draws and writes the run folder's shared files."""
         return self.rank == 0
-
-    @property
-    def mesh(self) -> DeviceMesh:
-        """All processes in one dimension, for FSDP2."""
-        return init_device_mesh(self.device.type, (self.world_size,))
 
     def any(self, flag: bool) -> bool:
         """Whether any rank says True; the same answer on all ranks."""
@@ -180,10 +175,10 @@ def distribute(loss: NextTokenLoss, parallel: Parallel, precision: Literal["fp32
         return DistributedDataParallel(loss, device_ids=devices, gradient_as_bucket_view=True)
     low = torch.bfloat16 if precision == "bf16" else None
     policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    model: Any = loss.model
+    model, mesh = cast(Any, loss.model), init_device_mesh(parallel.device.type, (parallel.world_size,))
     for layer in model.model.layers:
-        fully_shard(layer, mesh=parallel.mesh, mp_policy=policy)
-    return fully_shard(loss, mesh=parallel.mesh, mp_policy=policy)  # pyright: ignore[reportReturnType]
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
+    return fully_shard(loss, mesh=mesh, mp_policy=policy)  # pyright: ignore[reportReturnType]
 
 
 @contextmanager
