@@ -97,30 +97,12 @@ def test_one_process_goes_on_where_two_were(runs: dict[str, Any], capsys: pytest
     assert json.loads((folder / "status.json").read_text())["resumed_from"]["world_size"] == 1
 
 
-def test_two_ranks_go_on_where_one_process_was(tiny: Callable[..., RunConfig]) -> None:
-    alone = config(tiny, "alone", "auto")
-    trainer, folder = prepare(alone)
-    train(trainer, folder)
-    before = losses(folder.path)
-    (folder.path / "checkpoints" / "step_000006" / "complete.json").unlink()
-    body = """
-    from pathlib import Path
-    from nsa.train.resume import prepare_resume
-    from nsa.train.run import train
-    with setup_parallel("cpu", "fsdp2", timeout_s=100) as parallel:
-        trainer, folder = prepare_resume(Path(given), ["--train.parallel", "fsdp2"], parallel=parallel)
-        start = trainer.step
-        train(trainer, folder, resumed=True)
-        report((start, trainer.step))
-    """
-    assert run_ranks(body, str(folder.path)) == [(4, 6), (4, 6)]
-    assert losses(folder.path) == pytest.approx(before, rel=1e-4)
-
-
-FULL_DISK = """
+FULL_DISK_THEN_RESUME = """
 import errno, os
+from pathlib import Path
 from nsa.train.checkpoint import CheckpointError
 from nsa.train.config import RunConfig
+from nsa.train.resume import prepare_resume
 from nsa.train.run import prepare, train
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
@@ -132,23 +114,44 @@ def full(self, *args):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     return written
 
-FileSystemWriter.write_data = full
-with setup_parallel("cpu", "ddp", timeout_s=100) as parallel:
-    trainer, folder = prepare(RunConfig.model_validate(given), parallel=parallel)
+values, alone = given
+with setup_parallel("cpu", "fsdp2", timeout_s=100) as parallel:
+    FileSystemWriter.write_data = full
+    trainer, folder = prepare(RunConfig.model_validate(values), parallel=parallel)
     try:
         train(trainer, folder)
     except CheckpointError as error:
         parallel.barrier()
-        report((trainer.step, str(error), folder.read_status()))
+        failure = (trainer.step, str(error), folder.read_status())
+    FileSystemWriter.write_data = honest
+    trainer, folder = prepare_resume(Path(alone), ["--train.parallel", "fsdp2"], parallel=parallel)
+    steps = [trainer.step]
+    train(trainer, folder, resumed=True)
+    report((failure, [*steps, trainer.step]))
 """
 
 
-def test_a_full_disk_on_one_rank_ends_both_after_the_same_step(tiny: Callable[..., RunConfig]) -> None:
-    values = config(tiny, "full", "ddp")
-    (first, message, status), (second, other_message, _) = run_ranks(FULL_DISK, values.model_dump(mode="json"))
+@pytest.fixture(scope="module")
+def more_runs(module_tiny: Callable[..., RunConfig]) -> dict[str, Any]:
+    """A run of two ranks whose second meets a full disk, and one that they continue for a single process."""
+    full, alone = config(module_tiny, "full", "fsdp2"), config(module_tiny, "alone", "auto")
+    folder = train(*prepare(alone)).folder.path
+    before = losses(folder)
+    (folder / "checkpoints" / "step_000006" / "complete.json").unlink()
+    seen = run_ranks(FULL_DISK_THEN_RESUME, (full.model_dump(mode="json"), str(folder)))
+    return {"seen": seen, "full": folder.parent / "full", "alone": folder, "before": before}
+
+
+def test_two_ranks_go_on_where_one_process_was(more_runs: dict[str, Any]) -> None:
+    assert [steps for _, steps in more_runs["seen"]] == [[4, 6], [4, 6]]
+    assert losses(more_runs["alone"]) == pytest.approx(more_runs["before"], rel=1e-4)
+
+
+def test_a_full_disk_on_one_rank_ends_both_after_the_same_step(more_runs: dict[str, Any]) -> None:
+    (first, message, status), (second, other_message, _) = [failure for failure, _ in more_runs["seen"]]
     assert first == second
     for text in (message, other_message, status["reason"]):
         assert "step_000004 could not be written: rank 1: OSError: [Errno 28] No space left on device" in text
     assert (status["state"], status["step"]) == ("failed", first)
-    folder = Path(values.run.folder) / "full"
-    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["latest", "step_000002"]
+    checkpoints = more_runs["full"] / "checkpoints"
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["latest", "step_000002"]

@@ -52,7 +52,7 @@ from nsa.train.checkpoint_random import random_state
 from nsa.train.parallel import Parallel
 from nsa.train.run_folder import write_json, write_text
 
-WRITE_TIMEOUT = timedelta(hours=2)  # ranks wait for the slowest writer; a lost rank is noticed at once
+WRITE_TIMEOUT = timedelta(hours=1)  # ranks wait for the slowest writer; a lost rank is noticed at once
 MODEL, OPTIMIZER = "model", "optimizer"  # the two parts of the tensors' state
 
 
