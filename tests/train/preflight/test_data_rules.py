@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from huggingface_hub import constants
 
+from corpus_files import write_parquet
+from fake_hub import REPO, REVISION, FakeHub, serve
+from nsa.data.parquet import ParquetBlocks
 from nsa.data.tokenizers import ByteTokenizer
 from nsa.train.config import RunConfig
 from nsa.train.preflight.data_rules import check_data
@@ -81,14 +86,23 @@ def test_synthetic_data_in_place_of_others_are_said(tiny: Tiny, tmp_path: Path) 
     assert "SYNTHETIC DATA" in found(tiny(data=values))["data-replaced"]
 
 
-def test_the_hub_is_asked_for_one_file_to_stream(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
-
-    def refuse(config: Any) -> None:
-        asked.append((config.hub_access, config.hub_num_files))
-        raise ValueError("the Hub cannot be reached")
-
-    monkeypatch.setattr("nsa.train.preflight.data_rules.open_corpus", refuse)
-    config = tiny(data={"source": "fineweb_edu", "paths": []})
-    assert found(config) == {"data-source": "the Hub cannot be reached"}
-    assert asked == [("stream", 1)]
+def test_of_the_hub_s_files_a_few_blocks_of_one_are_streamed(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw = random.Random(0)
+    texts = ["".join(draw.choices("abcdefgh ", k=3000)) for _ in range(400)]
+    files = {}
+    for number in range(2):
+        path = write_parquet(tmp_path / f"{number}.parquet", texts, [f"{number}-{i}" for i in range(400)])
+        files[f"sample/10BT/{number:03}_00000.parquet"] = path.read_bytes()
+    read_blocks = []
+    read_block = ParquetBlocks.read_block
+    monkeypatch.setattr(ParquetBlocks, "read_block", lambda self, b: read_blocks.append(b) or read_block(self, b))
+    source = {"source": "fineweb_edu", "paths": [], "hub_repo": REPO, "hub_revision": REVISION, "heldout": 0.2}
+    with serve(FakeHub(files)) as hub:
+        monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
+        template = hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        assert found(tiny(data=source)) == {}
+    assert not [request for request in hub.requests if "001_00000" in request]
+    assert len(set(read_blocks)) < 10  # of 40; two documents of a block of ten are held out

@@ -17,7 +17,7 @@ from nsa.train.preflight.findings import Finding
 SAMPLE = 64  # documents whose length stands for that of all
 MAX_COMPARED = 100_000  # training documents whose texts are compared with the held-out ones
 MAX_BLOCKS = 2  # blocks of a source that is not in memory which are read for that
-MAX_EVAL_TOKENS = 2**17  # held-out tokens that are looked for in such a source
+MAX_EVAL_TOKENS = 2**12  # held-out tokens that are looked for in such a source; it may be far away
 REPEATS = 4.0  # epochs after which more of the same text hardly teaches
 
 
