@@ -20,6 +20,7 @@ from nsa.ops.triton import score_topk, select_bwd, select_fwd
 
 SMALL = BlockGeometry(8, 4, 16, 4, 1, 2, 24)
 NAMES = ("q", "k", "v", "k_cmp", "v_cmp", "k_win", "v_win", "gates")
+WIDE = BlockGeometry(8, 4, 16, 4, 1, 2, 60)
 LONG = BlockGeometry(16, 16, 144, 2, 0, 1, 9)
 
 # name -> batch, tokens, heads, groups, Dk, Dv, geometry, document bounds, q_start, k_start, dtype, stages
@@ -28,6 +29,7 @@ CASES = {
     "packed, empty and short documents": (1, 52, 4, 2, 16, 16, SMALL, [0, 0, 25, 25, 28, 52], 0, 0, "float32",
                                           "pcwsau"),
     "rows after the last document": (1, 30, 2, 1, 16, 16, SMALL, [0, 19], 0, 0, "float32", "cwsa"),
+    "whole tiles after the last document": (1, 150, 2, 1, 16, 16, WIDE, [0, 19], 0, 0, "float32", "cw"),
     "chunk of a prefill": (1, 14, 2, 2, 16, 16, SMALL, None, 37, 11, "float32", "cws"),
     "one token": (1, 1, 2, 1, 16, 16, SMALL, None, 0, 0, "float32", "pcwsau"),
     "no token": (1, 0, 2, 1, 16, 16, SMALL, None, 0, 0, "float32", "pcwsau"),
