@@ -19,6 +19,7 @@ from nsa.ops import reference, triton as backend
 from nsa.ops.triton import score_topk, select_bwd, select_fwd
 
 SMALL = BlockGeometry(8, 4, 16, 4, 1, 2, 24)
+WIDE = BlockGeometry(8, 4, 16, 4, 1, 2, 60)
 LONG = BlockGeometry(16, 16, 144, 2, 0, 1, 9)
 
 # name -> batch, tokens, heads, groups, Dk, Dv, geometry, document bounds, q_start, k_start, dtype, stages
@@ -26,6 +27,7 @@ CASES = {
     "three heads a group, batch of two, Dk != Dv": (2, 41, 3, 1, 16, 32, SMALL, None, 0, 0, "float32", "pcws"),
     "packed, empty and short documents": (1, 52, 4, 2, 16, 16, SMALL, [0, 0, 25, 25, 28, 52], 0, 0, "float32", "pcws"),
     "rows after the last document": (1, 30, 2, 1, 16, 16, SMALL, [0, 19], 0, 0, "float32", "cws"),
+    "whole tiles after the last document": (1, 150, 2, 1, 16, 16, WIDE, [0, 19], 0, 0, "float32", "cw"),
     "chunk of a prefill": (1, 14, 2, 2, 16, 16, SMALL, None, 37, 11, "float32", "cws"),
     "one token": (1, 1, 2, 1, 16, 16, SMALL, None, 0, 0, "float32", "pcws"),
     "no token": (1, 0, 2, 1, 16, 16, SMALL, None, 0, 0, "float32", "pcws"),

@@ -165,6 +165,8 @@ def dense_key_kernel(
     key_high = tl.minimum(key_low + BLOCK_N, S) - 1
     t_low, t_low_end = query_interval(key_low, first_ptr, end_ptr, T, q_start, k_start, SIZE, STRIDE, WINDOW, PACKED)
     t_high, t_high_end = query_interval(key_high, first_ptr, end_ptr, T, q_start, k_start, SIZE, STRIDE, WINDOW, PACKED)
+    if PACKED and WINDOW > 0:  # outside any document nothing is seen: masks throughout
+        t_low_end = tl.where(tl.load(doc_ptr + key_high) < T, t_low_end, 0)
     row_low = tl.maximum(t_low * G, split * split_rows)
     row_end = tl.minimum(t_high_end * G, (split + 1) * split_rows)
     num_left = tl.cdiv(tl.maximum(tl.minimum(t_high * G, row_end) - row_low, 0), BLOCK_M)
