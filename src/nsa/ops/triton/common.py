@@ -201,3 +201,19 @@ def has_large_shared_memory(x: Tensor) -> bool:
 def num_multiprocessors(x: Tensor) -> int:
     """Multiprocessors of the device of `x`."""
     return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
+
+
+def is_hopper(x: Tensor) -> bool:
+    """Whether `x` lies on an H100 or H200 or their kin: wgmma is theirs alone."""
+    return x.is_cuda and torch.cuda.get_device_capability(x.device) == (9, 0)
+
+
+def hopper_serves(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether the kernels of `hopper_fwd` and `hopper_bwd` take these fitting tensors.
+
+    Their tiles are whole tokens of a group, 64 rows for four warps, so the group size divides 64. Other shapes, fp32
+    and other devices keep the kernels of `dense_fwd` and `dense_bwd`; the results differ by rounding only.
+    """
+    size, group_size = q.shape[3], q.shape[2] // k.shape[2]
+    shape_fits = size == v.shape[3] and size in (64, 128) and 64 % group_size == 0
+    return is_hopper(q) and q.dtype in (torch.float16, torch.bfloat16) and shape_fits

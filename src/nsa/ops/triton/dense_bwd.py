@@ -24,12 +24,14 @@ from nsa.ops.triton.common import (
     Layout,
     dot_precision,
     has_large_shared_memory,
+    hopper_serves,
     key_interval,
     key_tail,
     num_multiprocessors,
     query_interval,
 )
 from nsa.ops.triton.dense_fwd import describe, describe_keys
+from nsa.ops.triton.hopper_bwd import hopper_key_backward, hopper_query_backward
 
 MAX_SPLIT_BYTES = 512 * 2**20
 
@@ -297,29 +299,46 @@ def dense_backward(
     tiles: tuple[dict[str, int], dict[str, int]] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dq, dk, dv of `dense_forward`, for fitting tensors."""
-    B, T, H, Dk = q.shape
-    S, Hkv, Dv = k.shape[1], k.shape[2], v.shape[3]
     if out.numel() == 0 or k.numel() == 0:
         return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    hopper = tiles is None and hopper_serves(q, k, v)
     large = has_large_shared_memory(q)
-    by_key, by_query = tiles or (key_tile(q, Dk, Dv, large), query_tile(q, Dk, Dv, large))
+    sizes = (q.shape[3], v.shape[3], large)
+    by_key, by_query = tiles or (key_tile(q, *sizes), query_tile(q, *sizes))
     delta = make_delta(out, dout, dlse)
-    splits = num_splits(q, k, v, window, by_key["BLOCK_N"])
+    splits = num_splits(q, k, v, window, 128 if hopper else by_key["BLOCK_N"])
     dtype = q.dtype if splits == 1 else torch.float32
     dk = torch.empty(splits, *k.shape, dtype=dtype, device=q.device)
     dv = torch.empty(splits, *v.shape, dtype=dtype, device=q.device)
     dq = torch.empty_like(q)
+    what = (geometry, layout, window, q_start, k_start, scale)
+    if hopper:
+        hopper_key_backward(dout, q, k, v, lse, delta, dk, dv, *what)
+        hopper_query_backward(dout, q, k, v, lse, delta, dq, *what)
+    else:
+        _launch_backward(dout, q, k, v, lse, delta, dq, dk, dv, *what, by_key, by_query)
+    if splits == 1:
+        return dq, dk[0], dv[0]
+    return dq, dk.sum(0).to(k.dtype), dv.sum(0).to(v.dtype)
+
+
+def _launch_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, dq: Tensor, dk: Tensor, dv: Tensor,
+    geometry: BlockGeometry, layout: Layout | None, window: int, q_start: int, k_start: int, scale: float,
+    by_key: dict[str, int], by_query: dict[str, int],
+) -> None:  # fmt: skip
+    """Write dq, and dk and dv of each split."""
+    B, T, H, Dk = q.shape
+    S, Hkv, Dv = k.shape[1], k.shape[2], v.shape[3]
+    G, tail, splits = H // Hkv, key_tail(Dk), dk.shape[0]
     unpacked = (q, q, q, q)
     starts, ends = (q, q) if layout is None else (layout.cmp_token, layout.doc_end if window else layout.cmp_doc_end)
     documents = unpacked if layout is None else (layout.doc_start, layout.cmp_start, starts, ends)
-    shape = {"H": H, "HKV": Hkv, "DK": Dk, "TAIL": key_tail(Dk), "DV": Dv, "SIZE": geometry.compress_block_size,
+    shape = {"H": H, "HKV": Hkv, "DK": Dk, "TAIL": tail, "DV": Dv, "SIZE": geometry.compress_block_size,
              "STRIDE": geometry.compress_stride, "WINDOW": window, "PACKED": layout is not None,
              "PRECISION": dot_precision(q)}  # fmt: skip
     numbers = (scale, scale * LOG2E, LOG2E, T, S, q_start, k_start)
-    G = H // Hkv
-    rows = T * G
     # A tile of whole tokens is a box of q and dout; other group sizes are loaded row by row.
-    tail = key_tail(Dk)
     boxes = by_key["BLOCK_M"] % G == 0
     q_rows, tail_rows, dout_rows = q, q, dout
     if boxes:
@@ -329,13 +348,9 @@ def dense_backward(
         tail_rows = describe_rows(q, by_key["BLOCK_M"], G, tail)
     dense_key_kernel[(triton.cdiv(S, by_key["BLOCK_N"]), B * Hkv, splits)](
         q_rows, tail_rows, k, v, dout_rows, lse, delta, dk, dv, *documents, *numbers, triton.cdiv(T, splits) * G,
-        TMA=boxes,
-        **shape, **by_key,
+        TMA=boxes, **shape, **by_key,
     )  # fmt: skip
     descriptors = (*describe_keys(k, by_query["BLOCK_N"]), describe(v, by_query["BLOCK_N"]))
-    dense_query_kernel[(triton.cdiv(rows, by_query["BLOCK_M"]), B * Hkv)](
+    dense_query_kernel[(triton.cdiv(T * G, by_query["BLOCK_M"]), B * Hkv)](
         q, *descriptors, dout, lse, delta, dq, *documents[:2], *numbers, **shape, **by_query
     )
-    if splits == 1:
-        return dq, dk[0], dv[0]
-    return dq, dk.sum(0).to(k.dtype), dv.sum(0).to(v.dtype)
