@@ -68,16 +68,14 @@ def run_ranks(body: str, given: Any = None, *, world_size: int = 2, timeout_s: f
         return [pickle.loads(path.read_bytes()) if path.exists() else None for path in reports]
 
 
+def environment_of_rank(**changes: str) -> dict[str, str]:
+    """Environment of a process that finds this checkout and the tests' helpers, with one thread."""
+    path = os.pathsep.join([str(TESTS.parent / "src"), str(TESTS)])
+    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **changes}
+
+
 def _start(folder: Path, rank: int, world_size: int, port: int) -> subprocess.Popen[str]:
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(TESTS.parent / "src"), str(TESTS)]),
-        "OMP_NUM_THREADS": "1",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(world_size),
-    }
+    ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
+    environment = environment_of_rank(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), **ranks)
     command = [sys.executable, str(folder / "body.py"), str(folder / "given.pickle"), f"{folder}/report{rank}.pickle"]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

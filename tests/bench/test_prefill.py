@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from nsa import mean_pool
 from nsa.bench import prefill
 from nsa.bench.prefill import PrefillBench, measure_prefill
 
@@ -48,7 +49,29 @@ def test_peak_memory_is_that_of_the_scores_where_they_are_materialised():
     assert 2 * matrix_gib < peak < 12 * matrix_gib
 
 
-@pytest.mark.parametrize("changes", [{"lengths": ()}, {"lengths": (0,)}, {"repeats": 0}, {"num_kv_heads": 3}])
+def test_without_pooling_compressed_keys_and_values_are_inputs(monkeypatch):
+    pooled = []
+    monkeypatch.setattr(
+        prefill, "mean_pool", lambda x, *args, **kwargs: pooled.append(x) or mean_pool(x, *args, **kwargs)
+    )
+    steps = prefill.nsa_steps(PrefillBench(pool=False, **SMALL), 40)
+    assert len(pooled) == 2
+    steps["forward"]()
+    steps["backward"]()
+    assert len(pooled) == 2
+
+
+def test_neighbours_are_alike_and_as_large_as_before():
+    alike, apart = (prefill._inputs(PrefillBench(alike=n, **SMALL), 4000)[0].detach() for n in (16, 1))
+    cosine = torch.nn.functional.cosine_similarity
+    assert cosine(alike[:, 1:], alike[:, :-1], dim=-1).mean() > 0.85
+    assert cosine(apart[:, 1:], apart[:, :-1], dim=-1).mean().abs() < 0.05
+    assert alike[:, 16:].std() == pytest.approx(1, abs=0.1)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"lengths": ()}, {"lengths": (0,)}, {"alike": 0}, {"repeats": 0}, {"num_kv_heads": 3}]
+)
 def test_sizes_that_do_not_fit_are_refused(changes):
     with pytest.raises(ValueError, match="must be"):
         measure_prefill(PrefillBench(**{"lengths": (40,), "memory": False, **SMALL, **changes}))

@@ -21,6 +21,7 @@ def test_prefill_writes_a_csv_and_the_command(tmp_path, capsys):
     assert facts["command"].startswith("nsa bench prefill --lengths 40 --num_heads 2")
     assert facts["settings"]["num_heads"] == 2
     assert "nsa_total_ms" in capsys.readouterr().out
+    assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_results_go_to_the_folder_of_results_unless_told(tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ import torch
 from nsa.cli import main
 from nsa.cli.generate import GenerateArguments, TextStream, run
 from nsa.data import ByteTokenizer, load_tokenizer
-from nsa.train.checkpoint import save_checkpoint
+from saved_runs import save_model
 from tiny_models import tiny_model
 
 PROMPT = "We choose to go on, all of us together"
@@ -57,7 +57,7 @@ def test_a_seed_repeats_the_text_and_options_change_it(folder):
 def test_the_newest_complete_checkpoint_of_a_run_is_taken(model, folder, tmp_path):
     other = tiny_model("nsa", "sliding_attention", vocab_size=259, seed=9).float()
     for step, saved in ((5, other), (10, model), (15, other)):
-        save_checkpoint(tmp_path / "checkpoints", step, model=saved, tokenizer=ByteTokenizer(), trainer={}, keep=9)
+        save_model(tmp_path / "checkpoints", step, saved)
     (tmp_path / "checkpoints" / "step_000015" / "model.safetensors").write_bytes(b"cut off")
     assert text(tmp_path, greedy=True) == text(folder, greedy=True)
 

@@ -66,8 +66,33 @@ def test_an_existing_run_is_refused_with_the_remedy(tiny_config: Path, capsys: p
     assert list(folder.iterdir()) == []
 
 
+def test_preflight_refuses_with_all_reasons_and_how_to_override_them(
+    tiny_config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wrong = ["--train.steps", "6000", "--train.checkpoint_every_steps", "0", "--optim.lr", "1"]
+    assert main(["train", str(tiny_config), *wrong]) == 2
+    message = capsys.readouterr().err
+    assert "error   no-checkpoints: 6,000 steps" in message
+    assert "--preflight.allow no-checkpoints learning-rate" in message
+    assert not (tiny_config.parent / "runs").exists()
+
+
+def test_an_override_of_preflight_is_written_into_every_artifact(
+    tiny_config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", str(tiny_config), "--optim.lr", "0.5", "--preflight.allow", "learning-rate"]) == 0
+    folder = tiny_config.parent / "runs" / "tiny"
+    assert "allowed learning-rate: optim.lr 0.5" in capsys.readouterr().out
+    assert yaml.safe_load((folder / "config.yaml").read_text())["preflight"] == {"allow": ["learning-rate"]}
+    assert json.loads((folder / "status.json").read_text())["preflight_overridden"] == ["learning-rate"]
+    found = json.loads((folder / "preflight.json").read_text())["findings"]
+    assert [(f["code"], f["level"], f["allowed"]) for f in found] == [("learning-rate", "error", True)]
+    assert "**Preflight was overridden: learning-rate**" in (folder / "report.md").read_text()
+
+
 def test_a_failed_guard_ends_with_code_1(tiny_config: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["train", str(tiny_config), "--guards.entropy_floor_nats", "100"]) == 1
+    floor = ["--guards.entropy_floor_nats", "100", "--preflight.allow", "entropy-floor"]
+    assert main(["train", str(tiny_config), *floor]) == 1
     assert "below the data's floor of 100" in capsys.readouterr().err
     status = json.loads((tiny_config.parent / "runs" / "tiny" / "status.json").read_text())
     assert status["state"] == "failed"

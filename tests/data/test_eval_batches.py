@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from nsa.data import ByteTokenizer, DataConfig, DataError, Documents, build_eval_batches
-from nsa.data.loader import EvalBatches
+from nsa.data.eval_batches import EvalBatches
 
 LENGTHS = [1, 45, 2, 7, 130, 8, 0, 61]
 SIZES = {"sequence_length": 8, "rows_per_batch": 3}

@@ -10,7 +10,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from nsa.data import Batch, ByteTokenizer, DataConfig, DataError, Documents, TrainLoader, build_train_loader
+from nsa.data import (
+    Batch,
+    ByteTokenizer,
+    ChosenDocuments,
+    DataConfig,
+    DataError,
+    Documents,
+    TrainLoader,
+    build_train_loader,
+)
 
 LENGTHS = [1, 45, 2, 7, 130, 8, 16, 0, 61, 3, 24, 33, 5, 9, 200, 12] * 3
 SIZES = {"sequence_length": 8, "rows_per_batch": 2, "seed": 3}
@@ -22,7 +31,8 @@ def make_loader(counting_documents, counting_tokenizer):
     def build(lengths=LENGTHS, documents=None, **options) -> TrainLoader:
         source = counting_documents(lengths)
         documents = range(len(lengths)) if documents is None else documents
-        return TrainLoader(source, list(documents), tokenizer=counting_tokenizer, **{**SIZES, **options})
+        chosen = ChosenDocuments(source, list(documents))
+        return TrainLoader(chosen, tokenizer=counting_tokenizer, **{**SIZES, **options})
 
     return build
 
@@ -196,7 +206,9 @@ def test_a_window_holds_no_more_documents_than_it_needs(counting_documents, coun
             return super().text(index)
 
     source = Recording([str(index) for index in range(1000)], [f"{index} 50" for index in range(1000)])
-    loader = TrainLoader(source, range(1000), tokenizer=counting_tokenizer, **SIZES, window_tokens=1000)
+    loader = TrainLoader(
+        ChosenDocuments(source, range(1000)), tokenizer=counting_tokenizer, **SIZES, window_tokens=1000
+    )
     read.clear()
     loader.load_state_dict(loader.state_dict())
     assert not read

@@ -102,3 +102,21 @@ def test_held_out_documents_are_the_named_ones() -> None:
     held_out = build_eval_batches(config, tokenizer=ByteTokenizer(), sequence_length=256, rows_per_batch=4)
     assert held_out.document_names
     assert all(name.startswith(("1790", "1934")) for name in held_out.document_names)
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 5])
+def test_ranks_score_each_batch_once_and_equally_many(world_size: int) -> None:
+    held_out = batches(["the state of the union " * 4], sequence_length=8, rows_per_batch=3)
+    assert sum(1 for _ in held_out) == 4
+    table = torch.randn(VOCABULARY, VOCABULARY)
+    shares, calls = [], []
+    for rank in range(world_size):
+        model = TableModel(table)
+        options = {"device": CPU, "num_bytes": 1, "rank": rank, "world_size": world_size}
+        evaluate(model, held_out, **options, total=lambda sums: shares.append(sums) or torch.ones(2))
+        calls.append(len(model.calls))
+    whole = evaluate(TableModel(table), held_out, device=CPU, num_bytes=1)
+    nats, tokens = torch.stack(shares).sum(0).tolist()
+    assert tokens == whole.num_tokens
+    assert nats == pytest.approx(whole.sum_nats, rel=1e-12)
+    assert len(set(calls)) == 1

@@ -140,13 +140,12 @@ def test_every_operator_passes_opcheck():
     torch.library.opcheck(ops.mean_pool.default, (k, None, shape, count, "triton"))
     k_cmp, v_cmp = (ops.mean_pool(x, None, shape, count, "triton").detach().requires_grad_() for x in (k, v))
     torch.library.opcheck(ops.compressed_attention.default, (q, k_cmp, v_cmp, *tail))
-    out, lse = ops.compressed_attention(q, k_cmp, v_cmp, *tail)
+    _, lse = ops.compressed_attention(q, k_cmp, v_cmp, *tail)
     torch.library.opcheck(ops.select_blocks.default, (q.detach(), k_cmp.detach(), lse.detach(), *tail))
     blocks = ops.select_blocks(q.detach(), k_cmp.detach(), lse.detach(), *tail)
     torch.library.opcheck(ops.selected_attention.default, (q, k, v, blocks, *tail))
     torch.library.opcheck(ops.window_attention.default, (q, k, v, None, shape, 0, 0, 0.125, "triton"))
-    branches = [out.detach().clone().requires_grad_() for _ in range(3)]
-    torch.library.opcheck(ops.combine.default, (*branches, gates, "triton"))
+    torch.library.opcheck(ops.attention.default, (q, k, v, k_cmp, v_cmp, k, v, gates, None, shape, 0.125, "triton"))
 
 
 def test_new_lengths_do_not_compile_new_kernels():

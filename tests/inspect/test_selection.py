@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from nsa import BlockGeometry, NSAAttention
-from nsa.inspect import record_selection, selected_tokens, selection_record, selection_statistics
+from nsa.inspect import pool_selection, record_selection, selected_tokens, selection_record, selection_statistics
 from tiny_models import tiny_model
 
 GEOMETRY = BlockGeometry(8, 4, 16, 4, window_size=20)
@@ -107,6 +107,7 @@ def test_statistics_equal_what_counting_gives(recorded):
     for distance in distances:
         histogram[next(n for n, top in zip(histogram, (0, 1, 3, 7), strict=True) if distance <= top)] += 1
     assert statistics.distance_histogram == histogram
+    assert statistics.mean_distance_blocks == pytest.approx(sum(distances) / len(distances))
 
 
 def test_the_share_of_chosen_blocks_counts_free_choices_only():
@@ -120,3 +121,12 @@ def test_the_share_of_chosen_blocks_counts_free_choices_only():
 def test_statistics_of_nothing_are_refused():
     with pytest.raises(ValueError, match="at least one query"):
         selection_statistics(torch.zeros(1, 0, 2, 4, dtype=torch.int32), GEOMETRY)
+
+
+def test_pooled_layers_are_the_statistics_of_all_their_rows(recorded):
+    pooled = pool_selection([selection_statistics(blocks, GEOMETRY) for blocks in recorded.values()])
+    together = selection_statistics(torch.cat(list(recorded.values())), GEOMETRY)
+    for name in ("num_rows", "max_selected_tokens", "distance_histogram"):
+        assert getattr(pooled, name) == getattr(together, name), name
+    for name in ("mean_selected_tokens", "share_at_maximum", "mean_coverage", "mean_distance_blocks"):
+        assert getattr(pooled, name) == pytest.approx(getattr(together, name)), name

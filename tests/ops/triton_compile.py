@@ -18,7 +18,7 @@ from triton.runtime.jit import JITFunction
 
 from nsa.geometry import BlockGeometry
 from nsa.ops import triton as backend
-from nsa.ops.triton import common, dense_bwd, dense_fwd, score_topk, select_bwd, select_fwd
+from nsa.ops.triton import common, dense_bwd, dense_fwd, forced, score_topk, select_bwd, select_fwd, select_union
 
 
 class NoGpuDriver:
@@ -50,7 +50,7 @@ def compile_only(architecture: int) -> list[tuple[str, Any]]:
         kernels.append((self.__name__, launch(self, *args, grid=grid, warmup=True, **options)))
 
     JITFunction.run = run
-    for module in (dense_fwd, dense_bwd, score_topk, select_fwd, select_bwd):
+    for module in (dense_fwd, dense_bwd, forced, score_topk, select_fwd, select_bwd, select_union):
         module.has_large_shared_memory = lambda x: architecture >= 90
     common.is_hopper = lambda x: architecture == 90
     return kernels
@@ -71,9 +71,12 @@ def launch_all(dtype: torch.dtype, group_size: int, head_dim: int, packed: bool)
     backend.selected_attention_backward(out, lse, q, k, k, out, lse, blocks, *tail, 0, 1.0)
     out, lse = backend.window_attention_forward(q, k, k, *tail, 0, 0, 1.0)
     backend.window_attention_backward(out, lse, q, k, k, out, lse, *tail, 0, 0, 1.0)
-    gates = q[..., :3].contiguous()
-    backend.combine_backward(out, out, out, out, gates)
-    backend.combine_forward(out, out, out, gates)
+    tensors = (q, k, k, k_cmp, k_cmp, k, k, q[..., :3].contiguous())
+    whole = (cu, geometry.as_tuple(), 1.0)
+    for union in (False, True):
+        backend._union_pays = lambda *_, union=union: union
+        out, *saved = backend.attention_forward(*tensors, *whole)
+        backend.attention_backward(out, *tensors, *saved, *whole)
 
 
 if __name__ == "__main__":

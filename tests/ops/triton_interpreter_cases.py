@@ -19,33 +19,37 @@ from nsa.ops import reference, triton as backend
 from nsa.ops.triton import score_topk, select_bwd, select_fwd
 
 SMALL = BlockGeometry(8, 4, 16, 4, 1, 2, 24)
+NAMES = ("q", "k", "v", "k_cmp", "v_cmp", "k_win", "v_win", "gates")
 WIDE = BlockGeometry(8, 4, 16, 4, 1, 2, 60)
 LONG = BlockGeometry(16, 16, 144, 2, 0, 1, 9)
 
 # name -> batch, tokens, heads, groups, Dk, Dv, geometry, document bounds, q_start, k_start, dtype, stages
 CASES = {
-    "three heads a group, batch of two, Dk != Dv": (2, 41, 3, 1, 16, 32, SMALL, None, 0, 0, "float32", "pcws"),
-    "packed, empty and short documents": (1, 52, 4, 2, 16, 16, SMALL, [0, 0, 25, 25, 28, 52], 0, 0, "float32", "pcws"),
-    "rows after the last document": (1, 30, 2, 1, 16, 16, SMALL, [0, 19], 0, 0, "float32", "cws"),
-    "whole tiles after the last document": (1, 150, 2, 1, 16, 16, WIDE, [0, 19], 0, 0, "float32", "cw"),
+    "three heads a group, batch of two, Dk != Dv": (2, 41, 3, 1, 16, 32, SMALL, None, 0, 0, "float32", "pcwsau"),
+    "packed, empty and short documents": (1, 52, 4, 2, 16, 16, SMALL, [0, 0, 25, 25, 28, 52], 0, 0, "float32",
+                                          "pcwsau"),
+    "rows after the last document": (1, 30, 2, 1, 16, 16, SMALL, [0, 19], 0, 0, "float32", "cwsa"),
+    "whole tiles after the last document": (1, 150, 2, 1, 16, 16, WIDE, [0, 19], 0, 0, "float32", "cwa"),
     "chunk of a prefill": (1, 14, 2, 2, 16, 16, SMALL, None, 37, 11, "float32", "cws"),
-    "one token": (1, 1, 2, 1, 16, 16, SMALL, None, 0, 0, "float32", "pcws"),
-    "no token": (1, 0, 2, 1, 16, 16, SMALL, None, 0, 0, "float32", "pcws"),
-    "head size that fits no tile, fp16": (1, 33, 2, 1, 20, 12, SMALL, None, 0, 0, "float16", "cws"),
-    "long selection blocks in parts": (1, 150, 1, 1, 16, 16, LONG, None, 0, 0, "float32", "s"),
+    "one token": (1, 1, 2, 1, 16, 16, SMALL, None, 0, 0, "float32", "pcwsau"),
+    "no token": (1, 0, 2, 1, 16, 16, SMALL, None, 0, 0, "float32", "pcwsau"),
+    "head size that fits no tile, fp16": (1, 33, 2, 1, 20, 12, SMALL, None, 0, 0, "float16", "cwsa"),
+    "long selection blocks in parts": (1, 150, 1, 1, 16, 16, LONG, None, 0, 0, "float32", "sau"),
     "long stencil": (1, 60, 1, 1, 16, 16, BlockGeometry(24, 4, 8, 5, 1, 1, 7), None, 0, 0, "float32", "s"),
+    "forced blocks only": (1, 60, 2, 1, 16, 16, BlockGeometry(8, 4, 16, 3, 1, 2, 24), None, 0, 0, "float32", "sa"),
     "choice in many chunks": (1, 110, 1, 1, 16, 16, BlockGeometry(4, 2, 4, 5, 1, 2, 4), None, 0, 0, "float32", "t"),
     "equal scores": (1, 100, 2, 1, 16, 16, SMALL, None, 0, 0, "float32", "et"),
-    "scratch for few tokens": (1, 140, 1, 1, 16, 16, SMALL, None, 0, 0, "float32", "sk"),
+    "scratch for few tokens": (1, 140, 1, 1, 16, 16, SMALL, None, 0, 0, "float32", "ska"),
 }  # fmt: skip
 
 
-def relative_error(x: Tensor, expected: Tensor) -> float:
+def relative_error(x: Tensor, expected: Tensor, least: float = 1e-30) -> float:
+    """The error's norm over that of what is expected, or over `least` where that may be zero."""
     x, expected = x.double(), expected.double()
     finite = torch.isfinite(expected)
     if not torch.equal(torch.isfinite(x), finite):
         return float("inf")
-    return float((x - expected)[finite].norm() / (expected[finite].norm() + 1e-30))
+    return float((x - expected)[finite].norm() / expected[finite].norm().clamp(min=least))
 
 
 class Case:
@@ -114,14 +118,49 @@ class Case:
         if "w" in stages:
             window = (self.q, self.k[:, self.k_start :], self.v[:, self.k_start :])
             self.attention("window_attention", window, (), (self.q_start, self.k_start, self.scale))
-        if "s" in stages or "t" in stages:
+        if {"s", "t", "a"} & set(stages):
             self.choice(limit="t" in stages)
         if "s" in stages:
             if "k" in stages:
                 select_fwd.select_forward = partial(select_fwd.select_forward, scratch_bytes=1)
                 select_bwd.select_backward = partial(select_bwd.select_backward, scratch_bytes=1)
             self.attention("selected_attention", (self.q, self.k, self.v), (self.blocks,), (self.q_start, self.scale))
+        if "a" in stages:
+            self.whole("whole", union=False)
+        if "u" in stages:
+            self.whole("union", union=True)
         return self.errors
+
+    def whole(self, name: str, union: bool) -> None:
+        """Compare the whole operator with its stages by the reference, for gates of either sign."""
+        backend._union_pays = lambda *_: union
+        gates = self.draw(*self.q.shape[:3], 3)
+        keys = (self.k, self.v, self.k_cmp, self.v_cmp, self.draw(*self.k.shape), self.draw(*self.v.shape))
+        inputs = (self.q, *keys, gates)
+        lengths = [min(x.shape[1], self.used) if x.shape[1] == self.q.shape[1] else x.shape[1] for x in inputs]
+        exact = [x[:, :length].double().requires_grad_() for x, length in zip(inputs, lengths, strict=True)]
+        q, k, v, k_cmp, v_cmp, k_win, v_win, g = exact
+        tail = (self.geometry, self.cu, 0)
+        branches = (
+            reference.compressed_attention(q, k_cmp, v_cmp, *tail, self.scale)[0],
+            reference.selected_attention(q, k, v, self.blocks[:, : self.used], *tail, self.scale)[0],
+            reference.window_attention(q, k_win, v_win, *tail, 0, self.scale)[0],
+        )
+        expected = sum(g[..., i, None] * branch for i, branch in enumerate(branches))
+        constants = (self.cu, self.geometry.as_tuple(), self.scale)
+        out, *saved = backend.attention_forward(*inputs, *constants)
+        self.errors[name] = relative_error(out[:, : self.used], expected)
+        self.errors[f"{name} blocks"] = float((saved[-1] != self.blocks).sum())
+        dout = self.draw(*out.shape)
+        grads = backend.attention_backward(dout, *inputs, *saved, *constants)
+        wanted = torch.autograd.grad(
+            expected, exact, dout[:, : self.used].double(), allow_unused=True, materialize_grads=True
+        )
+        outside = [out[:, self.used :].abs().sum()]
+        for tensor, x, y, length in zip(NAMES, grads, wanted, lengths, strict=True):
+            self.errors[f"{name} d{tensor}"] = relative_error(x[:, :length], y, least=1.0)
+            outside.append(x[:, length:].abs().sum())
+        self.errors[f"{name} outside"] = float(sum(outside))
 
     def choice(self, limit: bool) -> None:
         """Compare the chosen blocks; with `limit`, in chunks of few candidates and of few tokens."""

@@ -1,84 +1,87 @@
-"""Checkpoints are whole or absent, the newest are kept, and a damaged one is passed over."""
+"""Folders of checkpoints are whole or absent, the right ones are kept, and damage is found and named."""
 
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
-import torch
-from transformers import AutoModelForCausalLM
 
-import nsa.hf  # noqa: F401  (registers the model)
-from nsa.data.tokenizers import ByteTokenizer, load_tokenizer
-from nsa.train.checkpoint import complete_checkpoints, newest_checkpoint, save_checkpoint
-from nsa.train.model import build_model
+from nsa.train import checkpoint as module
+from nsa.train.checkpoint import complete_checkpoints, damage, newest_checkpoint, remove_parts, step_folders
+from nsa.train.checkpoint_load import choose_checkpoint
+from saved_runs import write_files
 
 
-class FakeModel:
-    """Stands in where the weights do not matter."""
-
-    def save_pretrained(self, folder: str) -> None:
-        (Path(folder) / "model.safetensors").write_text("weights")
-
-
-class FailingModel:
-    """Fails half-way through its files."""
-
-    def save_pretrained(self, folder: str) -> None:
-        (Path(folder) / "model.safetensors").write_text("wei")
-        raise OSError("No space left on device")
-
-
-class FakeTokenizer:
-    def save(self, folder: Path) -> None:
-        (folder / "tokenizer.json").write_text("{}")
-
-
-def save(run: Path, step: int, model: object = None, keep: int = 2) -> Path:
-    return save_checkpoint(
-        run / "checkpoints",
-        step,
-        model=model or FakeModel(),  # pyright: ignore[reportArgumentType]
-        tokenizer=FakeTokenizer(),
-        trainer={"tokens": step * 10},
-        keep=keep,
-    )
+def names(checkpoints: Path) -> list[str]:
+    return sorted(path.name for path in checkpoints.iterdir())
 
 
 def test_the_newest_are_kept_and_latest_points_at_the_last(tmp_path: Path) -> None:
     for step in (5, 10, 20):
-        save(tmp_path, step)
-    names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
-    assert names == ["latest", "step_000010", "step_000020"]
+        write_files(tmp_path / "checkpoints", step)
+    assert names(tmp_path / "checkpoints") == ["latest", "step_000010", "step_000020"]
     assert (tmp_path / "checkpoints" / "latest").resolve().name == "step_000020"
     assert newest_checkpoint(tmp_path).name == "step_000020"
-    assert json.loads((newest_checkpoint(tmp_path) / "trainer.json").read_text()) == {"step": 20, "tokens": 200}
+
+
+def test_milestones_stay_beyond_the_newest(tmp_path: Path) -> None:
+    for step in range(10, 80, 10):
+        write_files(tmp_path, step, keep=1, keep_every_steps=30)
+    assert [path.name for path in complete_checkpoints(tmp_path)] == ["step_000030", "step_000060", "step_000070"]
 
 
 def test_steps_are_ordered_as_numbers(tmp_path: Path) -> None:
     for step in (999_999, 1_000_000):
-        save(tmp_path, step)
+        write_files(tmp_path / "checkpoints", step)
     assert newest_checkpoint(tmp_path).name == "step_1000000"
 
 
-def test_a_failed_save_leaves_the_checkpoint_before_it(tmp_path: Path) -> None:
-    save(tmp_path, 5)
-    with pytest.raises(OSError, match="No space left"):
-        save(tmp_path, 10, FailingModel())
-    assert [path.name for path in complete_checkpoints(tmp_path / "checkpoints")] == ["step_000005"]
-    assert (tmp_path / "checkpoints" / "latest").resolve().name == "step_000005"
-    assert save(tmp_path, 10).name == "step_000010"
+def test_a_checkpoint_of_the_same_step_is_replaced(tmp_path: Path) -> None:
+    first = write_files(tmp_path, 5)
+    (first / "model.safetensors").write_text("damaged")
+    assert damage(write_files(tmp_path, 5)) is None
+    assert names(tmp_path) == ["latest", "step_000005"]
 
 
-@pytest.mark.parametrize("damage", ["shorter", "missing", "unlisted"])
-def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path, damage: str) -> None:
-    save(tmp_path, 5)
-    newest = save(tmp_path, 10)
-    if damage == "shorter":
+@pytest.mark.parametrize("at", ["listing", "rename", "pointer", "removal"])
+def test_a_commit_that_is_cut_off_leaves_whole_checkpoints_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str
+) -> None:
+    write_files(tmp_path, 5, keep=1)
+    broken = {
+        "listing": (module, "write_json"),
+        "rename": (os, "replace"),
+        "pointer": (module, "_point"),
+        "removal": (module.shutil, "rmtree"),
+    }[at]
+
+    def cut_off(*args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(*broken, cut_off)
+        with pytest.raises(KeyboardInterrupt):
+            write_files(tmp_path, 10, keep=1)
+    whole = [path.name for path in complete_checkpoints(tmp_path)]
+    assert whole == {"pointer": ["step_000005", "step_000010"], "removal": ["step_000010"]}.get(at, ["step_000005"])
+    remove_parts(tmp_path)
+    assert not [name for name in names(tmp_path) if name.endswith(".part")]
+    write_files(tmp_path, 15, keep=1)
+    assert names(tmp_path) == ["latest", "step_000015"]
+
+
+@pytest.mark.parametrize("kind", ["shorter", "missing", "unlisted", "unreadable"])
+def test_a_checkpoint_that_is_not_whole_is_passed_over(tmp_path: Path, kind: str) -> None:
+    write_files(tmp_path / "checkpoints", 5)
+    newest = write_files(tmp_path / "checkpoints", 10)
+    if kind == "shorter":
         (newest / "model.safetensors").write_text("weigh")
+    elif kind == "unreadable":
+        (newest / "complete.json").write_text('{"files": {"model')
     else:
-        (newest / ("model.safetensors" if damage == "missing" else "complete.json")).unlink()
+        (newest / ("model.safetensors" if kind == "missing" else "complete.json")).unlink()
     assert newest_checkpoint(tmp_path).name == "step_000005"
 
 
@@ -87,9 +90,45 @@ def test_a_folder_without_a_checkpoint_is_an_error(tmp_path: Path) -> None:
         newest_checkpoint(tmp_path)
 
 
-def test_a_checkpoint_loads_as_a_transformers_model_with_its_tokenizer(tmp_path: Path, tiny) -> None:
-    model = build_model(tiny(), vocab_size=259, eos_token_id=257)
-    path = save_checkpoint(tmp_path, 3, model=model, tokenizer=ByteTokenizer(), trainer={}, keep=1)
-    loaded = AutoModelForCausalLM.from_pretrained(path)
-    ids = torch.tensor([load_tokenizer(path).encode("the state of the union")])
-    assert torch.equal(loaded(ids).logits, model.eval()(ids).logits)
+def test_a_flipped_bit_is_found_named_and_put_aside(tmp_path: Path) -> None:
+    write_files(tmp_path, 5, keep=9)
+    newest = write_files(tmp_path, 10, keep=9)
+    (newest / "model.safetensors").write_text("weighds")
+    assert damage(newest, contents=False) is None
+    assert f"{newest / 'model.safetensors'} is not what was written" in str(damage(newest))
+    chosen, notes = choose_checkpoint(tmp_path)
+    assert chosen == tmp_path / "step_000005"
+    assert len(notes) == 1
+    assert str(newest / "model.safetensors") in notes[0]
+    assert "damaged_step_000010" in notes[0]
+    assert [path.name for path in step_folders(tmp_path)] == ["step_000005"]
+    assert (tmp_path / "damaged_step_000010" / "model.safetensors").is_file()
+
+
+def test_damage_of_the_same_step_twice_keeps_both_folders(tmp_path: Path) -> None:
+    write_files(tmp_path, 5, keep=9)
+    for _ in range(2):
+        (write_files(tmp_path, 10, keep=9) / "complete.json").unlink()
+        choose_checkpoint(tmp_path)
+    assert {"damaged_step_000010", "damaged_step_000010_2"} < set(names(tmp_path))
+
+
+def test_nothing_is_touched_where_every_checkpoint_is_damaged(tmp_path: Path) -> None:
+    for step in (5, 10):
+        (write_files(tmp_path, step, keep=9) / "state" / ".metadata").unlink()
+    before = names(tmp_path)
+    with pytest.raises(ValueError, match=r"every checkpoint in .* is damaged: .*step_000010.*step_000005"):
+        choose_checkpoint(tmp_path)
+    assert names(tmp_path) == before
+    assert choose_checkpoint(tmp_path / "absent") == (None, [])
+
+
+def test_a_folder_with_a_model_alone_cannot_be_resumed(tmp_path: Path) -> None:
+    checkpoint = write_files(tmp_path, 5)
+    (checkpoint / "state" / ".metadata").unlink()
+    listing = json.loads((checkpoint / "complete.json").read_text())
+    del listing["files"]["state/.metadata"]
+    (checkpoint / "complete.json").write_text(json.dumps(listing))
+    assert complete_checkpoints(tmp_path) == [checkpoint]
+    with pytest.raises(ValueError, match="no state of training"):
+        choose_checkpoint(tmp_path)

@@ -67,3 +67,32 @@ def test_a_file_that_is_no_such_table_is_named_with_its_line(tmp_path: Path) -> 
     path.write_text(header + "1,2.0\n")
     with pytest.raises(ValueError, match=r"line 2 has 2 cells, not 4"):
         read_csv(path, VALIDATION_COLUMNS)
+
+
+def test_a_table_goes_on_after_a_step_and_what_came_later_is_gone(tmp_path: Path) -> None:
+    path = tmp_path / "training.csv"
+    with CsvWriter(path, TRAINING_COLUMNS) as writer:
+        for step in (1, 2, 3, 4):
+            writer.write(**{**ROW, "step": step})
+    before = path.read_text().splitlines()
+    with path.open("a") as other:
+        other.write("5,20")
+    with CsvWriter(path, TRAINING_COLUMNS, resume_step=2) as writer:
+        writer.write(**{**ROW, "step": 3, "loss": 1.5})
+    assert path.read_text().splitlines()[:3] == before[:3]
+    assert [(row["step"], row["loss"]) for row in read_csv(path, TRAINING_COLUMNS)] == [
+        (1, 0.30000000000000004),
+        (2, 0.30000000000000004),
+        (3, 1.5),
+    ]
+
+
+def test_a_table_that_is_not_there_yet_begins_and_a_damaged_one_is_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "val.csv"
+    with CsvWriter(path, VALIDATION_COLUMNS, resume_step=7) as writer:
+        writer.write(step=8, val_loss=1.0, val_ppl=2.0, val_bits_per_byte=3.0)
+    assert [row["step"] for row in read_csv(path, VALIDATION_COLUMNS)] == [8]
+    path.write_text("step,loss\n8,1.0\n")
+    with pytest.raises(ValueError, match="must begin with the header"):
+        CsvWriter(path, VALIDATION_COLUMNS, resume_step=7)
+    assert path.read_text() == "step,loss\n8,1.0\n"

@@ -6,15 +6,19 @@ import csv
 import io
 import json
 import math
+import struct
+import time
 from pathlib import Path
 
 import pytest
 from rich.console import Console
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from nsa.train.observe.compare import COMPARISON_COLUMNS, compare_runs
-from nsa.train.observe.csv_log import TRAINING_COLUMNS, VALIDATION_COLUMNS, CsvWriter
-from nsa.train.observe.curves import draw_curves, running_mean
+from nsa.train.observe.csv_log import HEALTH_COLUMNS, TRAINING_COLUMNS, VALIDATION_COLUMNS, CsvWriter, read_csv
+from nsa.train.observe.curves import column, draw_curves, running_mean
 from nsa.train.observe.progress import Progress, log_line, percentiles_ms
+from nsa.train.observe.recorder import EvalRecord, Recorder, StepRecord
 from nsa.train.run_folder import RunFolder
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -114,3 +118,49 @@ def test_curves_are_drawn_from_the_tables_also_of_a_run_without_steps(tmp_path: 
         folder = RunFolder(write_run(tmp_path / name, losses))
         draw_curves(folder, folder.curves_png)
         assert folder.curves_png.read_bytes().startswith(PNG)
+
+
+def test_a_recorder_that_resumes_continues_tables_and_tensorboard_after_the_step(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    values = {
+        "tokens": 1,
+        "lr": 1e-3,
+        "grad_norm": 1.0,
+        "tokens_per_s": 1.0,
+        "mfu": None,
+        "step_s": 1.0,
+        "fetch_s": 0.0,
+    }
+    options = {"num_steps": 9, "log_every_steps": 100}
+    with Recorder(folder, **options) as recorder:
+        recorder.evaluation(EvalRecord(0, 5.0, 1.0, 1.0))
+        for step in range(1, 6):
+            recorder.step(StepRecord(step=step, loss=float(step), **values), [0.0])
+        recorder.evaluation(EvalRecord(5, 4.0, 1.0, 1.0))
+    time.sleep(1.0)  # TensorBoard orders event files by the second in their names
+    with Recorder(folder, **options, resume_step=3) as recorder:
+        recorder.step(StepRecord(step=4, loss=40.0, **values), [0.0])
+    assert column(read_csv(folder.training_csv, TRAINING_COLUMNS), "loss") == [1.0, 2.0, 3.0, 40.0]
+    assert [row["step"] for row in read_csv(folder.val_csv, VALIDATION_COLUMNS)] == [0]
+    board = EventAccumulator(str(folder.tensorboard))
+    board.Reload()
+    assert [(event.step, event.value) for event in board.Scalars("train/loss")] == [(1, 1), (2, 2), (3, 3), (4, 40)]
+
+
+def test_gates_are_drawn_below_the_losses_where_they_were_measured(tmp_path: Path) -> None:
+    folder = RunFolder(write_run(tmp_path / "run", [5.0, 2.0, 1.5]))
+    draw_curves(folder, folder.curves_png)
+    without = png_size(folder.curves_png)
+    with CsvWriter(folder.health_csv, HEALTH_COLUMNS) as writer:
+        for step in (1, 2):
+            for layer in (0, 3):
+                writer.write(
+                    **{**dict.fromkeys(HEALTH_COLUMNS, 0.5), "step": step, "layer": layer, "max_selected_tokens": 9}
+                )
+    draw_curves(folder, folder.curves_png)
+    assert png_size(folder.curves_png)[1] > without[1]
+
+
+def png_size(path: Path) -> tuple[int, int]:
+    """Width and height of a PNG in pixels."""
+    return struct.unpack(">II", path.read_bytes()[16:24])

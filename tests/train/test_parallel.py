@@ -63,5 +63,5 @@ def test_one_process_needs_no_group() -> None:
 
 def test_several_processes_need_a_way_to_share(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="train.parallel is 'none' but torchrun started 2 processes"):
+    with pytest.raises(ValueError, match=r"train\.parallel is 'none' but torchrun started 2 processes"):
         setup_parallel("cpu", "none").__enter__()

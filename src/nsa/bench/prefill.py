@@ -2,9 +2,11 @@
 
     nsa bench prefill --lengths 1024 8192 --out benchmarks/results/prefill_cpu.csv
 
-NSA is the whole operator, mean pooling of keys and values included. Dense is `scaled_dot_product_attention` with keys
-and values already repeated for all query heads, its best case. The two take turns. Peak memory is what a forward and
-backward needs beyond its inputs, measured in a process of its own (on the CPU from the kernel's high-water mark).
+NSA is the whole operator; mean pooling of keys and values is included unless `--no_pool`. Dense is
+`scaled_dot_product_attention` with keys and values already repeated for all query heads, its best case. The two take
+turns. Peak memory is what a forward and backward needs beyond its inputs, measured in a process of its own (on the CPU
+from the kernel's high-water mark). `--alike 64` averages queries and keys over neighbouring tokens, so that neighbours
+choose alike, as in trained models. Beside the CSV goes a picture of the times and of how many times faster NSA is.
 
 CSV columns: `length` tokens; `nsa_forward_ms`, `nsa_backward_ms`, `nsa_total_ms` and likewise `dense_`; `speedup` is
 dense total over NSA total; `nsa_peak_gib`, `dense_peak_gib`; then forward and backward of each stage alone. What was
@@ -15,7 +17,7 @@ from __future__ import annotations
 
 import multiprocessing
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -24,6 +26,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -71,6 +74,10 @@ class PrefillBench:
     """Where to run."""
     backend: str = "auto"
     """Implementation of the NSA operator."""
+    pool: bool = True
+    """Count mean pooling in NSA's times; without, compressed keys and values are inputs."""
+    alike: int = 1
+    """Average queries and keys over this many tokens up to each; 1 leaves them random."""
     dense: bool = True
     """Measure dense attention too."""
     dense_backend: Literal["auto", "flash", "cudnn", "efficient", "math"] = "auto"
@@ -117,8 +124,8 @@ def measure_prefill(bench: PrefillBench) -> list[PrefillRow]:
         ValueError: no lengths, a size below 1, or sizes that the operator refuses.
     """
     sizes = (*bench.lengths, bench.batch, bench.num_heads, bench.num_kv_heads, bench.head_dim, bench.value_head_dim)
-    if not bench.lengths or min(sizes) < 1:
-        raise ValueError(f"lengths and sizes must be at least 1, not {list(sizes)}")
+    if not bench.lengths or min(*sizes, bench.alike) < 1:
+        raise ValueError(f"lengths, sizes and alike must be at least 1, not {[*sizes, bench.alike]}")
     return [_measure(bench, length) for length in bench.lengths]
 
 
@@ -166,11 +173,15 @@ def nsa_steps(bench: PrefillBench, length: int) -> Steps:
     q, k, v, gates = _inputs(bench, length)
     geometry, backend = BlockGeometry(*bench.geometry), bench.backend
 
-    def forward() -> Any:
-        k_cmp, v_cmp = mean_pool(k, geometry, backend=backend), mean_pool(v, geometry, backend=backend)
-        return nsa_attention(q, k, v, k_cmp, v_cmp, gates, geometry, backend=backend)
+    def pooled() -> tuple[Tensor, Tensor]:
+        return mean_pool(k, geometry, backend=backend), mean_pool(v, geometry, backend=backend)
 
-    return forward_and_backward(forward, [q, k, v, gates])
+    given = None if bench.pool else tuple(x.detach().requires_grad_() for x in pooled())
+
+    def forward() -> Any:
+        return nsa_attention(q, k, v, *(given or pooled()), gates, geometry, backend=backend)
+
+    return forward_and_backward(forward, [q, k, v, gates, *(given or ())])
 
 
 def dense_steps(bench: PrefillBench, length: int) -> Steps:
@@ -240,11 +251,46 @@ def _inputs(bench: PrefillBench, length: int) -> tuple[Tensor, Tensor, Tensor, T
     """q, k, v and gates of NSA."""
     shape = (bench.batch, length)
     return (
-        _random(bench, *shape, bench.num_heads, bench.head_dim),
-        _random(bench, *shape, bench.num_kv_heads, bench.head_dim),
+        _neighbours(_random(bench, *shape, bench.num_heads, bench.head_dim), bench.alike),
+        _neighbours(_random(bench, *shape, bench.num_kv_heads, bench.head_dim), bench.alike),
         _random(bench, *shape, bench.num_kv_heads, bench.value_head_dim),
         _random(bench, *shape, bench.num_heads, 3),
     )
+
+
+def _neighbours(x: Tensor, count: int) -> Tensor:
+    """The mean of each token's vector and the `count` - 1 before it, at its old variance."""
+    if count == 1:
+        return x
+    sums = x.detach().double().cumsum(1)
+    sums[:, count:] -= sums[:, :-count].clone()
+    return (sums / count**0.5).to(x.dtype).requires_grad_()
+
+
+def draw(rows: Sequence[PrefillRow], bench: PrefillBench, path: Path) -> None:
+    """Milliseconds of both kinds of attention over length, and their ratio; writes a PNG."""
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    times, ratios = figure.subplots(1, 2)
+    lengths = [row.length for row in rows]
+    for name, style in (("forward", "-"), ("backward", "--")):
+        nsa = [getattr(row, f"nsa_{name}_ms") for row in rows]
+        times.plot(lengths, nsa, f"o{style}", color="tab:blue", label=f"NSA, {name}")
+        if bench.dense:
+            dense = [getattr(row, f"dense_{name}_ms") for row in rows]
+            times.plot(lengths, dense, f"o{style}", color="tab:gray", label=f"dense, {name}")
+            quotients = [x / y for x, y in zip(dense, nsa, strict=True)]
+            ratios.plot(lengths, quotients, f"o{style}", color="tab:blue", label=name)
+    times.set(xscale="log", yscale="log", xlabel="tokens", ylabel="ms")
+    ratios.set(xscale="log", xlabel="tokens", ylabel="times faster than dense")
+    ratios.axhline(1, color="tab:gray", linewidth=1)
+    for axes in (times, ratios):
+        axes.set_xticks(lengths, [f"{length // 1024}k" if length >= 1024 else str(length) for length in lengths])
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+        axes.legend()
+    heads = f"{bench.num_heads} query heads, {bench.num_kv_heads} KV heads, D {bench.head_dim}"
+    figure.suptitle(f"{heads}, {bench.dtype}, dense: {bench.dense_backend}, {bench.device}")
+    figure.savefig(path, dpi=120)
 
 
 def _random(bench: PrefillBench, *shape: int) -> Tensor:

@@ -19,9 +19,16 @@ EXIT_DONE, EXIT_FAILED, EXIT_USAGE, EXIT_STOPPED = 0, 1, 2, 3
 # Command name -> (module with `main`, one line of help).
 COMMANDS = {
     "train": ("nsa.cli.train", "train a model from a YAML config"),
+    "resume": ("nsa.cli.resume", "go on with a run from its newest whole checkpoint"),
+    "halt": ("nsa.cli.halt", "stop a run after its current step, with a checkpoint"),
+    "preflight": ("nsa.cli.preflight", "say what a run needs and what is wrong with it, before it starts"),
+    "doctor": ("nsa.cli.doctor", "say whether this machine can train and run models"),
+    "watch": ("nsa.cli.watch", "watch a run: a live table, alarms, stacks of a hung process, halt"),
+    "smoke": ("nsa.cli.smoke", "check everything from kernels to a resumed run, against a baseline"),
     "generate": ("nsa.cli.generate", "continue a text, printed as it is produced"),
     "inspect": ("nsa.cli.inspect", "show which blocks of a prompt each query selects"),
     "bench": ("nsa.cli.bench", "measure speed and memory on this machine"),
+    "data": ("nsa.cli.data", "check a config's data: run its loader alone, with timings"),
     "compare": ("nsa.cli.compare", "draw the loss curves of several runs into one picture and table"),
 }
 

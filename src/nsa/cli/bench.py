@@ -1,7 +1,7 @@
 """`nsa bench KIND ...`: measure, print a table, write a CSV with a JSON file of the circumstances beside it.
 
-A kind is one line in `KINDS` and one module in `nsa.bench` with a settings dataclass and a function from settings to
-rows. `nsa bench KIND --help` lists the settings.
+A kind is one line in `KINDS` and one module in `nsa.bench` with a settings dataclass, a function from settings to rows
+and, where there is a picture of them, `draw(rows, settings, path)`. `nsa bench KIND --help` lists the settings.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from nsa.cli import EXIT_DONE, EXIT_USAGE, fail
 KINDS = {
     "prefill": ("nsa.bench.prefill", "PrefillBench", "measure_prefill", "the operator against dense attention"),
     "decode": ("nsa.bench.decode", "DecodeBench", "measure_decode", "time for one token at growing context"),
+    "telemetry": ("nsa.bench.telemetry", "TelemetryBench", "measure_telemetry", "what a run's reports and guards cost"),
     "train": ("nsa.bench.train", "TrainBench", "measure_train", "whole training steps in tokens per second"),
 }
 
@@ -45,8 +46,13 @@ def main(arguments: Sequence[str]) -> int:
     try:
         device = torch.device(given.settings.device)
         rows = measure(given.settings)
+        if not rows:  # not rank 0
+            return EXIT_DONE
         out = given.out or Path(f"benchmarks/results/{kind}_{device.type}.csv")
         write_results(rows, out, given.settings, shlex.join(["nsa", "bench", *arguments]), device)
+        draw = getattr(importlib.import_module(KINDS[kind][0]), "draw", None)
+        if draw is not None:
+            draw(rows, given.settings, out.with_suffix(".png"))
     except (ValueError, OSError) as error:
         return fail("bench", error)
     print_table(rows, f"{kind} on {device.type}")
@@ -76,6 +82,6 @@ def arguments_of(settings_type: type) -> type:
 
 def usage() -> str:
     """The text of `nsa bench --help`."""
-    lines = [f"  {kind:<9}{summary}" for kind, (*_, summary) in KINDS.items()]
+    lines = [f"  {kind:<10}{summary}" for kind, (*_, summary) in KINDS.items()]
     head = "usage: nsa bench KIND ...\n\nMeasure on this machine, print a table, write a CSV.\n\nkinds:\n"
     return head + "\n".join(lines) + "\n\n`nsa bench KIND --help` lists the settings."

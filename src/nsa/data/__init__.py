@@ -1,28 +1,40 @@
 """Text to packed training rows and exact evaluation batches.
 
-Reading order: `config.py` (what can be set), `sources.py` and `heldout.py` (documents), `tokenizers.py`, `packing.py`
-(documents to rows), `loader.py` (the stream, and the two functions that build it).
+Reading order: `config.py` (what can be set), `sources.py` (documents, from files, the Hub or drawn), `heldout.py` and
+`corpus.py` (which of them are trained on), `tokenizers.py`, `packing.py` and `windows.py` (documents to rows),
+`loader.py` (the stream), `prefetch.py` (the stream made ahead). docs/data.md is the guide.
 """
 
 from nsa.data.config import DataConfig
-from nsa.data.errors import DataError
-from nsa.data.loader import EvalBatches, TrainLoader, build_eval_batches, build_train_loader
+from nsa.data.corpus import Corpus, open_corpus
+from nsa.data.documents import Documents, Source
+from nsa.data.errors import DataError, DataTimeoutError
+from nsa.data.eval_batches import EvalBatches
+from nsa.data.loader import TrainLoader, build_eval_batches, build_train_loader
 from nsa.data.packing import Batch
-from nsa.data.sources import Documents, Source, open_source
+from nsa.data.prefetch import Prefetcher, build_prefetcher
+from nsa.data.sources import open_source
 from nsa.data.tokenizers import ByteTokenizer, Tokenizer, load_tokenizer
+from nsa.data.windows import ChosenDocuments
 
 __all__ = [
     "Batch",
     "ByteTokenizer",
+    "ChosenDocuments",
+    "Corpus",
     "DataConfig",
     "DataError",
+    "DataTimeoutError",
     "Documents",
     "EvalBatches",
+    "Prefetcher",
     "Source",
     "Tokenizer",
     "TrainLoader",
     "build_eval_batches",
+    "build_prefetcher",
     "build_train_loader",
     "load_tokenizer",
+    "open_corpus",
     "open_source",
 ]

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatchcase
 
+from nsa.data.blocks import BlockSource
+from nsa.data.documents import Source
 from nsa.data.errors import DataError
-from nsa.data.sources import Source
+from nsa.data.progress import Progress
 
 
 def name_hash(name: str) -> float:
@@ -40,17 +42,60 @@ def split_documents(source: Source, heldout: float | Sequence[str]) -> tuple[lis
                 f'raise it, or split a text file into more documents (text_split "paragraphs")'
             )
     else:
-        chosen = set().union(*(_matches(pattern, names) for pattern in heldout))
+        held = _matching(names, heldout)
+        chosen = {index for index, name in enumerate(names) if name in held}
     if len(chosen) == len(names):
         raise DataError(f"data.heldout takes all {len(names)} documents and leaves none to train on; hold out fewer")
     return [index for index in range(len(names)) if index not in chosen], sorted(chosen)
 
 
-def _matches(pattern: str, names: Sequence[str]) -> set[int]:
-    """A name that is spelled out wins, so that names may hold the signs of a pattern."""
-    matches = {index for index, name in enumerate(names) if name == pattern}
-    matches = matches or {index for index, name in enumerate(names) if fnmatchcase(name, pattern)}
-    if not matches:
-        nearest = difflib.get_close_matches(pattern, names, n=3, cutoff=0.0)
-        raise DataError(f'held-out pattern "{pattern}" matches none of the {len(names)} documents; nearest: {nearest}')
-    return matches
+def heldout_rule(source: BlockSource, heldout: float | Sequence[str]) -> Callable[[str], bool]:
+    """Whether a document of a source that is not in memory is held out, by its name.
+
+    Names and patterns are looked up in all of the source's names once, so that one which matches nothing is an error.
+
+    Raises:
+        DataError: a pattern matches nothing, or the source is without end and cannot be searched.
+    """
+    if isinstance(heldout, float | int):
+        return lambda name: name_hash(name) < heldout
+    if not heldout:
+        return lambda name: False
+    if source.in_random_order:
+        raise DataError("drawn documents are without end and cannot be searched for names; give a fraction as heldout")
+    held = _matching(_all_names(source), heldout)
+    return lambda name: name in held
+
+
+def _all_names(source: BlockSource) -> Iterable[str]:
+    progress = Progress("looking for the held-out names", source.num_blocks)
+    for block in range(source.num_blocks):
+        yield from source.read_names(block)[1]
+        progress.reached(block + 1)
+
+
+def _matching(names: Iterable[str], patterns: Sequence[str]) -> set[str]:
+    """What the patterns choose; a name that is spelled out wins, so that names may hold the signs of a pattern."""
+    exact: set[str] = set()
+    matched: dict[str, set[str]] = {pattern: set() for pattern in patterns}
+    sample: list[str] = []
+    num_names = 0
+    for name in names:
+        num_names += 1
+        if name in matched:
+            exact.add(name)
+        for pattern in patterns:
+            if fnmatchcase(name, pattern):
+                matched[pattern].add(name)
+        if len(sample) < SAMPLED_NAMES:
+            sample.append(name)
+    for pattern in patterns:
+        if pattern not in exact and not matched[pattern]:
+            nearest = difflib.get_close_matches(pattern, sample, n=3, cutoff=0.0)
+            raise DataError(
+                f'held-out pattern "{pattern}" matches none of the {num_names} documents; nearest: {nearest}'
+            )
+    return exact.union(*(matched[pattern] for pattern in patterns if pattern not in exact))
+
+
+SAMPLED_NAMES = 10_000  # names that a pattern which matches nothing is compared with

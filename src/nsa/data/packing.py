@@ -115,3 +115,9 @@ class BatchBuilder:
             cu_seqlens=torch.tensor(self._bounds, dtype=torch.int32),
             document_ids=torch.from_numpy(self._document_ids),
         )
+
+
+def check_sizes(sequence_length: int, rows_per_batch: int) -> None:
+    """Raise `ValueError` for rows or batches without a token."""
+    if sequence_length < 1 or rows_per_batch < 1:
+        raise ValueError(f"sequence_length {sequence_length} and rows_per_batch {rows_per_batch} must be at least 1")

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from nsa.data.errors import DataError
+from nsa.data.hub import check_hub
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -228,7 +229,12 @@ def _from_hub(hub_name: str, name: str, problem: str) -> HuggingFaceTokenizer:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(hub_name)
-    except (OSError, ValueError) as error:
-        raise DataError(f"{problem}: {error}") from error
+        tokenizer = AutoTokenizer.from_pretrained(hub_name, local_files_only=True)
+    except (OSError, ValueError):
+        # Not downloaded before. transformers tries an unreachable Hub for most of a minute; one request tells at once.
+        try:
+            check_hub("model", hub_name)
+            tokenizer = AutoTokenizer.from_pretrained(hub_name)
+        except (OSError, ValueError) as error:
+            raise DataError(f"{problem}: {error}") from error
     return HuggingFaceTokenizer(tokenizer, name)

@@ -9,25 +9,28 @@ Legend: B rows, T tokens in a row, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-IGNORED_LABEL = -100
+from nsa.eval.loss import IGNORED_LABEL, NextTokenLoss
 
 
 class TokenBatch(Protocol):
-    """A batch of `nsa.data`: `[B, T]` ids and labels, and the document bounds over the flattened B*T tokens."""
+    """A batch of `nsa.data`: `[B, T]` ids and labels, and the document bounds over the flattened B*T tokens.
+
+    Without bounds each row is one document.
+    """
 
     @property
     def input_ids(self) -> Tensor: ...
     @property
     def labels(self) -> Tensor: ...
     @property
-    def cu_seqlens(self) -> Tensor: ...
+    def cu_seqlens(self) -> Tensor | None: ...
 
 
 @dataclass(frozen=True)
@@ -60,37 +63,93 @@ class EvalResult:
         return self.sum_nats / math.log(2) / self.num_bytes
 
 
+@dataclass(frozen=True)
+class DeviceBatch:
+    """A batch where the model is."""
+
+    input_ids: Tensor
+    labels: Tensor
+    cu_seqlens: Tensor | None
+
+
+def to_device(batch: TokenBatch, device: torch.device) -> DeviceBatch:
+    """The batch on `device`; the host does not wait for a copy to a GPU."""
+
+    def copy(x: Tensor) -> Tensor:
+        # Only from pinned memory does a copy run beside the host.
+        pinned = x.pin_memory() if device.type == "cuda" and x.device.type == "cpu" and not x.is_pinned() else x
+        return pinned.to(device, non_blocking=True)
+
+    bounds = batch.cu_seqlens
+    return DeviceBatch(copy(batch.input_ids), copy(batch.labels), None if bounds is None else copy(bounds))
+
+
 def sum_loss(model: nn.Module, batch: TokenBatch, device: torch.device) -> Tensor:
     """Sum of -log p(label) over the batch's valid labels, an fp32 scalar that carries gradients.
 
     The rows are given to the model as one packed sequence `[1, B*T]`, whose documents do not see one another.
+
+    Args:
+        model: a causal language model, or one with its loss (`NextTokenLoss`).
     """
-    packed = batch.input_ids.to(device, non_blocking=True).reshape(1, -1)
-    labels = batch.labels.to(device, non_blocking=True).reshape(-1)
-    cu_seqlens = batch.cu_seqlens.to(device, non_blocking=True)
-    logits = model(input_ids=packed, cu_seqlens=cu_seqlens, use_cache=False).logits
-    return nn.functional.cross_entropy(logits.squeeze(0).float(), labels, ignore_index=IGNORED_LABEL, reduction="sum")
+    loss = model if isinstance(model, NextTokenLoss) else NextTokenLoss(model)
+    there = to_device(batch, device)
+    return loss(there.input_ids, there.labels, there.cu_seqlens)
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, batches: Iterable[TokenBatch], *, device: torch.device, num_bytes: int) -> EvalResult:
+def evaluate(
+    model: nn.Module,
+    batches: Iterable[TokenBatch],
+    *,
+    device: torch.device,
+    num_bytes: int,
+    rank: int = 0,
+    world_size: int = 1,
+    total: Callable[[Tensor], Tensor] | None = None,
+) -> EvalResult:
     """Score finite batches in evaluation mode; the model's mode is put back.
 
     Args:
-        batches: the same ones each time, so that evaluations can be compared.
+        model: as in `sum_loss`.
+        batches: the same ones each time and on all ranks, so that evaluations can be compared.
         device: where the model is.
         num_bytes: bytes of text that the batches' valid labels stand for.
+        rank, world_size: this process scores every world_size-th batch, from the rank-th.
+        total: sums a tensor over the processes; the result is then equal on all.
 
     Raises:
         ValueError: the batches hold no token to predict.
     """
     was_training = model.training
     model.eval()
-    sum_nats, num_tokens = 0.0, 0
-    for batch in batches:
-        sum_nats += sum_loss(model, batch, device).item()
-        num_tokens += int((batch.labels != IGNORED_LABEL).sum())
+    sums = torch.zeros(2, dtype=torch.float64)
+    sum_nats = torch.zeros((), dtype=torch.float64, device=device)
+    for batch, counts in _share(batches, rank, world_size):
+        nats = sum_loss(model, batch, device)
+        if counts:
+            sum_nats += nats
+            sums[1] += int((batch.labels != IGNORED_LABEL).sum())
+    sums[0] = sum_nats
     model.train(was_training)
-    if not num_tokens:
+    nats, tokens = (sums if total is None else total(sums)).tolist()
+    if not tokens:
         raise ValueError("the held-out batches hold no token to predict; give more or longer held-out documents")
-    return EvalResult(sum_nats, num_tokens, num_bytes)
+    return EvalResult(nats, int(tokens), num_bytes)
+
+
+def _share(batches: Iterable[TokenBatch], rank: int, world_size: int) -> Iterator[tuple[TokenBatch, bool]]:
+    """This rank's batches; where the last round has none for it, one that does not count.
+
+    Ranks with sharded weights compute together, so each needs as many batches as the others.
+    """
+    own, last, place = None, None, world_size - 1
+    for index, last in enumerate(batches):
+        place = index % world_size
+        own = last if place == rank else own
+        if place == world_size - 1:
+            assert own is not None
+            yield own, True
+            own = None
+    if last is not None and place != world_size - 1:
+        yield (last, False) if own is None else (own, True)

@@ -61,7 +61,7 @@ class DenseAttention(nn.Module):
         elif self.window is not None:
             out = window_attention(q, k, v, self.geometry, cu_seqlens=cu_seqlens, backend=self.backend)[0]
         elif cu_seqlens is not None:
-            out = packed_attention(q, k, v, cu_seqlens.tolist())
+            out = packed_attention(q, k, v, cu_seqlens)  # pyright: ignore[reportCallIssue]
         else:
             out = _attend(q, k, v, is_causal=True)
         return self.o_proj(out.flatten(2))
@@ -83,13 +83,14 @@ class DenseAttention(nn.Module):
         return _attend(q, k, v, mask=visible.unsqueeze(1))
 
 
-def packed_attention(q: Tensor, k: Tensor, v: Tensor, bounds: list[int]) -> Tensor:
+@torch.compiler.disable  # its shapes depend on the bounds; what stands around it can be compiled
+def packed_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
     """Causal attention within each packed document, `[1, T, H, D]`; documents of similar length run as one batch.
 
     Documents are padded on the right, where causality hides it, to the longest of those whose length has the same
     number of binary digits: at most log2(T) calls, and less than twice the tokens.
     """
-    lengths = [end - start for start, end in pairwise(bounds)]
+    lengths = [end - start for start, end in pairwise(cu_seqlens.tolist())]
     documents = [x[0].split(lengths) for x in (q, k, v)]
     buckets: dict[int, list[int]] = {}
     for index, length in enumerate(lengths):

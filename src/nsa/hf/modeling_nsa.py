@@ -13,10 +13,12 @@ Shapes: B rows, T tokens, C features, D head size.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import Cache, GenerationMixin, PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -115,7 +117,12 @@ def build_attention(config: NSAConfig, layer_type: str) -> NSAAttention | DenseA
 
 
 class NSADecoderLayer(GradientCheckpointingLayer):
-    """Attention and SwiGLU, each behind a norm and beside a residual connection."""
+    """Attention and SwiGLU, each behind a norm and beside a residual connection.
+
+    Attributes:
+        checkpoint_contexts: None, or the `context_fn` of `torch.utils.checkpoint` that says what backward keeps of
+            this layer; the rest it computes again.
+    """
 
     def __init__(self, config: NSAConfig, layer_idx: int) -> None:
         super().__init__()
@@ -129,8 +136,15 @@ class NSADecoderLayer(GradientCheckpointingLayer):
             projection.init_scale = (2 * config.num_hidden_layers) ** -0.5  # pyright: ignore[reportArgumentType]
         if isinstance(self.self_attn, NSAAttention):
             self.self_attn.gate.down.init_scale = 0.0  # pyright: ignore[reportArgumentType]
+        self.checkpoint_contexts: Callable[[], Any] | None = None
 
     def forward(self, x: Tensor, **attention: Any) -> Tensor:
+        if self.checkpoint_contexts is None or not torch.is_grad_enabled():
+            return self._forward(x, **attention)
+        options = {"use_reentrant": False, "preserve_rng_state": False, "context_fn": self.checkpoint_contexts}
+        return checkpoint(self._forward, x, **options, **attention)  # pyright: ignore[reportReturnType]
+
+    def _forward(self, x: Tensor, **attention: Any) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), **attention)
         return x + self.mlp(self.post_attention_layernorm(x))
 

@@ -11,7 +11,8 @@ Shapes: B rows, T queries, Hkv groups, n chosen blocks.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -24,15 +25,16 @@ from nsa.geometry import BlockGeometry
 
 
 @contextmanager
-def record_selection(model: nn.Module) -> Iterator[dict[int, Tensor]]:
+def record_selection(model: nn.Module, *, on_device: bool = False) -> Iterator[dict[int, Tensor]]:
     """Collect the chosen blocks of every NSA layer while the `with` lasts.
 
     Args:
         model: any module that holds `NSAAttention` layers, for example an `NSAForCausalLM`.
+        on_device: leave the blocks where the model is, instead of moving them to the CPU.
 
     Yields:
         a dictionary that fills up: the layer's number among the model's decoder layers (among its NSA layers where it
-        has no `layers` list) -> int32 `[B, T, Hkv, n]` on the CPU, the queries of all forward passes one after another.
+        has no `layers` list) -> int32 `[B, T, Hkv, n]`, the queries of all forward passes one after another.
 
     Raises:
         ValueError: the model has no NSA layer.
@@ -45,7 +47,8 @@ def record_selection(model: nn.Module) -> Iterator[dict[int, Tensor]]:
 
     def sink_of(index: int) -> Any:
         def sink(aux: Any) -> None:
-            blocks = aux.block_indices.detach().cpu()
+            blocks = aux.block_indices.detach()
+            blocks = blocks if on_device else blocks.cpu()
             recorded[index] = torch.cat([recorded[index], blocks], dim=1) if index in recorded else blocks
 
         return sink
@@ -93,6 +96,7 @@ class SelectionStatistics:
         mean_coverage: mean share of a query's context that its blocks hold.
         blocks_chosen_share: share of the blocks after the forced initial ones that some later query chose beyond its
             forced ones.
+        mean_distance_blocks: mean number of blocks between a chosen block and the query's own.
         distance_histogram: how often a chosen block lay so many blocks before the query's own: "0", "1", "2-3", "4-7",
             and so on by powers of two.
     """
@@ -103,6 +107,7 @@ class SelectionStatistics:
     share_at_maximum: float
     mean_coverage: float
     blocks_chosen_share: float
+    mean_distance_blocks: float
     distance_histogram: dict[str, int]
 
     def as_dict(self) -> dict[str, Any]:
@@ -126,6 +131,7 @@ def selection_statistics(
     position = _positions(block_indices, positions)
     own = (position // geometry.select_block_size)[:, None, None]
     chosen = block_indices >= 0
+    distance = (own - block_indices)[chosen]
     tokens = selected_tokens(block_indices, geometry, positions)
     return SelectionStatistics(
         num_rows=tokens.numel(),
@@ -134,7 +140,30 @@ def selection_statistics(
         share_at_maximum=chosen.all(-1).double().mean().item(),
         mean_coverage=(tokens.double() / (position + 1).unsqueeze(-1)).mean().item(),
         blocks_chosen_share=_blocks_chosen_share(block_indices, own, geometry),
-        distance_histogram=_distance_histogram((own - block_indices)[chosen]),
+        mean_distance_blocks=distance.double().mean().item(),
+        distance_histogram=_distance_histogram(distance),
+    )
+
+
+def pool_selection(layers: Sequence[SelectionStatistics]) -> SelectionStatistics:
+    """Statistics of several layers together, each weighed by its rows; `blocks_chosen_share` is their mean."""
+    total = sum(layer.num_rows for layer in layers)
+
+    def mean(name: str) -> float:
+        return sum(getattr(layer, name) * layer.num_rows for layer in layers) / total
+
+    histogram: Counter[str] = Counter()
+    for layer in layers:
+        histogram.update(layer.distance_histogram)
+    return SelectionStatistics(
+        num_rows=total,
+        mean_selected_tokens=mean("mean_selected_tokens"),
+        max_selected_tokens=max(layer.max_selected_tokens for layer in layers),
+        share_at_maximum=mean("share_at_maximum"),
+        mean_coverage=mean("mean_coverage"),
+        blocks_chosen_share=mean("blocks_chosen_share"),
+        mean_distance_blocks=mean("mean_distance_blocks"),
+        distance_histogram=dict(histogram),
     )
 
 
@@ -179,7 +208,9 @@ def is_forced(block: int, position: int, geometry: BlockGeometry) -> bool:
 
 
 def _positions(block_indices: Tensor, positions: Tensor | None) -> Tensor:
-    return torch.arange(block_indices.shape[-3]) if positions is None else positions
+    if positions is None:
+        return torch.arange(block_indices.shape[-3], device=block_indices.device)
+    return positions.to(block_indices.device)
 
 
 def _blocks_chosen_share(block_indices: Tensor, own: Tensor, geometry: BlockGeometry) -> float:

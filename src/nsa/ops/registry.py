@@ -35,9 +35,13 @@ _SCHEMAS = {
     "selected_attention_backward": f"({_SAVED}, Tensor block_indices, {_KEYS}) -> (Tensor, Tensor, Tensor)",
     "window_attention_backward": f"({_SAVED}, Tensor? cu_seqlens, int[] geometry, int q_start, int k_start, "
     "float scale, str backend) -> (Tensor, Tensor, Tensor)",
-    "combine": "(Tensor out_cmp, Tensor out_slc, Tensor out_win, Tensor gates, str backend) -> Tensor",
-    "combine_backward": "(Tensor dout, Tensor out_cmp, Tensor out_slc, Tensor out_win, Tensor gates, str backend) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
+    "attention": "(Tensor q, Tensor k, Tensor v, Tensor k_cmp, Tensor v_cmp, Tensor k_win, Tensor v_win, Tensor gates, "
+    "Tensor? cu_seqlens, int[] geometry, float scale, str backend) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "attention_backward": "(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor k_cmp, Tensor v_cmp, Tensor k_win, "
+    "Tensor v_win, Tensor gates, Tensor out_cmp, Tensor out_slc, Tensor out_win, Tensor lse_cmp, Tensor lse_slc, "
+    "Tensor lse_win, Tensor block_indices, Tensor? cu_seqlens, int[] geometry, float scale, str backend) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 }
 
 
@@ -132,25 +136,35 @@ def _mean_pool_backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
 torch.library.register_autograd("nsa::mean_pool", _mean_pool_backward, setup_context=_mean_pool_setup, lib=_library)
 
 
-@torch.library.register_fake("nsa::combine", lib=_library)
-def _combine_fake(out_cmp: Tensor, out_slc: Tensor, out_win: Tensor, gates: Tensor, backend: str) -> Tensor:
-    return out_cmp.new_empty(out_cmp.shape)
+@torch.library.register_fake("nsa::attention", lib=_library)
+def _attention_whole_fake(
+    q: Tensor, k: Tensor, v: Tensor, k_cmp: Tensor, v_cmp: Tensor, k_win: Tensor, v_win: Tensor, gates: Tensor,
+    cu_seqlens: Tensor | None, geometry: list[int], *_: Any,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    outs = [q.new_empty(*q.shape[:3], v.shape[3]) for _ in range(4)]
+    lses = [q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32)) for _ in range(3)]
+    return *outs, *lses, q.new_empty(q.shape[0], q.shape[1], k.shape[2], geometry[3], dtype=torch.int32)
 
 
-@torch.library.register_fake("nsa::combine_backward", lib=_library)
-def _combine_backward_fake(
-    dout: Tensor, out_cmp: Tensor, out_slc: Tensor, out_win: Tensor, gates: Tensor, backend: str
-) -> tuple[Tensor, ...]:
-    return tuple(x.new_empty(x.shape) for x in (out_cmp, out_slc, out_win, gates))
+@torch.library.register_fake("nsa::attention_backward", lib=_library)
+def _attention_whole_backward_fake(dout: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+    return tuple(x.new_empty(x.shape) for x in inputs[:8])
 
 
-def _combine_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.backend = inputs
-    ctx.save_for_backward(*tensors)
+def _attention_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, cu_seqlens, geometry, scale, backend = inputs
+    ctx.save_for_backward(*tensors, *output[1:], cu_seqlens)
+    ctx.constants = (geometry, scale, backend)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
 
 
-def _combine_backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-    return (*torch.ops.nsa.combine_backward(dout, *ctx.saved_tensors, ctx.backend), None)
+def _attention_whole_backward(ctx: Any, dout: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    if dout is None:
+        return (None,) * 12
+    return (*torch.ops.nsa.attention_backward(dout, *ctx.saved_tensors, *ctx.constants), None, None, None, None)
 
 
-torch.library.register_autograd("nsa::combine", _combine_backward, setup_context=_combine_setup, lib=_library)
+torch.library.register_autograd(
+    "nsa::attention", _attention_whole_backward, setup_context=_attention_setup, lib=_library
+)

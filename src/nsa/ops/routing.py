@@ -1,8 +1,14 @@
-"""Which backend runs: chosen once for each call from device, dtype and shape, and explained on request."""
+"""Which backend runs: chosen once for each call from device, dtype and shape, and explained on request.
+
+print(routing_report(q, k, v, geometry))          # or json.dumps(routing_report(...).as_dict())
+"""
 
 from __future__ import annotations
 
 import importlib.util
+import platform
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,6 +44,77 @@ def explain_backend(x: Tensor, geometry: BlockGeometry) -> tuple[str, str]:
     if reason is None:
         return "triton", f"{x.dtype} on a CUDA device"
     return "torch", f"triton cannot run: {reason}"
+
+
+@dataclass(frozen=True)
+class StageRoute:
+    """What runs one stage of the operator.
+
+    Attributes:
+        stage: what is computed.
+        kernels: names of the kernels, or of the module where PyTorch computes.
+        tile: sizes of the main kernel's tile, warps and stages of its pipeline; empty where it has none.
+        reason: why these.
+    """
+
+    stage: str
+    kernels: str
+    tile: dict[str, Any]
+    reason: str
+
+
+@dataclass(frozen=True)
+class RoutingReport:
+    """What `nsa_attention` and its backward run for given tensors: `str()` for people, `as_dict()` for JSON.
+
+    Attributes:
+        backend: that the call takes.
+        reason: why.
+        device, versions: where it runs, and on which torch and triton.
+        stages: of the operator.
+    """
+
+    backend: str
+    reason: str
+    device: str
+    versions: dict[str, str]
+    stages: tuple[StageRoute, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
+        lines = [f"{self.backend} ({self.reason}) on {self.device}, {versions}"]
+        width = max(len(route.stage) for route in self.stages)
+        for route in self.stages:
+            tile = " ".join(f"{name.lower()}={value}" for name, value in route.tile.items())
+            lines.append(f"  {route.stage:<{width}}  {route.kernels}  {tile}\n  {'':<{width}}  because: {route.reason}")
+        return "\n".join(lines)
+
+
+def routing_report(
+    q: Tensor, k: Tensor, v: Tensor, geometry: BlockGeometry, *, cu_seqlens: Tensor | None = None, backend: str = "auto"
+) -> RoutingReport:
+    """Which kernels run for tensors of these shapes, dtype and device; their contents do not matter.
+
+    Raises:
+        ValueError: a backend asked for by name cannot run here.
+    """
+    chosen, reason = explain_backend(q, geometry) if backend == "auto" else (backend, "asked for")
+    choose_backend(chosen, q, geometry)
+    versions = {"torch": torch.__version__}
+    if chosen == "triton":
+        kernels = importlib.import_module("nsa.ops.triton.report").kernels
+        docs = q.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
+        stages = tuple(StageRoute(*kernel) for kernel in kernels(q, k, v, geometry, docs))
+        versions["triton"] = importlib.import_module("triton").__version__
+    else:
+        module = "nsa.ops.reference" if chosen == "reference" else "nsa.ops.torch_native"
+        stages = (StageRoute("all stages", module, {}, "PyTorch's own operators, on any device"),)
+    device = torch.cuda.get_device_name(q.device) if q.is_cuda else platform.processor() or platform.machine()
+    return RoutingReport(chosen, reason, device, versions, stages)
 
 
 def _why_not_triton(x: Tensor) -> str | None:

@@ -1,12 +1,16 @@
-"""Checkpoints of a run: written whole, found by scanning, the newest ones kept.
+"""The folders of checkpoints: what a whole one is, how one is committed, found, checked and removed.
 
     checkpoints/step_000500/   config.json, model.safetensors, tokenizer files   <- `from_pretrained` reads these
-                               trainer.json   step, tokens and evaluations so far
-                               complete.json  name and size of every file; written last
+                               state/          weights and optimizer, a part from each rank (PyTorch DCP)
+                               random_rank0.pt, ...  random number generators of each rank
+                               trainer.json    step, data position, guards, evaluations
+                               run_config.yaml the run's config
+                               complete.json   size and checksum of every file; written last
     checkpoints/latest -> step_000500
 
 A checkpoint is written into a temporary folder that is then renamed, so that a folder with its final name is whole. The
-scan for whole folders is the truth; `latest` is for people and may be one behind after a crash.
+scan for whole folders is the truth; `latest` is for people and may be one behind after a crash. This file knows no
+tensors: `checkpoint_save` writes checkpoints and `checkpoint_load` reads them.
 """
 
 from __future__ import annotations
@@ -15,72 +19,146 @@ import json
 import os
 import re
 import shutil
+import zlib
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
+from nsa.train.guards import TrainingError
 from nsa.train.run_folder import write_json
 
 STEP_FOLDER = re.compile(r"step_(\d{6,})")
 COMPLETE = "complete.json"
+STATE = "state"
+TRAINER = "trainer.json"
+RUN_CONFIG = "run_config.yaml"
+READ_BYTES = 2**22
 
 
-class Saveable(Protocol):
-    """A transformers model."""
-
-    def save_pretrained(self, save_directory: str) -> Any: ...
+class CheckpointError(TrainingError):
+    """A checkpoint that could not be written or read; the message names the folder, step, rank and remedy."""
 
 
-class SaveableTokenizer(Protocol):
-    """A tokenizer of `nsa.data`."""
+@dataclass(frozen=True)
+class FileSum:
+    """What `complete.json` says about a file.
 
-    def save(self, folder: Path) -> None: ...
+    Attributes:
+        size: bytes.
+        crc32: checksum of the contents, eight hexadecimal digits.
+    """
+
+    size: int
+    crc32: str
+
+    @classmethod
+    def of(cls, path: Path) -> FileSum:
+        """Read a file and sum it up."""
+        size, crc = 0, 0
+        with path.open("rb") as file:
+            while chunk := file.read(READ_BYTES):
+                size, crc = size + len(chunk), zlib.crc32(chunk, crc)
+        return cls(size, f"{crc:08x}")
 
 
-def save_checkpoint(
-    checkpoints: Path, step: int, *, model: Saveable, tokenizer: SaveableTokenizer, trainer: dict[str, Any], keep: int
-) -> Path:
-    """Write `checkpoints/step_NNNNNN`, point `latest` at it and remove all but the newest `keep`.
+def step_folder(checkpoints: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies."""
+    return checkpoints / f"step_{step:06d}"
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step in a checkpoint's name."""
+    match = STEP_FOLDER.fullmatch(checkpoint.name)
+    assert match, checkpoint
+    return int(match[1])
+
+
+def temporary_folder(final: Path) -> Path:
+    """Where a checkpoint is written before it is whole."""
+    return final.with_name(f".{final.name}.part")
+
+
+def commit(temporary: Path, final: Path, sums: dict[str, FileSum], *, about: dict[str, Any]) -> None:
+    """Turn a written folder into a checkpoint: list its files, reach the disk, rename, and point `latest` at it.
 
     Args:
-        checkpoints: the run's folder of checkpoints; made when missing.
-        step: optimizer steps done.
-        model: written as a transformers folder.
-        trainer: plain values about the training so far.
-        keep: how many checkpoints stay.
+        temporary: the folder with all files.
+        final: its name from now on; what lies there gives way.
+        sums: size and checksum of every file.
+        about: what else `complete.json` says.
     """
-    final = checkpoints / f"step_{step:06d}"
-    temporary = checkpoints / f".{final.name}.part"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    model.save_pretrained(str(temporary))
-    tokenizer.save(temporary)
-    write_json(temporary / "trainer.json", {"step": step, **trainer})
-    files = {str(path.relative_to(temporary)): path.stat().st_size for path in temporary.rglob("*") if path.is_file()}
-    write_json(temporary / COMPLETE, {"files": files})
+    files = {name: asdict(sums[name]) for name in sorted(sums)}
+    write_json(temporary / COMPLETE, {**about, "files": files})
+    sync(temporary / COMPLETE)
+    for folder in {(temporary / name).parent for name in sums} | {temporary}:
+        sync(folder)
+    replaced = final.with_name(f".{final.name}.replaced.part")
     if final.exists():
-        shutil.rmtree(final)
+        os.replace(final, replaced)
     os.replace(temporary, final)
-    _point(checkpoints / "latest", final.name)
+    sync(final.parent)
+    _point(final.parent / "latest", final.name)
+    if replaced.exists():
+        shutil.rmtree(replaced)
+
+
+def prune(checkpoints: Path, *, keep: int, keep_every_steps: int = 0) -> None:
+    """Remove all but the newest `keep` checkpoints and those of every `keep_every_steps`-th step (0: no such)."""
     for old in complete_checkpoints(checkpoints)[:-keep]:
-        shutil.rmtree(old)
-    return final
+        if not keep_every_steps or step_of(old) % keep_every_steps:
+            # Under another name first: what a crash leaves of it is then no checkpoint, and goes at the next start.
+            removed = old.with_name(f".{old.name}.removed.part")
+            os.replace(old, removed)
+            shutil.rmtree(removed)
+
+
+def remove_parts(checkpoints: Path) -> None:
+    """Remove what interrupted writers left; nothing may be writing."""
+    if checkpoints.is_dir():
+        for path in checkpoints.glob(".step_*.part"):
+            shutil.rmtree(path)
+
+
+def step_folders(checkpoints: Path) -> list[Path]:
+    """All folders that are named as checkpoints, whole or not, oldest first."""
+    if not checkpoints.is_dir():
+        return []
+    return sorted((path for path in checkpoints.iterdir() if STEP_FOLDER.fullmatch(path.name)), key=step_of)
 
 
 def complete_checkpoints(checkpoints: Path) -> list[Path]:
     """The whole checkpoints in a folder, oldest first."""
-    if not checkpoints.is_dir():
-        return []
-    found = [(int(match[1]), path) for path in checkpoints.iterdir() if (match := STEP_FOLDER.fullmatch(path.name))]
-    return [path for _, path in sorted(found) if is_complete(path)]
+    return [path for path in step_folders(checkpoints) if is_complete(path)]
 
 
 def is_complete(checkpoint: Path) -> bool:
-    """Whether every file that the checkpoint lists is there in its full size."""
+    """Whether every file that the checkpoint lists is there in its full size; contents are not read."""
+    return not damage(checkpoint, contents=False)
+
+
+def damage(checkpoint: Path, *, contents: bool = True) -> str | None:
+    """What is wrong with a checkpoint, or None: the first file that is missing or not as it was written.
+
+    Args:
+        checkpoint: the folder.
+        contents: also read every file and compare checksums.
+    """
     listing = checkpoint / COMPLETE
     if not listing.is_file():
-        return False
-    files = json.loads(listing.read_text(encoding="utf-8"))["files"]
-    return all((checkpoint / name).is_file() and (checkpoint / name).stat().st_size == files[name] for name in files)
+        return f"{listing} is missing"
+    try:
+        files = {name: FileSum(**entry) for name, entry in json.loads(listing.read_text("utf-8"))["files"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return f"{listing} cannot be read"
+    for name, expected in files.items():
+        path = checkpoint / name
+        if not path.is_file():
+            return f"{path} is missing"
+        if path.stat().st_size != expected.size:
+            return f"{path} has {path.stat().st_size} bytes, not {expected.size}"
+        if contents and FileSum.of(path) != expected:
+            return f"{path} is not what was written: its checksum is not {expected.crc32}"
+    return None
 
 
 def newest_checkpoint(run: Path) -> Path:
@@ -93,6 +171,15 @@ def newest_checkpoint(run: Path) -> Path:
     if not found:
         raise ValueError(f"{run} holds no complete checkpoint; has the run reached its first one?")
     return found[-1]
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's contents, or a folder's entries, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _point(link: Path, target: str) -> None:

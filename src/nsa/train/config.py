@@ -20,11 +20,13 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    field_validator,
     model_validator,
 )
 
 from nsa.data.config import DataConfig
 from nsa.geometry import BlockGeometry
+from nsa.train.preflight.findings import check_allowed
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
 LayerType = Literal["nsa", "full_attention", "sliding_attention"]
@@ -164,17 +166,28 @@ class TrainSection(Section):
     sequence_length: Annotated[int, Field(ge=2)] = 512
     """T: tokens in a row."""
     batch_tokens: PositiveInt = 8192
-    """Tokens of one optimizer step; a multiple of micro_batch_rows * sequence_length."""
+    """Tokens of one optimizer step over all processes; a multiple of micro_batch_rows * sequence_length."""
     micro_batch_rows: PositiveInt = 16
-    """Rows of one forward and backward pass."""
+    """Rows of one forward and backward pass of each process."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """"bf16" computes under autocast; weights and optimizer stay in fp32."""
+    """"bf16" computes in bf16; weights and optimizer stay in fp32."""
+    parallel: Literal["auto", "none", "ddp", "fsdp2"] = "auto"
+    """How the processes that torchrun starts share the work; "auto" is "ddp". A single process shares nothing."""
+    collective_timeout_s: PositiveFloat = 600.0
+    """Seconds that a rank waits for the others before the run fails."""
+    compile: bool = False
+    """Compile the decoder layers and the loss with torch.compile; worth its minute of compiling on a GPU."""
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    """What backward recomputes to save memory: "selective" keeps the attention's results, "full" keeps only what each
+    layer gets; neither chooses the blocks again."""
     log_every_steps: PositiveInt = 10
     """Optimizer steps between log lines; `training.csv` has every step."""
     checkpoint_every_steps: NonNegativeInt = 500
     """Optimizer steps between checkpoints; 0 writes the last one only."""
     keep_checkpoints: PositiveInt = 2
     """Newest checkpoints that are kept."""
+    keep_every_steps: NonNegativeInt = 0
+    """Checkpoints of multiples of this step are kept too; 0 for none."""
     early_stop_evals: NonNegativeInt = 0
     """End after this many evaluations in a row without a better held-out loss; 0 never does."""
 
@@ -216,6 +229,41 @@ class SampleSection(Section):
     """Draw among the likeliest tokens that hold this probability."""
 
 
+class ObserveSection(Section):
+    """What a run reports about itself beside its tables."""
+
+    heartbeat_s: PositiveFloat = 5.0
+    """Seconds between the lines of a rank's heartbeat."""
+    health_every_steps: NonNegativeInt = 100
+    """Optimizer steps between measurements of gates and selection: a forward pass over one held-out row; 0 for none."""
+    health_layers: tuple[NonNegativeInt, ...] | None = None
+    """Decoder layers to measure, from 0; all NSA layers unless given."""
+    profile_steps: tuple[PositiveInt, PositiveInt] | None = None
+    """First and last step of a torch.profiler trace in `profile/`; none unless given."""
+    memory_snapshot_steps: tuple[PositiveInt, PositiveInt] | None = None
+    """First and last step of a history of CUDA memory in `profile/`; none unless given."""
+
+    @field_validator("profile_steps", "memory_snapshot_steps")
+    @classmethod
+    def _ordered(cls, window: tuple[int, int] | None) -> tuple[int, int] | None:
+        if window is not None and window[0] > window[1]:
+            raise ValueError(f"first step {window[0]} is after last step {window[1]}")
+        return window
+
+
+class PreflightSection(Section):
+    """What the checks before the first step may let pass."""
+
+    allow: tuple[str, ...] = ()
+    """Names of findings that do not refuse the run, such as "no-checkpoints"; recorded in the run folder."""
+
+    @field_validator("allow")
+    @classmethod
+    def _known(cls, codes: tuple[str, ...]) -> tuple[str, ...]:
+        check_allowed(codes)
+        return codes
+
+
 class RunConfig(Section):
     """Everything that decides a run; stored beside it as `config.yaml`."""
 
@@ -227,6 +275,8 @@ class RunConfig(Section):
     guards: GuardSection = GuardSection()
     eval: EvalSection = EvalSection()
     sample: SampleSection = SampleSection()
+    observe: ObserveSection = ObserveSection()
+    preflight: PreflightSection = PreflightSection()
 
     @model_validator(mode="after")
     def _fits(self) -> RunConfig:
@@ -241,5 +291,5 @@ class RunConfig(Section):
 
     @property
     def num_micro_batches(self) -> int:
-        """Forward and backward passes of one optimizer step."""
+        """Forward and backward passes of one optimizer step, those of all processes together."""
         return self.train.batch_tokens // (self.train.micro_batch_rows * self.train.sequence_length)

@@ -23,7 +23,8 @@ def choose_device(name: str) -> torch.device:
         raise ValueError(f'the device {name!r} is unknown; use "auto", "cpu", "cuda" or "cuda:N"') from None
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"the device {name!r} is not here: {torch.cuda.device_count()} CUDA devices; use auto or cpu")
-    return device
+    # With its number, which set_device asks for.
+    return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
 
 
 @contextmanager

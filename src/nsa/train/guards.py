@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Mapping
 from statistics import median
+from typing import Any
 
 from nsa.train.config import GuardSection
 
@@ -64,6 +66,19 @@ class StepGuard:
                 f"(guards.max_skipped_steps {self.config.max_skipped_steps}); lower optim.lr or look at the data"
             )
         return False
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the judgement of the coming steps depends on, as plain values."""
+        return {
+            "num_skipped": self.num_skipped,
+            "skipped_in_a_row": self._skipped_in_a_row,
+            "losses": list(self._losses),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` gave."""
+        self.num_skipped, self._skipped_in_a_row = state["num_skipped"], state["skipped_in_a_row"]
+        self._losses = deque(state["losses"], maxlen=SPIKE_HISTORY)
 
     def check_evaluation(self, step: int, loss: float) -> None:
         """Raise `TrainingError` for a held-out loss that is not finite or lower than the data allows."""

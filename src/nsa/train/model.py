@@ -2,12 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+from nsa.attention import NSAAttention
 from nsa.hf import NSAConfig, NSAForCausalLM
 from nsa.train.config import RunConfig
+from nsa.train.parallel import Parallel
 
 
 def build_model(config: RunConfig, *, vocab_size: int, eos_token_id: int) -> NSAForCausalLM:
     """A freshly initialised model in fp32; its weights come from torch's current random state.
+
+    Raises:
+        ValueError: the sizes do not fit together.
+    """
+    return NSAForCausalLM(model_config(config, vocab_size=vocab_size, eos_token_id=eos_token_id))
+
+
+def model_config(config: RunConfig, *, vocab_size: int, eos_token_id: int) -> NSAConfig:
+    """The transformers config of a run's model.
 
     Raises:
         ValueError: the sizes do not fit together.
@@ -19,14 +38,45 @@ def build_model(config: RunConfig, *, vocab_size: int, eos_token_id: int) -> NSA
     rope_theta = values.pop("rope_theta")
     values = {name: value for name, value in values.items() if value is not None}
     values.setdefault("max_position_embeddings", config.train.sequence_length)
-    return NSAForCausalLM(
-        NSAConfig(
-            **values,
-            layer_types=layer_types,
-            vocab_size=vocab_size,
-            rope_parameters={"rope_type": "default", "rope_theta": rope_theta},
-            eos_token_id=eos_token_id,
-            bos_token_id=None,
-            pad_token_id=None,
-        )
+    return NSAConfig(
+        **values,
+        layer_types=layer_types,
+        vocab_size=vocab_size,
+        rope_parameters={"rope_type": "default", "rope_theta": rope_theta},
+        eos_token_id=eos_token_id,
+        bos_token_id=None,
+        pad_token_id=None,
     )
+
+
+def compile_layers(model: NSAForCausalLM, backend: str = "inductor") -> None:
+    """Compile every decoder layer by itself, for training; alike layers share one compilation.
+
+    Without gradients, in evaluation and generation, the layers run as they are: their shapes are many.
+
+    Args:
+        backend: of torch.compile.
+    """
+    for layer in model.model.layers:
+        # Dense attention over packed documents reads their bounds on the host.
+        whole = isinstance(layer.self_attn, NSAAttention)
+        compiled = torch.compile(layer.forward, fullgraph=whole, backend=backend)
+        layer.forward = partial(_forward, layer.forward, compiled)
+
+
+def _forward(eager: Callable[..., Tensor], compiled: Callable[..., Tensor], *inputs: Any, **options: Any) -> Tensor:
+    return (compiled if torch.is_grad_enabled() else eager)(*inputs, **options)
+
+
+def whole_model(model: NSAForCausalLM, parallel: Parallel) -> NSAForCausalLM | None:
+    """The model itself where it is whole, else a copy that is, on rank 0; None on the others."""
+    if parallel.mode != "fsdp2":
+        return model if parallel.is_main else None
+    # Every rank sends its part.
+    weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if not parallel.is_main:
+        return None
+    with torch.random.fork_rng(devices=[]):
+        copy = NSAForCausalLM(model.config)
+    copy.load_state_dict(weights)
+    return copy.to(parallel.device)  # pyright: ignore[reportArgumentType]  (transformers wraps `to`)

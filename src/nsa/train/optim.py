@@ -7,9 +7,11 @@ set_learning_rate(optimizer, learning_rate(step, config.train.steps, config.opti
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from nsa.gate import Gate
 from nsa.train.config import OptimSection
@@ -54,3 +56,14 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
     """Give every parameter group the rate of the coming step."""
     for group in optimizer.param_groups:
         group["lr"] = rate
+
+
+def clip_gradients(parameters: Sequence[nn.Parameter], max_norm: float) -> Tensor:
+    """Scale the gradients down to a global norm of at most `max_norm`; returns the norm before that.
+
+    Of sharded gradients it is the norm of the whole ones.
+    """
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    whole = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, whole)
+    return whole

@@ -18,13 +18,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
 
+from nsa.eval.loss import NextTokenLoss
 from nsa.train.device import choose_device
 
 Mode = Literal["none", "ddp", "fsdp2"]
@@ -88,6 +91,15 @@ class Parallel:
         self.any(False)
 
 
+def one_process(device: str = "auto") -> Parallel:
+    """A run of this process alone.
+
+    Raises:
+        ValueError: the device is not here.
+    """
+    return Parallel(0, 0, 1, choose_device(device), "none")
+
+
 @contextmanager
 def setup_parallel(device: str = "auto", mode: str = "auto", *, timeout_s: float = 600.0) -> Iterator[Parallel]:
     """Join the processes that torchrun started, or be the only one; leave the group at the end.
@@ -104,7 +116,7 @@ def setup_parallel(device: str = "auto", mode: str = "auto", *, timeout_s: float
         int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
     )
     if world_size == 1:
-        yield Parallel(0, 0, 1, choose_device(device), "none")
+        yield one_process(device)
         return
     chosen = _mode(mode, world_size)
     target = _device_of_rank(device, local_rank)
@@ -150,3 +162,43 @@ def _device_of_rank(name: str, local_rank: int) -> torch.device:
             f"start torchrun with --nproc-per-node {torch.cuda.device_count()}, or use run.device cpu"
         )
     return torch.device("cuda", local_rank)
+
+
+def distribute(loss: NextTokenLoss, parallel: Parallel, precision: Literal["fp32", "bf16"]) -> nn.Module:
+    """The module whose calls make gradients, with weights or gradients shared as `parallel.mode` says.
+
+    DDP: a wrapper; every rank keeps all weights. FSDP2: `loss` itself, whose weights become shards of fp32 weights;
+    they are gathered, in the precision's dtype, a decoder layer at a time. Both give the mean of the ranks' gradients.
+
+    Args:
+        loss: on the device, alike on all ranks, its layers already compiled where they are to be.
+    """
+    if parallel.mode == "none":
+        return loss
+    if parallel.mode == "ddp":
+        devices = [parallel.device] if parallel.device.type == "cuda" else None
+        return DistributedDataParallel(loss, device_ids=devices, gradient_as_bucket_view=True)
+    low = torch.bfloat16 if precision == "bf16" else None
+    policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    model: Any = loss.model
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=parallel.mesh, mp_policy=policy)
+    return fully_shard(loss, mesh=parallel.mesh, mp_policy=policy)  # pyright: ignore[reportReturnType]
+
+
+@contextmanager
+def gradient_sync(module: nn.Module, enabled: bool) -> Iterator[None]:
+    """Forward and backward inside exchange gradients between the ranks, or only add them up on each."""
+    if isinstance(module, DistributedDataParallel) and not enabled:
+        with module.no_sync():
+            yield
+        return
+    if isinstance(module, FSDPModule):
+        module.set_requires_gradient_sync(enabled)
+    yield
+
+
+def release_gathered(module: nn.Module) -> None:
+    """Give back the weights that FSDP2 keeps gathered after a forward without backward."""
+    if isinstance(module, FSDPModule):
+        module.reshard()

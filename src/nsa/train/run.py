@@ -1,28 +1,37 @@
 """The main path of a run: build and check everything, make the run folder, train, report.
 
-    trainer, folder = prepare(load_config("configs/train_showcase.yaml"))
-    outcome = train(trainer, folder)
+    config = load_config("configs/train_showcase.yaml")
+    with setup_parallel(config.run.device, config.train.parallel) as parallel:
+        trainer, folder = prepare(config, parallel=parallel)
+        outcome = train(trainer, folder)
 
-`fit` is the loop; `trainer.py` has what a run consists of and one optimizer step.
+`fit` is the loop; `trainer.py` has what a run consists of and one optimizer step. Every rank runs all of this; only
+rank 0 prints and writes the shared files of the run folder.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nsa.train.checkpoint_save import Checkpointer
 from nsa.train.config import RunConfig
 from nsa.train.device import deterministic_algorithms
 from nsa.train.load_config import dump_config
 from nsa.train.observe.curves import draw_curves
 from nsa.train.observe.environment import snapshot
-from nsa.train.observe.recorder import Recorder
+from nsa.train.observe.health import judge_run
 from nsa.train.observe.report import write_report
-from nsa.train.observe.summary import data_index, describe, final_metrics
+from nsa.train.observe.summary import data_index, describe, final_metrics, routing_values
+from nsa.train.observe.telemetry import Telemetry
+from nsa.train.observe.thresholds import Thresholds
+from nsa.train.parallel import Parallel
+from nsa.train.preflight.report import examine
 from nsa.train.run_folder import FailureStatus, RunFolder, check_unused, write_json
-from nsa.train.stop import StopRequest
+from nsa.train.stop import Stop, StopRequest
 from nsa.train.trainer import Trainer
 
 
@@ -32,7 +41,7 @@ class Outcome:
 
     Attributes:
         folder: the run folder.
-        stopped_by: the signal that ended it early, or None.
+        stopped_by: what asked it to end early, a signal or HALT, or None.
         metrics: the contents of `metrics.json`.
     """
 
@@ -41,65 +50,131 @@ class Outcome:
     metrics: dict[str, Any]
 
 
-def prepare(config: RunConfig, command: Sequence[str] = ()) -> tuple[Trainer, RunFolder]:
+def prepare(
+    config: RunConfig, command: Sequence[str] = (), parallel: Parallel | None = None
+) -> tuple[Trainer, RunFolder]:
     """Build and check everything, say what is about to run, and only then make the run folder.
 
+    Args:
+        command: as typed, for `env.json`.
+        parallel: this process among those of the run; the only one unless given.
+
     Raises:
-        ValueError: the config asks for something impossible, or the run folder exists; nothing was written.
+        ValueError: preflight refuses the run, the config asks for something impossible, or the run folder exists;
+            nothing was written.
     """
     path = Path(config.run.folder) / config.run.name
     check_unused(path)
-    trainer = Trainer(config)
-    print(describe(trainer), flush=True)
-    env = snapshot(trainer.device, command)
-    folder = RunFolder.create(path, config_yaml=dump_config(config), env=env, data_index=data_index(trainer))
+    report = examine(config, world_size=parallel.world_size if parallel else 1, thorough=False)
+    report.raise_if_refused()
+    trainer = Trainer(config, parallel)
+    folder = RunFolder(path)
+    trainer.parallel.barrier()  # all ranks have looked before one makes the folder
+    if trainer.parallel.is_main:
+        print("\n".join([describe(trainer), *(finding.line() for finding in report.findings)]), flush=True)
+        folder = RunFolder.create(
+            path,
+            config_yaml=dump_config(config),
+            env=snapshot(trainer.device, command) | {"routing": routing_values(trainer)},
+            data_index=data_index(trainer),
+            preflight=report.values(),
+        )
+    trainer.parallel.barrier()
     return trainer, folder
 
 
-def train(trainer: Trainer, folder: RunFolder) -> Outcome:
-    """Run a whole training.
+def train(trainer: Trainer, folder: RunFolder, *, resumed: bool = False) -> Outcome:
+    """Run a whole training, or the rest of one.
+
+    Args:
+        trainer: at its start, or at a checkpoint.
+        folder: of this run, locked by `prepare` or `prepare_resume`; the lock is given back.
+        resumed: continue the tables of the folder after the trainer's step.
 
     Raises:
-        TrainingError: a guard ended the run; everything written so far is whole, `status.json` says why.
+        TrainingError: a guard ended the run, or a checkpoint could not be written; everything written so far is whole,
+            `status.json` says why.
     """
-    config = trainer.config
+    config, parallel = trainer.config, trainer.parallel
+    # A run that begins again before its first checkpoint keeps no row, not even the evaluation of step 0.
+    resume_step = (trainer.step or -1) if resumed else None
     with (
+        closing(folder.lock),
         deterministic_algorithms(config.run.deterministic and trainer.device.type == "cpu"),
-        FailureStatus(folder) as status,
-        StopRequest() as stop,
-        Recorder(folder, num_steps=config.train.steps, log_every_steps=config.train.log_every_steps) as recorder,
+        FailureStatus(folder, parallel.rank) as status,
+        StopRequest(folder.halt, parallel) as stop,
+        Telemetry(folder, config, parallel, resume_step=resume_step) as telemetry,
+        trainer.checkpointer(folder) as checkpointer,
     ):
-        fit(trainer, folder, recorder, stop, status)
-        return finish(trainer, folder, stop.reason)
+        trainer.on_phase = telemetry.phase
+        asked = fit(trainer, folder, telemetry, checkpointer, stop, status)
+        return finish(trainer, folder, telemetry, asked)
 
 
-def fit(trainer: Trainer, folder: RunFolder, recorder: Recorder, stop: StopRequest, status: FailureStatus) -> None:
-    """The loop: optimizer steps, with evaluations and checkpoints between them; ends with a checkpoint."""
+def fit(
+    trainer: Trainer,
+    folder: RunFolder,
+    telemetry: Telemetry,
+    checkpointer: Checkpointer,
+    stop: StopRequest,
+    status: FailureStatus,
+) -> Stop | None:
+    """The loop: optimizer steps, with measurements, evaluations and checkpoints between them; ends with a checkpoint.
+
+    Returns:
+        Why the run was stopped before its end, the same on all ranks; None if it was not.
+    """
     config, every = trainer.config, trainer.config.train.checkpoint_every_steps
-    trainer.write_samples(folder, "before")
-    recorder.evaluation(trainer.evaluate())
-    while not (trainer.step == config.train.steps or stop.reason or trainer.early_stop):
-        recorder.step(*trainer.train_step())
+    measure = config.observe.health_every_steps
+    loaded_step = status.step = trainer.step
+    if not trainer.evaluations:
+        telemetry.phase("sample")
+        trainer.write_samples(folder, "before")
+        evaluate(trainer, telemetry)
+    asked = None
+    while trainer.step < config.train.steps and not trainer.early_stop:
+        if asked := stop.agreed(failed=checkpointer.failed):
+            break
+        with telemetry.training_step(trainer.step + 1):
+            record, waits_s = trainer.train_step()
+        telemetry.step(record, waits_s, num_skipped=trainer.guard.num_skipped)
         status.step = trainer.step
         last = trainer.step == config.train.steps
+        if measure and (last or trainer.step % measure == 0):
+            telemetry.health(trainer.measure_health())
         if last or trainer.step % config.eval.every_steps == 0:
-            recorder.evaluation(trainer.evaluate())
+            evaluate(trainer, telemetry)
         if every and trainer.step % every == 0:
-            trainer.save(folder)
-        if trainer.step % config.train.log_every_steps == 0:
+            telemetry.phase("checkpoint")
+            trainer.save(checkpointer)
+        if trainer.parallel.is_main and trainer.step % config.train.log_every_steps == 0:
             folder.write_status("running", step=trainer.step)
-    if trainer.saved_step != trainer.step:
-        trainer.save(folder)
+    telemetry.phase("checkpoint")
+    if trainer.step not in (loaded_step, checkpointer.saved_step):
+        trainer.save(checkpointer)
+    checkpointer.wait()
+    return asked
 
 
-def finish(trainer: Trainer, folder: RunFolder, stopped_by: str | None) -> Outcome:
+def evaluate(trainer: Trainer, telemetry: Telemetry) -> None:
+    """Score the held-out documents and record it."""
+    telemetry.phase("evaluate")
+    telemetry.evaluation(trainer.evaluate())
+
+
+def finish(trainer: Trainer, folder: RunFolder, telemetry: Telemetry, asked: Stop | None) -> Outcome:
     """Samples, metrics, picture and report; then the final status."""
+    telemetry.finish()
+    stopped_by = asked.reason if asked else None
     if stopped_by is None:
         trainer.write_samples(folder, "after")
     metrics = final_metrics(trainer, stopped_by)
-    write_json(folder.metrics_json, metrics)
-    draw_curves(folder, folder.curves_png)
-    write_report(folder, trainer.config, metrics)
-    state = "finished" if stopped_by is None else "stopped"
-    folder.write_status(state, step=trainer.step, reason=stopped_by or trainer.early_stop)
+    if trainer.parallel.is_main:
+        metrics["findings"] = [str(finding) for finding in judge_run(folder.path, Thresholds())]
+        write_json(folder.metrics_json, metrics)
+        draw_curves(folder, folder.curves_png)
+        write_report(folder, trainer.config, metrics)
+        state = "finished" if stopped_by is None else "stopped"
+        reason, rank = stopped_by or trainer.early_stop, asked.rank if asked else None
+        folder.write_status(state, step=trainer.step, reason=reason, rank=rank)
     return Outcome(folder, stopped_by, metrics)

@@ -1,8 +1,9 @@
 """The folder of one run: what lies where, and writes that are either whole or absent.
 
-runs/NAME/  config.yaml env.json status.json training.csv val.csv metrics.json curves.png report.md
-            tb/ samples/before.txt samples/after.txt
+runs/NAME/  config.yaml env.json status.json training.csv val.csv health.csv metrics.json
+            heartbeat_rank0.jsonl stacks_rank0.txt curves.png report.md tb/ samples/before.txt samples/after.txt
             checkpoints/step_000500/ ... checkpoints/latest -> step_000500
+            run.lock, and HALT when someone asks the run to stop
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import time
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
+
+from nsa.train.run_lock import RunLock
 
 State = Literal["running", "finished", "stopped", "failed"]
 
@@ -29,8 +32,10 @@ class RunFolder:
         self.config_yaml = path / "config.yaml"
         self.env_json = path / "env.json"
         self.data_index_json = path / "data_index.json"
+        self.preflight_json = path / "preflight.json"
         self.training_csv = path / "training.csv"
         self.val_csv = path / "val.csv"
+        self.health_csv = path / "health.csv"
         self.metrics_json = path / "metrics.json"
         self.status_json = path / "status.json"
         self.curves_png = path / "curves.png"
@@ -38,10 +43,23 @@ class RunFolder:
         self.samples = path / "samples"
         self.tensorboard = path / "tb"
         self.checkpoints = path / "checkpoints"
+        self.halt = path / "HALT"
+        self.lock = RunLock(path / "run.lock")
 
     @classmethod
-    def create(cls, path: Path, *, config_yaml: str, env: dict[str, Any], data_index: dict[str, Any]) -> RunFolder:
-        """Make the folder with `config.yaml`, `env.json`, `data_index.json` and `status.json`.
+    def create(
+        cls,
+        path: Path,
+        *,
+        config_yaml: str,
+        env: dict[str, Any],
+        data_index: dict[str, Any],
+        preflight: dict[str, Any] | None = None,
+    ) -> RunFolder:
+        """Make the folder with `config.yaml`, `env.json`, `data_index.json` and `status.json`, and lock it.
+
+        Args:
+            preflight: for `preflight.json`; the findings that it lets pass stand in every `status.json` from now on.
 
         Raises:
             ValueError: it exists already; nothing in it is touched.
@@ -49,31 +67,71 @@ class RunFolder:
         check_unused(path)
         path.mkdir(parents=True)
         folder = cls(path)
+        folder.lock.acquire()
         folder.samples.mkdir()
         write_text(folder.config_yaml, config_yaml)
         write_json(folder.env_json, env)
         write_json(folder.data_index_json, data_index)
+        if preflight is not None:
+            write_json(folder.preflight_json, preflight)
         folder.write_status("running", step=0)
         return folder
 
-    def write_status(self, state: State, *, step: int, reason: str | None = None) -> None:
-        """Replace `status.json`; `reason` says why a run stopped or failed."""
-        write_json(self.status_json, {"state": state, "step": step, "reason": reason, "unix_time_s": time.time()})
+    def write_status(self, state: State, *, step: int, reason: str | None = None, rank: int | None = None) -> None:
+        """Replace `status.json`; a failure stays until the run is begun again, whatever other ranks write after it.
+
+        Args:
+            state: how the run stands.
+            step: optimizer steps done.
+            reason: why it stopped or failed.
+            rank: the rank that was asked to stop, or that failed first.
+        """
+        before = self._status_or_empty()
+        if before.get("state") != "failed":
+            self._put_status(state, step, reason, rank, before.get("resumed_from"))
+
+    def begin_again(self, *, step: int, resumed_from: dict[str, Any]) -> None:
+        """Replace `status.json` when a run is resumed, whatever it said; `resumed_from` stays in it from now on."""
+        self._put_status("running", step, None, None, resumed_from)
 
     def read_status(self) -> dict[str, Any]:
         """The contents of `status.json`."""
         return json.loads(self.status_json.read_text(encoding="utf-8"))
 
+    def overridden(self) -> list[str]:
+        """Names of the errors of preflight that the config lets pass."""
+        if not self.preflight_json.is_file():
+            return []
+        findings = json.loads(self.preflight_json.read_text(encoding="utf-8"))["findings"]
+        return [finding["code"] for finding in findings if finding["allowed"]]
+
+    def _status_or_empty(self) -> dict[str, Any]:
+        return self.read_status() if self.status_json.is_file() else {}
+
+    def _put_status(
+        self, state: State, step: int, reason: str | None, rank: int | None, resumed_from: dict[str, Any] | None
+    ) -> None:
+        values = {"state": state, "step": step, "reason": reason, "rank": rank, "resumed_from": resumed_from}
+        if self.data_index_json.is_file():
+            index = json.loads(self.data_index_json.read_text(encoding="utf-8"))
+            values["data"] = index.get("description")
+        values["preflight_overridden"] = self.overridden()
+        write_json(self.status_json, {**values, "unix_time_s": time.time()})
+
 
 class FailureStatus:
     """A `with` block around training: whatever escapes it is recorded as the reason in `status.json`, then goes on.
+
+    Args:
+        folder: the run's folder.
+        rank: of this process.
 
     Attributes:
         step: the last step that was completed; the loop keeps it current.
     """
 
-    def __init__(self, folder: RunFolder) -> None:
-        self.folder = folder
+    def __init__(self, folder: RunFolder, rank: int = 0) -> None:
+        self.folder, self.rank = folder, rank
         self.step = 0
 
     def __enter__(self) -> FailureStatus:
@@ -82,8 +140,16 @@ class FailureStatus:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is not None:
-            self.folder.write_status("failed", step=self.step, reason=f"{kind.__name__}: {error}")
+        if kind is None or error is None:
+            return
+        # A full disk may have stopped a table before the checkpoint in flight, whose note says more.
+        reason = "; ".join([f"{kind.__name__}: {error}", *getattr(error, "__notes__", [])])
+        folder = self.folder.path
+        error.add_note(f"rank {self.rank}, after step {self.step}; once mended, go on with: nsa resume {folder}")
+        try:
+            self.folder.write_status("failed", step=self.step, reason=reason, rank=self.rank)
+        except OSError as unwritten:
+            error.add_note(f"{self.folder.status_json} could not be written: {unwritten}")
 
 
 def check_unused(path: Path) -> None:
@@ -97,7 +163,7 @@ def check_unused(path: Path) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write a file so that a reader finds the old or the new contents, never a part."""
-    temporary = path.with_name(f".{path.name}.part")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")  # several ranks may write one file
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
 

@@ -4,29 +4,45 @@
     record, waits_s = trainer.train_step()
     print(record.loss, trainer.evaluate().val_bits_per_byte)
 
-Building a `Trainer` writes nothing and raises `ValueError` for a config that asks for something impossible.
+Building a `Trainer` writes nothing and raises `ValueError` for a config that asks for something impossible. With
+several processes every rank has one and calls the same methods.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
-from nsa.data.loader import build_eval_batches, build_train_loader
+from nsa.data.corpus import open_corpus
+from nsa.data.loader import build_eval_batches
+from nsa.data.prefetch import build_prefetcher
 from nsa.data.tokenizers import load_tokenizer
-from nsa.eval.perplexity import IGNORED_LABEL, TokenBatch, evaluate, sum_loss
+from nsa.eval.loss import IGNORED_LABEL, NextTokenLoss
+from nsa.eval.perplexity import TokenBatch, evaluate, to_device
 from nsa.eval.samples import SampleOptions, draw_samples, format_samples
-from nsa.train.checkpoint import save_checkpoint
-from nsa.train.config import RunConfig
-from nsa.train.device import choose_device
+from nsa.hf import NSAForCausalLM
+from nsa.train.activation import checkpoint_activations
+from nsa.train.checkpoint_load import load_checkpoint, restore_random_state
+from nsa.train.checkpoint_save import Checkpointer
+from nsa.train.config import GuardSection, RunConfig
+from nsa.train.flops import FlopCount, device_peak_flops
 from nsa.train.guards import StepGuard
-from nsa.train.model import build_model
+from nsa.train.load_config import dump_config
+from nsa.train.model import build_model, compile_layers, whole_model
+from nsa.train.observe.heartbeat import Phase
+from nsa.train.observe.probe import HealthProbe, ModelHealth
 from nsa.train.observe.recorder import EvalRecord, StepRecord
-from nsa.train.optim import build_optimizer, learning_rate, set_learning_rate
+from nsa.train.observe.summary import FINAL_LOSSES
+from nsa.train.observe.windows import check_windows
+from nsa.train.optim import build_optimizer, clip_gradients, learning_rate, set_learning_rate
+from nsa.train.parallel import Parallel, distribute, gradient_sync, one_process, release_gathered
 from nsa.train.run_folder import RunFolder, write_text
 
 
@@ -34,71 +50,140 @@ class Trainer:
     """Model, data, optimizer and guards of one run, and its position in it.
 
     Attributes:
+        model: the language model, whose parameters are this rank's shards under FSDP2.
         step: optimizer steps done.
-        tokens: input tokens of those steps.
+        tokens: input tokens of those steps, of all ranks.
         losses: training losses of those steps.
         train_s: seconds of those steps.
         evaluations: all held-out results so far.
         start_s: `time.perf_counter()` when the run began.
+        on_phase: told "fetch" and "step" as a training step gets there.
     """
 
-    def __init__(self, config: RunConfig) -> None:
+    def __init__(self, config: RunConfig, parallel: Parallel | None = None) -> None:
         self.start_s = time.perf_counter()
         self.config = config
-        self.device = choose_device(config.run.device)
+        self.parallel = parallel or one_process(config.run.device)
+        self.device = self.parallel.device
+        self.num_micro_batches = _own_micro_batches(config, self.parallel.world_size)
         if config.run.num_threads is not None:
             torch.set_num_threads(config.run.num_threads)
         torch.manual_seed(config.run.seed)
         self.tokenizer = load_tokenizer(config.data.tokenizer)
-        rows = {"tokenizer": self.tokenizer, "sequence_length": config.train.sequence_length}
-        self.loader = build_train_loader(
-            config.data, **rows, rows_per_batch=config.train.micro_batch_rows, seed=config.run.seed
-        )
-        self.held_out = build_eval_batches(config.data, **rows, rows_per_batch=config.eval.rows)
-        eos = self.tokenizer.eos_id
-        self.model = build_model(config, vocab_size=self.tokenizer.vocab_size, eos_token_id=eos)
-        self.model.to(self.device)  # pyright: ignore[reportArgumentType]  (transformers wraps `to`)
+        self._build_data()
+        self._build_model()
+        self.probe = self._build_probe()
+        self.on_phase: Callable[[Phase], None] = lambda phase: None
         self.optimizer = build_optimizer(self.model, config.optim)
-        self.guard = StepGuard(config.guards)
-        self.step, self.tokens, self.saved_step = 0, 0, 0
+        self.guard = StepGuard(self._guards())
+        self.flops = FlopCount(self.model.config, config.train.sequence_length)
+        self.peak_flops = device_peak_flops(self.device, config.train.precision)
+        self.step, self.tokens = 0, 0
         self.evaluations: list[EvalRecord] = []
         self.losses: list[float] = []
         self.train_s = 0.0
+
+    def _build_data(self) -> None:
+        config, parallel = self.config, self.parallel
+        self.corpus = open_corpus(config.data)
+        rows = {"tokenizer": self.tokenizer, "sequence_length": config.train.sequence_length, "corpus": self.corpus}
+        self.loader = build_prefetcher(
+            config.data,
+            **rows,
+            rows_per_batch=config.train.micro_batch_rows,
+            seed=config.run.seed,
+            rank=parallel.rank,
+            world_size=parallel.world_size,
+            pin_memory_for=parallel.device,
+        )
+        self.held_out = build_eval_batches(config.data, **rows, rows_per_batch=config.eval.rows)
         self._batches: Iterator[TokenBatch] = iter(self.loader)
+
+    def _guards(self) -> GuardSection:
+        """The configured guards, with the floor of the data itself where it is known and none is given."""
+        guards, floor = self.config.guards, self.corpus.entropy_floor_nats(self.tokenizer)
+        return guards if guards.entropy_floor_nats else guards.model_copy(update={"entropy_floor_nats": floor})
+
+    def _build_model(self) -> None:
+        """The model in fp32, alike on all ranks, then what makes it fast, small and shared, in the order that fits."""
+        train = self.config.train
+        eos = self.tokenizer.eos_id
+        self.model = build_model(self.config, vocab_size=self.tokenizer.vocab_size, eos_token_id=eos)
+        self.model.to(self.device)  # pyright: ignore[reportArgumentType]  (transformers wraps `to`)
+        checkpoint_activations(self.model, train.activation_checkpointing)
+        if train.compile:
+            compile_layers(self.model)
+        self.loss = NextTokenLoss(self.model, compiled=train.compile)
+        self.shared_loss = distribute(self.loss, self.parallel, train.precision)
+
+    def _build_probe(self) -> HealthProbe:
+        observe = self.config.observe
+        check_windows(observe.memory_snapshot_steps, self.device)
+        batch = next(iter(self.held_out))
+        return HealthProbe(self.loss, batch, self.config.model.geometry, self.device, observe.health_layers)
 
     def train_step(self) -> tuple[StepRecord, list[float]]:
         """One optimizer step on `batch_tokens` tokens; returns its record and the single waits for data.
 
-        The loss is the sum over all micro-batches divided by the number of all their valid labels, so that it and its
-        gradient do not depend on how the step is cut into micro-batches.
+        The loss is the sum over all micro-batches of all ranks divided by the number of all their valid labels, so
+        that it and its gradient do not depend on how the step is cut into micro-batches or ranks.
         """
         start_s = time.perf_counter()
-        self.model.train()
-        micro_batches, waits_s = self._fetch(self.config.num_micro_batches)
-        num_valid = sum(int((batch.labels != IGNORED_LABEL).sum()) for batch in micro_batches)
-        sum_nats = torch.zeros((), device=self.device)
-        for batch in micro_batches:
-            with self._precision():
-                loss = sum_loss(self.model, batch, self.device)
-            (loss / num_valid).backward()
-            sum_nats += loss.detach()
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optim.max_grad_norm)
+        self.loss.train()
+        self.on_phase("fetch")
+        micro_batches, waits_s = self._fetch(self.num_micro_batches)
+        self.on_phase("step")
+        num_valid, num_flops = self._count(micro_batches)
+        sum_nats = self._backward(micro_batches, num_valid)
+        parameters, world_size = list(self.model.parameters()), self.parallel.world_size
+        norm = clip_gradients(parameters, self.config.optim.max_grad_norm)
         rate = learning_rate(self.step + 1, self.config.train.steps, self.config.optim)
         set_learning_rate(self.optimizer, rate)
-        mean_loss, grad_norm = torch.stack([sum_nats / num_valid, norm]).tolist()
+        # The only wait for the device in a step. All ranks get the same two numbers, and so decide alike.
+        stats = self.parallel.sum(torch.stack([sum_nats / num_valid, norm / world_size]))
+        mean_loss, grad_norm = stats.tolist()
         if self.guard.allows(self.step + 1, mean_loss, grad_norm):
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return self._record(mean_loss, grad_norm, rate, time.perf_counter() - start_s, waits_s), waits_s
+        step_s = time.perf_counter() - start_s
+        return self._record(mean_loss, grad_norm, rate, step_s, waits_s, num_flops), waits_s
+
+    def _backward(self, micro_batches: list[TokenBatch], num_valid: float) -> Tensor:
+        """Forward and backward of this rank's micro-batches; the sum of their losses."""
+        sum_nats = torch.zeros((), device=self.device)
+        # What the ranks exchange is the mean of their gradients.
+        divisor = num_valid / self.parallel.world_size
+        for index, batch in enumerate(micro_batches):
+            there = to_device(batch, self.device)
+            with gradient_sync(self.shared_loss, index == len(micro_batches) - 1):
+                with self._precision():
+                    loss = self.shared_loss(there.input_ids, there.labels, there.cu_seqlens)
+                (loss / divisor).backward()
+            sum_nats += loss.detach()
+        return sum_nats
 
     def evaluate(self) -> EvalRecord:
-        """Score the held-out documents."""
+        """Score the held-out documents, each rank its share; the result is equal on all."""
         with self._precision():
-            result = evaluate(self.model, self.held_out, device=self.device, num_bytes=self.held_out.num_bytes)
+            result = evaluate(
+                self.loss,
+                self.held_out,
+                device=self.device,
+                num_bytes=self.held_out.num_bytes,
+                rank=self.parallel.rank,
+                world_size=self.parallel.world_size,
+                total=self.parallel.sum,
+            )
+        release_gathered(self.loss)
         self.guard.check_evaluation(self.step, result.loss)
         record = EvalRecord(self.step, result.loss, result.perplexity, result.bits_per_byte)
         self.evaluations.append(record)
         return record
+
+    def measure_health(self) -> ModelHealth | None:
+        """Gates and selection on a held-out row, the same on all ranks; None for a model without NSA layers."""
+        with self._precision():
+            return self.probe.measure(self.step)
 
     @property
     def early_stop(self) -> str | None:
@@ -109,24 +194,77 @@ class Trainer:
             return None
         return f"early stop: {patience} evaluations in a row no better than {min(losses):.4f}"
 
-    def save(self, folder: RunFolder) -> None:
-        """Write a checkpoint of this step."""
-        save_checkpoint(
+    def whole_model(self) -> NSAForCausalLM | None:
+        """The model with all its weights, which can generate, on rank 0; None on the others.
+
+        All ranks must call it, as they may have to send their shards.
+        """
+        return whole_model(self.model, self.parallel)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position in the run as plain values, the same on all ranks: all but tensors and random numbers."""
+        return {
+            "step": self.step,
+            "tokens": self.tokens,
+            "train_s": self.train_s,
+            "losses": self.losses[-FINAL_LOSSES:],
+            "evaluations": [asdict(record) for record in self.evaluations],
+            "guard": self.guard.state_dict(),
+            "loader": self.loader.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` gave.
+
+        Raises:
+            ValueError: the state belongs to other data.
+        """
+        self.loader.load_state_dict(state["loader"])
+        self._batches = iter(self.loader)
+        self.guard.load_state_dict(state["guard"])
+        self.step, self.tokens, self.train_s = state["step"], state["tokens"], state["train_s"]
+        self.losses = list(state["losses"])
+        self.evaluations = [EvalRecord(**record) for record in state["evaluations"]]
+
+    def load(self, checkpoint: Path) -> str | None:
+        """Go on from a checkpoint, with this or another number of ranks.
+
+        Returns:
+            A line about what is not as the writers of the checkpoint would have gone on, or None.
+
+        Raises:
+            CheckpointError: it cannot be read into this model.
+            ValueError: it belongs to other data.
+        """
+        optimizer, parallel = self.optimizer, self.parallel
+        self.load_state_dict(load_checkpoint(checkpoint, model=self.model, optimizer=optimizer, parallel=parallel))
+        return restore_random_state(checkpoint, seed=self.config.run.seed, parallel=parallel)
+
+    def checkpointer(self, folder: RunFolder) -> Checkpointer:
+        """What writes this run's checkpoints."""
+        return Checkpointer(
             folder.checkpoints,
-            self.step,
-            model=self.model,
+            self.model,
+            self.parallel,
             tokenizer=self.tokenizer,
-            trainer={"tokens": self.tokens, "evaluations": [asdict(record) for record in self.evaluations]},
+            config_yaml=dump_config(self.config),
             keep=self.config.train.keep_checkpoints,
+            keep_every_steps=self.config.train.keep_every_steps,
         )
-        self.saved_step = self.step
+
+    def save(self, checkpointer: Checkpointer) -> None:
+        """Begin to write a checkpoint of this step."""
+        checkpointer.save(self.step, optimizer=self.optimizer, trainer=self.state_dict())
 
     def write_samples(self, folder: RunFolder, moment: Literal["before", "after"]) -> None:
         """Write `samples/before.txt` or `samples/after.txt`: the same prompts and random numbers."""
         options = self.config.sample
-        draw = SampleOptions(**options.model_dump(exclude={"prompts"}))
-        if options.max_new_tokens:
-            samples = draw_samples(self.model, self.tokenizer, options.prompts, draw, seed=self.config.run.seed)
+        if not options.max_new_tokens:
+            return
+        model = self.whole_model()
+        if model is not None:
+            draw = SampleOptions(**options.model_dump(exclude={"prompts"}))
+            samples = draw_samples(model, self.tokenizer, options.prompts, draw, seed=self.config.run.seed)
             title = f"{moment} training, step {self.step}, seed {self.config.run.seed}, {draw}"
             write_text(folder.samples / f"{moment}.txt", format_samples(samples, title))
 
@@ -139,12 +277,24 @@ class Trainer:
             waits_s.append(time.perf_counter() - start_s)
         return batches, waits_s
 
-    def _precision(self) -> torch.autocast:
-        """Computation in the configured precision; weights stay in fp32."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.train.precision == "bf16")
+    def _count(self, micro_batches: list[TokenBatch]) -> tuple[float, float]:
+        """Valid labels and operations of the step, of all ranks together; worked out on the host."""
+        num_valid = sum(int((batch.labels != IGNORED_LABEL).sum()) for batch in micro_batches)
+        num_flops = sum(self.flops.training(_document_lengths(batch)) for batch in micro_batches)
+        total = self.parallel.sum(torch.tensor([num_valid, num_flops], dtype=torch.float64))
+        num_valid, num_flops = total.tolist()
+        return num_valid, num_flops
 
-    def _record(self, loss: float, grad_norm: float, rate: float, step_s: float, waits_s: list[float]) -> StepRecord:
-        tokens = self.config.train.batch_tokens
+    def _precision(self) -> AbstractContextManager[object]:
+        """Computation in the configured precision; weights stay in fp32. FSDP2 casts them as it gathers them."""
+        if self.config.train.precision == "fp32" or self.parallel.mode == "fsdp2":
+            return nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16)
+
+    def _record(
+        self, loss: float, grad_norm: float, rate: float, step_s: float, waits_s: list[float], num_flops: float
+    ) -> StepRecord:
+        tokens, peak = self.config.train.batch_tokens, self.peak_flops
         self.step += 1
         self.tokens += tokens
         self.train_s += step_s
@@ -156,7 +306,26 @@ class Trainer:
             lr=rate,
             grad_norm=grad_norm,
             tokens_per_s=tokens / step_s,
-            mfu=None,
+            mfu=None if peak is None else num_flops / step_s / peak / self.parallel.world_size,
             step_s=step_s,
             fetch_s=sum(waits_s),
         )
+
+
+def _own_micro_batches(config: RunConfig, world_size: int) -> int:
+    """Micro-batches of one rank in a step."""
+    train = config.train
+    if config.num_micro_batches % world_size:
+        piece = train.micro_batch_rows * train.sequence_length * world_size
+        raise ValueError(
+            f"train.batch_tokens {train.batch_tokens} must be a multiple of {world_size} processes * "
+            f"train.micro_batch_rows {train.micro_batch_rows} * train.sequence_length {train.sequence_length} = "
+            f"{piece}; the next one is {-(-train.batch_tokens // piece) * piece}; or use fewer rows"
+        )
+    return config.num_micro_batches // world_size
+
+
+def _document_lengths(batch: TokenBatch) -> Tensor:
+    """Tokens of each packed document of a batch."""
+    rows, length = batch.input_ids.shape
+    return torch.full((rows,), length) if batch.cu_seqlens is None else batch.cu_seqlens.diff()

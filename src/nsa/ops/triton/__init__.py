@@ -16,8 +16,18 @@ import torch
 from torch import Tensor
 
 from nsa.geometry import BlockGeometry
-from nsa.ops.triton import combine, compress, dense_bwd, dense_fwd, score_topk, select_bwd, select_fwd
-from nsa.ops.triton.common import KEY_SIZES, fit, make_layout
+from nsa.ops.triton import (
+    combine,
+    compress,
+    dense_bwd,
+    dense_fwd,
+    forced,
+    score_topk,
+    select_bwd,
+    select_fwd,
+    select_union,
+)
+from nsa.ops.triton.common import KEY_SIZES, Layout, fit, make_layout
 
 Geometry = Sequence[int]
 Triple = tuple[Tensor, Tensor, Tensor]
@@ -97,33 +107,80 @@ def selected_attention_backward(
     shape = BlockGeometry(*geometry)
     with torch.cuda.device_of(q):
         layout = make_layout(cu_seqlens, shape, q.shape[1], 0)
+        dout, rows = _rows(dout, dlse, out, lse)
         dq, dk, dv = select_bwd.select_backward(
-            fit(dout),
-            dlse,
-            fit(q, KEY_SIZES),
-            fit(k, KEY_SIZES),
-            fit(v),
-            fit(out),
-            lse,
-            block_indices,
-            shape,
-            layout,
-            q_start,
-            scale,
+            dout, fit(q, KEY_SIZES), fit(k, KEY_SIZES), fit(v), rows, block_indices, shape, layout, q_start, scale
         )
         return _cut(dq, q), _cut(dk, k), _cut(dv, v)
 
 
-def combine_forward(out_cmp: Tensor, out_slc: Tensor, out_win: Tensor, gates: Tensor) -> Tensor:
-    with torch.cuda.device_of(gates):
-        return combine.combine(out_cmp, out_slc, out_win, gates)
+def attention_forward(
+    q: Tensor, k: Tensor, v: Tensor, k_cmp: Tensor, v_cmp: Tensor, k_win: Tensor, v_win: Tensor, gates: Tensor,
+    cu_seqlens: Tensor | None, geometry: Geometry, scale: float,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """All stages with what they share made once: layout, fitting tensors, forced blocks and gates."""
+    shape = BlockGeometry(*geometry)
+    with torch.cuda.device_of(q):
+        layout = make_layout(cu_seqlens, shape, q.shape[1], k_cmp.shape[1])
+        queries, keys, values = fit(q, KEY_SIZES), fit(k, KEY_SIZES), fit(v)
+        keys_cmp, values_cmp = fit(k_cmp, KEY_SIZES), fit(v_cmp)
+        keys_win, values_win = (keys, values) if k_win is k and v_win is v else (fit(k_win, KEY_SIZES), fit(v_win))
+        out_cmp, lse_cmp = dense_fwd.dense_forward(queries, keys_cmp, values_cmp, shape, layout, 0, 0, 0, scale)
+        blocks = score_topk.select_blocks(queries, keys_cmp, lse_cmp, shape, layout, 0, scale)
+        window = shape.window_size
+        out_win, lse_win = dense_fwd.dense_forward(queries, keys_win, values_win, shape, layout, window, 0, 0, scale)
+        out = torch.empty_like(out_cmp)
+        gated = select_fwd.Gated(out_cmp, out_win, gates.contiguous(), out)
+        selected = (queries, keys, values, blocks, shape, layout, 0, scale)
+        if _union_pays(queries, keys, shape, layout, select_union.FORWARD_RATIO):
+            out_slc, lse_slc = select_union.union_forward(*selected, gated)
+        else:
+            known = forced.forced_forward(queries, keys, values, shape, layout, 0, scale)
+            out_slc, lse_slc = select_fwd.select_forward(*selected, forced=known, gated=gated)
+        return *(_cut(x, v) for x in (out, out_cmp, out_slc, out_win)), lse_cmp, lse_slc, lse_win, blocks
 
 
-def combine_backward(
-    dout: Tensor, out_cmp: Tensor, out_slc: Tensor, out_win: Tensor, gates: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    with torch.cuda.device_of(gates):
-        return combine.combine_backward(dout, out_cmp, out_slc, out_win, gates)
+def attention_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, k_cmp: Tensor, v_cmp: Tensor, k_win: Tensor, v_win: Tensor,
+    gates: Tensor, out_cmp: Tensor, out_slc: Tensor, out_win: Tensor, lse_cmp: Tensor, lse_slc: Tensor,
+    lse_win: Tensor, block_indices: Tensor, cu_seqlens: Tensor | None, geometry: Geometry, scale: float,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Gradients of all tensors in the order of `attention_forward`; one dQ is added up by the three branches."""
+    shape = BlockGeometry(*geometry)
+    with torch.cuda.device_of(q):
+        layout = make_layout(cu_seqlens, shape, q.shape[1], k_cmp.shape[1])
+        dout, gates, queries = dout.contiguous(), gates.contiguous(), fit(q, KEY_SIZES)
+        dgates, delta = torch.empty_like(gates), torch.empty_like(lse_cmp)
+        dbranch = torch.empty_like(dout)  # of one branch after another
+
+        def rows(out: Tensor, lse: Tensor, branch: int) -> tuple[Tensor, dense_bwd.Rows]:
+            combine.gate_backward(dout, out.contiguous(), gates, branch, dbranch, dgates, delta)
+            return fit(dbranch), dense_bwd.Rows(lse, delta)
+
+        gradient, of_cmp = rows(out_cmp, lse_cmp, 0)
+        dq, dk_cmp, dv_cmp = dense_bwd.dense_backward(
+            gradient, queries, fit(k_cmp, KEY_SIZES), fit(v_cmp), of_cmp, shape, layout, 0, 0, 0, scale
+        )
+        gradient, of_win = rows(out_win, lse_win, 2)
+        window, keys = shape.window_size, (fit(k_win, KEY_SIZES), fit(v_win))
+        dq, dk_win, dv_win = dense_bwd.dense_backward(
+            gradient, queries, *keys, of_win, shape, layout, window, 0, 0, scale, dq
+        )
+        gradient, of_slc = rows(out_slc, lse_slc, 1)
+        selected = (gradient, queries, fit(k, KEY_SIZES), fit(v), of_slc, block_indices, shape, layout, 0, scale, dq)
+        union = _union_pays(queries, k, shape, layout, select_union.BACKWARD_RATIO)
+        if union:
+            select_union.union_query_backward(*selected)
+        dq, dk, dv = select_bwd.select_backward(*selected, queries=not union)
+        grads = (dq, dk, dv, dk_cmp, dv_cmp, dk_win, dv_win)
+        inputs = (q, k, v, k_cmp, v_cmp, k_win, v_win)
+        return *(_cut(x, like) for x, like in zip(grads, inputs, strict=True)), dgates
+
+
+def _union_pays(q: Tensor, k: Tensor, geometry: BlockGeometry, layout: Layout | None, ratio: float) -> bool:
+    docs = q.shape[0] if layout is None else layout.cu_seqlens.numel() - 1
+    group = q.shape[2] // k.shape[2]
+    return select_union.union_pays(q.shape[0] * q.shape[1], docs, group, geometry, select_union.BLOCK_M, ratio)
 
 
 def _dense_forward(
@@ -144,22 +201,18 @@ def _dense_backward(
 ) -> Triple:  # fmt: skip
     with torch.cuda.device_of(q):
         layout = make_layout(cu_seqlens, geometry, q.shape[1], k.shape[1])
+        dout, rows = _rows(dout, dlse, out, lse)
+        q_fit, k_fit, v_fit = fit(q, KEY_SIZES), fit(k, KEY_SIZES), fit(v)
         dq, dk, dv = dense_bwd.dense_backward(
-            fit(dout),
-            dlse,
-            fit(q, KEY_SIZES),
-            fit(k, KEY_SIZES),
-            fit(v),
-            fit(out),
-            lse,
-            geometry,
-            layout,
-            window,
-            q_start,
-            k_start,
-            scale,
+            dout, q_fit, k_fit, v_fit, rows, geometry, layout, window, q_start, k_start, scale
         )
         return _cut(dq, q), _cut(dk, k), _cut(dv, v)
+
+
+def _rows(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor) -> tuple[Tensor, dense_bwd.Rows]:
+    """The fitting gradient of a stage's output, and what its backward needs of each row."""
+    dout = fit(dout)
+    return dout, dense_bwd.Rows(lse, dense_bwd.make_delta(fit(out), dout, dlse))
 
 
 def _cut(x: Tensor, like: Tensor) -> Tensor:

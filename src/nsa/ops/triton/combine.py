@@ -1,6 +1,6 @@
-"""The gated sum of the three branches and its gradient, each in one pass over memory.
+"""The gradient of the gated sum of the branches (Eq. 5), branch by branch: of its gate, of its output, and delta.
 
-Shapes: out_cmp, out_slc, out_win, dout `[B, T, H, Dv]`, gates `[B, T, H, 3]`; row = a token's head.
+Shapes: out, dout `[B, T, H, Dv]`, gates `[B, T, H, 3]`; row = a token's head.
 """
 
 # Kernels are typed by Triton, not by Python.
@@ -8,7 +8,6 @@ Shapes: out_cmp, out_slc, out_win, dout `[B, T, H, Dv]`, gates `[B, T, H, 3]`; r
 # pyright: reportGeneralTypeIssues=false, reportPossiblyUnboundVariable=false
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -17,34 +16,9 @@ ELEMENTS = 4096
 
 
 @triton.jit(do_not_specialize=["num_rows"])
-def combine_kernel(
-    cmp_ptr, slc_ptr, win_ptr, gate_ptr, out_ptr, num_rows, DV: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr
-):
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    column = tl.arange(0, PADDED)[None, :]
-    live = row < num_rows
-    inside = live[:, None] & (column < DV)
-    place = row[:, None] * DV + column
-    g_cmp = tl.load(gate_ptr + row * 3, mask=live, other=0.0).to(tl.float32)[:, None]
-    g_slc = tl.load(gate_ptr + row * 3 + 1, mask=live, other=0.0).to(tl.float32)[:, None]
-    g_win = tl.load(gate_ptr + row * 3 + 2, mask=live, other=0.0).to(tl.float32)[:, None]
-    out = g_cmp * tl.load(cmp_ptr + place, mask=inside, other=0.0).to(tl.float32)
-    out += g_slc * tl.load(slc_ptr + place, mask=inside, other=0.0).to(tl.float32)
-    out += g_win * tl.load(win_ptr + place, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out_ptr + place, out.to(out_ptr.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def _branch_gradient(branch, dout, gate_ptr, dbranch_ptr, dgate_ptr, place, live, inside):
-    gate = tl.load(gate_ptr, mask=live, other=0.0).to(tl.float32)
-    tl.store(dbranch_ptr + place, (gate[:, None] * dout).to(dbranch_ptr.dtype.element_ty), mask=inside)
-    tl.store(dgate_ptr, tl.sum(branch.to(tl.float32) * dout, 1).to(dgate_ptr.dtype.element_ty), mask=live)
-
-
-@triton.jit(do_not_specialize=["num_rows"])
-def combine_backward_kernel(
-    dout_ptr, cmp_ptr, slc_ptr, win_ptr, gate_ptr, dcmp_ptr, dslc_ptr, dwin_ptr, dgate_ptr, num_rows,
-    DV: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr,
+def gate_backward_kernel(
+    dout_ptr, out_ptr, gate_ptr, dbranch_ptr, dgate_ptr, delta_ptr, num_rows,
+    DV: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, BRANCH: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, PADDED)[None, :]
@@ -52,41 +26,32 @@ def combine_backward_kernel(
     inside = live[:, None] & (column < DV)
     place = row[:, None] * DV + column
     dout = tl.load(dout_ptr + place, mask=inside, other=0.0).to(tl.float32)
-    b_cmp = tl.load(cmp_ptr + place, mask=inside, other=0.0)
-    b_slc = tl.load(slc_ptr + place, mask=inside, other=0.0)
-    b_win = tl.load(win_ptr + place, mask=inside, other=0.0)
-    gate = gate_ptr + row * 3
-    dgate = dgate_ptr + row * 3
-    _branch_gradient(b_cmp, dout, gate, dcmp_ptr, dgate, place, live, inside)
-    _branch_gradient(b_slc, dout, gate + 1, dslc_ptr, dgate + 1, place, live, inside)
-    _branch_gradient(b_win, dout, gate + 2, dwin_ptr, dgate + 2, place, live, inside)
+    out = tl.load(out_ptr + place, mask=inside, other=0.0).to(tl.float32)
+    gate = tl.load(gate_ptr + row * 3 + BRANCH, mask=live, other=0.0).to(tl.float32)
+    # delta is of the rounded gradient, as dP will be, so that the two cancel where they should.
+    dbranch = (gate[:, None] * dout).to(dbranch_ptr.dtype.element_ty)
+    tl.store(dbranch_ptr + place, dbranch, mask=inside)
+    tl.store(dgate_ptr + row * 3 + BRANCH, tl.sum(out * dout, 1).to(dgate_ptr.dtype.element_ty), mask=live)
+    tl.store(delta_ptr + row, tl.sum(out * dbranch.to(tl.float32), 1), mask=live)
 
 
-def combine(out_cmp: Tensor, out_slc: Tensor, out_win: Tensor, gates: Tensor) -> Tensor:
-    """`[B,T,H,Dv]` x 3 and `[B,T,H,3]` -> `[B,T,H,Dv]`, summed in fp32."""
-    branches = [x.contiguous() for x in (out_cmp, out_slc, out_win)]
-    out = torch.empty_like(branches[0])
-    if out.numel():
-        grid, sizes = _sizes(out)
-        combine_kernel[grid](*branches, gates.contiguous(), out, out.numel() // out.shape[-1], **sizes)
-    return out
+def gate_backward(
+    dout: Tensor, out: Tensor, gates: Tensor, branch: int, dbranch: Tensor, dgates: Tensor, delta: Tensor
+) -> None:
+    """Write what a branch's backward takes, into buffers that the branches share; all contiguous.
 
-
-def combine_backward(
-    dout: Tensor, out_cmp: Tensor, out_slc: Tensor, out_win: Tensor, gates: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of `combine` in the order of its arguments."""
-    branches = [x.contiguous() for x in (out_cmp, out_slc, out_win)]
-    gates = gates.contiguous()
-    grads = (*(torch.empty_like(x) for x in branches), torch.empty_like(gates))
-    if dout.numel():
-        grid, sizes = _sizes(dout)
-        rows = dout.numel() // dout.shape[-1]
-        combine_backward_kernel[grid](dout.contiguous(), *branches, gates, *grads, rows, **sizes)
-    return grads
-
-
-def _sizes(out: Tensor) -> tuple[tuple[int], dict[str, int]]:
-    padded = triton.next_power_of_2(out.shape[-1])
+    Args:
+        dout: gradient of the gated sum.
+        out: the branch's output.
+        branch: 0 compressed, 1 selected, 2 window.
+        dbranch: becomes the gradient of `out`, gate * dout.
+        dgates: its column `branch` becomes that gate's gradient, sum(out * dout).
+        delta: fp32 `[B, T, H]`, becomes sum(out * dbranch), see `dense_bwd.Rows`.
+    """
+    num_rows, padded = delta.numel(), triton.next_power_of_2(dout.shape[-1])
     rows = max(1, ELEMENTS // padded)
-    return (triton.cdiv(out.numel() // out.shape[-1], rows),), {"DV": out.shape[-1], "PADDED": padded, "ROWS": rows}
+    if num_rows:
+        gate_backward_kernel[(triton.cdiv(num_rows, rows),)](
+            dout, out, gates, dbranch, dgates, delta, num_rows,
+            DV=dout.shape[-1], PADDED=padded, ROWS=rows, BRANCH=branch,
+        )  # fmt: skip

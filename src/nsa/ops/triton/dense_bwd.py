@@ -12,6 +12,8 @@ Shapes: q, dq `[B, T, H, Dk]`, out, dout `[B, T, H, Dv]`, lse, delta `[B, T, H]`
 # pyright: reportGeneralTypeIssues=false, reportPossiblyUnboundVariable=false
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -45,7 +47,8 @@ def key_tile(q: Tensor, head_dim: int, value_head_dim: int, large: bool) -> dict
         return {"BLOCK_M": 32, "BLOCK_N": 32 if widest > 128 else 64, "num_warps": 4, "num_stages": 1}
     if widest > 192:
         return {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2}
-    return {"BLOCK_M": 32 if widest > 128 else 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}
+    rows = 32 if widest > 128 else 64 if widest > 64 else 128
+    return {"BLOCK_M": rows, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}
 
 
 def query_tile(q: Tensor, head_dim: int, value_head_dim: int, large: bool) -> dict[str, int]:
@@ -58,6 +61,18 @@ def query_tile(q: Tensor, head_dim: int, value_head_dim: int, large: bool) -> di
     if widest > 192:
         return {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2}
     return {"BLOCK_M": 64, "BLOCK_N": 32 if widest > 128 else 64, "num_warps": 4, "num_stages": 2}
+
+
+class Rows(NamedTuple):
+    """What the gradient of a branch needs of each query and head, fp32 `[B, T, H]`.
+
+    Attributes:
+        lse: natural log-sum-exp of the branch.
+        delta: sum(out * dout) - dlse, so that dS = P (dP - delta).
+    """
+
+    lse: Tensor
+    delta: Tensor
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -90,13 +105,11 @@ def make_delta(out: Tensor, dout: Tensor, dlse: Tensor | None) -> Tensor:
 
 @triton.jit
 def _key_step(
-    dk, dk_tail, dv, k, k_tail, v, q_ptr, q_tail_ptr, dout_ptr, lse_ptr, delta_ptr, doc_ptr, cmp_ptr, row_start,
-    row_end, batch_row, head, key,
-    scale_log2, log2e, T, S, q_start, k_start,
+    dk, dk_tail, dv, k, k_tail, v, q_ptr, q_tail_ptr, dout_ptr, lse_ptr, delta_ptr, doc_ptr, cmp_ptr,
+    row_start, row_end, batch_row, head, key, scale_log2, log2e, T, S, q_start, k_start,
     H: tl.constexpr, G: tl.constexpr, DK: tl.constexpr, TAIL: tl.constexpr, DV: tl.constexpr, SIZE: tl.constexpr,
-    STRIDE: tl.constexpr, WINDOW: tl.constexpr, PACKED: tl.constexpr, TMA: tl.constexpr, MASKED: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
+    STRIDE: tl.constexpr, WINDOW: tl.constexpr, PACKED: tl.constexpr, TMA: tl.constexpr,
+    MASKED: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     MAIN: tl.constexpr = DK - TAIL
     row = row_start + tl.arange(0, BLOCK_M)
@@ -138,8 +151,8 @@ def _key_step(
 
 @triton.jit(do_not_specialize=["T", "S", "q_start", "k_start", "split_rows"])
 def dense_key_kernel(
-    q_ptr, q_tail_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, doc_ptr, cmp_ptr, first_ptr, end_ptr,
-    scale, scale_log2, log2e, T, S, q_start, k_start, split_rows,
+    q_ptr, q_tail_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, doc_ptr, cmp_ptr,
+    first_ptr, end_ptr, scale, scale_log2, log2e, T, S, q_start, k_start, split_rows,
     H: tl.constexpr, HKV: tl.constexpr, DK: tl.constexpr, TAIL: tl.constexpr, DV: tl.constexpr,
     SIZE: tl.constexpr, STRIDE: tl.constexpr, WINDOW: tl.constexpr, PACKED: tl.constexpr,
     PRECISION: tl.constexpr, TMA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -179,15 +192,15 @@ def dense_key_kernel(
     dv = tl.zeros([BLOCK_N, DV], tl.float32)
     for row_start in tl.range(full_start, full_end, BLOCK_M):
         dk, dk_tail, dv = _key_step(
-            dk, dk_tail, dv, k, k_tail, v, q_ptr, q_tail_ptr, dout_ptr, lse_ptr, delta_ptr, doc_ptr, cmp_ptr, row_start,
-            row_end, b * T, group * G, key, scale_log2, log2e, T, S, q_start, k_start,
+            dk, dk_tail, dv, k, k_tail, v, q_ptr, q_tail_ptr, dout_ptr, lse_ptr, delta_ptr, doc_ptr, cmp_ptr,
+            row_start, row_end, b * T, group * G, key, scale_log2, log2e, T, S, q_start, k_start,
             H, G, DK, TAIL, DV, SIZE, STRIDE, WINDOW, PACKED, TMA, False, PRECISION, BLOCK_M,
         )  # fmt: skip
     for i in tl.range(num_masked):
         row_start = tl.where(i < num_left, row_low + i * BLOCK_M, full_end + (i - num_left) * BLOCK_M)
         dk, dk_tail, dv = _key_step(
-            dk, dk_tail, dv, k, k_tail, v, q_ptr, q_tail_ptr, dout_ptr, lse_ptr, delta_ptr, doc_ptr, cmp_ptr, row_start,
-            row_end, b * T, group * G, key, scale_log2, log2e, T, S, q_start, k_start,
+            dk, dk_tail, dv, k, k_tail, v, q_ptr, q_tail_ptr, dout_ptr, lse_ptr, delta_ptr, doc_ptr, cmp_ptr,
+            row_start, row_end, b * T, group * G, key, scale_log2, log2e, T, S, q_start, k_start,
             H, G, DK, TAIL, DV, SIZE, STRIDE, WINDOW, PACKED, TMA, True, PRECISION, BLOCK_M,
         )  # fmt: skip
 
@@ -199,10 +212,10 @@ def dense_key_kernel(
 
 
 @triton.jit
-def _query_step(
-    dq, dq_tail, q, q_tail, dout, lse, delta, k_desc, k_tail_desc, v_desc, key_start, first_row, column_k, column_v,
-    first, end, scale_log2, TAIL: tl.constexpr, MAIN: tl.constexpr, MASKED: tl.constexpr, BLOCK_N: tl.constexpr,
-    PRECISION: tl.constexpr,
+def query_step(
+    dq, dq_tail, q, q_tail, dout, lse, delta, k_desc, k_tail_desc, v_desc, key_start, first_row, column_k,
+    column_v, first, end, scale_log2, TAIL: tl.constexpr, MAIN: tl.constexpr,
+    MASKED: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     k = k_desc.load([first_row + key_start, column_k])
     v = v_desc.load([first_row + key_start, column_v])
@@ -227,8 +240,9 @@ def dense_query_kernel(
     scale, scale_log2, log2e, T, S, q_start, k_start,
     H: tl.constexpr, HKV: tl.constexpr, DK: tl.constexpr, TAIL: tl.constexpr, DV: tl.constexpr,
     SIZE: tl.constexpr, STRIDE: tl.constexpr, WINDOW: tl.constexpr, PACKED: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    ADD: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
+    """dQ of a tile of rows; ADD puts it on top of what `dq_ptr` holds."""
     G: tl.constexpr = H // HKV
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
     b = tl.program_id(1) // HKV
@@ -261,19 +275,25 @@ def dense_query_kernel(
     num_masked = num_left + tl.cdiv(tl.maximum(end_high - full_end, 0), BLOCK_N)
 
     for key_start in tl.range(full_start, full_end, BLOCK_N):
-        dq, dq_tail = _query_step(
+        dq, dq_tail = query_step(
             dq, dq_tail, q, q_tail, dout, lse, delta, k_desc, k_tail_desc, v_desc, key_start, b * S, group * DK,
             group * DV, first, end, scale_log2, TAIL, MAIN, False, BLOCK_N, PRECISION,
         )  # fmt: skip
     for i in tl.range(num_masked):
         key_start = tl.where(i < num_left, first_low + i * BLOCK_N, full_end + (i - num_left) * BLOCK_N)
-        dq, dq_tail = _query_step(
+        dq, dq_tail = query_step(
             dq, dq_tail, q, q_tail, dout, lse, delta, k_desc, k_tail_desc, v_desc, key_start, b * S, group * DK,
             group * DV, first, end, scale_log2, TAIL, MAIN, True, BLOCK_N, PRECISION,
         )  # fmt: skip
-    tl.store(dq_ptr + q_offset, (dq * scale).to(dq_ptr.dtype.element_ty), mask=live[:, None])
+    dq *= scale
+    if ADD:
+        dq += tl.load(dq_ptr + q_offset, mask=live[:, None], other=0.0).to(tl.float32)
+    tl.store(dq_ptr + q_offset, dq.to(dq_ptr.dtype.element_ty), mask=live[:, None])
     if TAIL > 0:
-        tl.store(dq_ptr + tail_offset, (dq_tail * scale).to(dq_ptr.dtype.element_ty), mask=live[:, None])
+        dq_tail *= scale
+        if ADD:
+            dq_tail += tl.load(dq_ptr + tail_offset, mask=live[:, None], other=0.0).to(tl.float32)
+        tl.store(dq_ptr + tail_offset, dq_tail.to(dq_ptr.dtype.element_ty), mask=live[:, None])
 
 
 def describe_rows(x: Tensor, rows: int, group_size: int, columns: int) -> TensorDescriptor:
@@ -294,40 +314,39 @@ def num_splits(q: Tensor, k: Tensor, v: Tensor, window: int, block_n: int) -> in
 
 
 def dense_backward(
-    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-    geometry: BlockGeometry, layout: Layout | None, window: int, q_start: int, k_start: int, scale: float,
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, rows: Rows, geometry: BlockGeometry, layout: Layout | None,
+    window: int, q_start: int, k_start: int, scale: float, dq: Tensor | None = None,
     tiles: tuple[dict[str, int], dict[str, int]] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """dq, dk, dv of `dense_forward`, for fitting tensors."""
-    if out.numel() == 0 or k.numel() == 0:
-        return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    """dq, dk, dv of `dense_forward`, for fitting tensors; a given `dq` is added to in place."""
+    if q.numel() == 0 or k.numel() == 0:
+        return torch.zeros_like(q) if dq is None else dq, torch.zeros_like(k), torch.zeros_like(v)
     hopper = tiles is None and hopper_serves(q, k, v)
-    large = has_large_shared_memory(q)
-    sizes = (q.shape[3], v.shape[3], large)
+    sizes = (q.shape[3], v.shape[3], has_large_shared_memory(q))
     by_key, by_query = tiles or (key_tile(q, *sizes), query_tile(q, *sizes))
-    delta = make_delta(out, dout, dlse)
     splits = num_splits(q, k, v, window, 128 if hopper else by_key["BLOCK_N"])
     dtype = q.dtype if splits == 1 else torch.float32
     dk = torch.empty(splits, *k.shape, dtype=dtype, device=q.device)
     dv = torch.empty(splits, *v.shape, dtype=dtype, device=q.device)
-    dq = torch.empty_like(q)
+    add = dq is not None
+    dq = torch.empty_like(q) if dq is None else dq
     what = (geometry, layout, window, q_start, k_start, scale)
     if hopper:
-        hopper_key_backward(dout, q, k, v, lse, delta, dk, dv, *what)
-        hopper_query_backward(dout, q, k, v, lse, delta, dq, *what)
+        hopper_key_backward(dout, q, k, v, *rows, dk, dv, *what)
+        hopper_query_backward(dout, q, k, v, *rows, dq, *what, add)
     else:
-        _launch_backward(dout, q, k, v, lse, delta, dq, dk, dv, *what, by_key, by_query)
+        _launch_backward(dout, q, k, v, rows, dq, dk, dv, *what, add, by_key, by_query)
     if splits == 1:
         return dq, dk[0], dv[0]
     return dq, dk.sum(0).to(k.dtype), dv.sum(0).to(v.dtype)
 
 
 def _launch_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, dq: Tensor, dk: Tensor, dv: Tensor,
-    geometry: BlockGeometry, layout: Layout | None, window: int, q_start: int, k_start: int, scale: float,
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, rows: Rows, dq: Tensor, dk: Tensor, dv: Tensor,
+    geometry: BlockGeometry, layout: Layout | None, window: int, q_start: int, k_start: int, scale: float, add: bool,
     by_key: dict[str, int], by_query: dict[str, int],
 ) -> None:  # fmt: skip
-    """Write dq, and dk and dv of each split."""
+    """Write dq, or add to it, and write dk and dv of each split."""
     B, T, H, Dk = q.shape
     S, Hkv, Dv = k.shape[1], k.shape[2], v.shape[3]
     G, tail, splits = H // Hkv, key_tail(Dk), dk.shape[0]
@@ -347,10 +366,10 @@ def _launch_backward(
     if boxes and tail:
         tail_rows = describe_rows(q, by_key["BLOCK_M"], G, tail)
     dense_key_kernel[(triton.cdiv(S, by_key["BLOCK_N"]), B * Hkv, splits)](
-        q_rows, tail_rows, k, v, dout_rows, lse, delta, dk, dv, *documents, *numbers, triton.cdiv(T, splits) * G,
+        q_rows, tail_rows, k, v, dout_rows, *rows, dk, dv, *documents, *numbers, triton.cdiv(T, splits) * G,
         TMA=boxes, **shape, **by_key,
     )  # fmt: skip
     descriptors = (*describe_keys(k, by_query["BLOCK_N"]), describe(v, by_query["BLOCK_N"]))
     dense_query_kernel[(triton.cdiv(T * G, by_query["BLOCK_M"]), B * Hkv)](
-        q, *descriptors, dout, lse, delta, dq, *documents[:2], *numbers, **shape, **by_query
+        q, *descriptors, dout, *rows, dq, *documents[:2], *numbers, ADD=add, **shape, **by_query
     )

@@ -56,7 +56,7 @@ def describe_keys(k: Tensor, rows: int) -> tuple[TensorDescriptor, TensorDescrip
 
 
 @triton.jit
-def _attend_tile(
+def attend_tile(
     acc, best, total, q, q_tail, k_desc, k_tail_desc, v_desc, key_start, first_row, column_k, column_v, first, end,
     scale_log2, TAIL: tl.constexpr, MAIN: tl.constexpr, MASKED: tl.constexpr, BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -119,13 +119,13 @@ def dense_forward_kernel(
     best = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     for key_start in tl.range(full_start, full_end, BLOCK_N):
-        acc, best, total = _attend_tile(
+        acc, best, total = attend_tile(
             acc, best, total, q, q_tail, k_desc, k_tail_desc, v_desc, key_start, b * S, group * DK, group * DV, first,
             end, scale_log2, TAIL, MAIN, False, BLOCK_N, PRECISION,
         )  # fmt: skip
     for i in tl.range(num_masked):
         key_start = tl.where(i < num_left, first_low + i * BLOCK_N, full_end + (i - num_left) * BLOCK_N)
-        acc, best, total = _attend_tile(
+        acc, best, total = attend_tile(
             acc, best, total, q, q_tail, k_desc, k_tail_desc, v_desc, key_start, b * S, group * DK, group * DV, first,
             end, scale_log2, TAIL, MAIN, True, BLOCK_N, PRECISION,
         )  # fmt: skip

@@ -311,10 +311,10 @@ def _query_load_partition(
 
 @gluon.jit
 def _query_partition(
-    HALF: gl.constexpr, dq_desc, lse_ptr, delta_ptr, q_smem, dout_smem, k_smem, v_smem, q_full, q_empty, k_full,
+    HALF: gl.constexpr, dq_desc, dq_ptr, lse_ptr, delta_ptr, q_smem, dout_smem, k_smem, v_smem, q_full, q_empty, k_full,
     k_empty, v_full, v_empty, doc_ptr, cmp_ptr, scale, scale_log2, log2e, T, S, q_start, k_start, num_tiles, heads,
     G: gl.constexpr, HKV: gl.constexpr, D: gl.constexpr, SIZE: gl.constexpr, STRIDE: gl.constexpr,
-    WINDOW: gl.constexpr, PACKED: gl.constexpr,
+    WINDOW: gl.constexpr, PACKED: gl.constexpr, ADD: gl.constexpr,
 ):  # fmt: skip
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
     Q_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
@@ -341,6 +341,12 @@ def _query_partition(
         q = q_smem.index(place).reshape([ROWS, D])
         dout = dout_smem.index(place).reshape([ROWS, D])
         dq = gl.zeros([ROWS, D], gl.float32, Q_LAYOUT)
+        before = dq.to(dtype)
+        if ADD:  # read long before it is needed
+            source = gl.convert_layout(row_64, gl.SliceLayout(1, Q_LAYOUT))[:, None] * D
+            source += gl.arange(0, D, gl.SliceLayout(0, Q_LAYOUT))[None, :]
+            live = gl.convert_layout(row < T * G, gl.SliceLayout(1, Q_LAYOUT))
+            before = gl.load(dq_ptr + source, mask=live[:, None], other=0.0)
         mbarrier.wait(q_full.index(place), turn // 2 & 1)
         for key_start in range(tile_first, tile_end, KEYS):
             slot = step % STAGES
@@ -364,7 +370,10 @@ def _query_partition(
             mbarrier.arrive(k_empty.index(slot), count=1)
             step += 1
         # The queries are done with: their place holds the result until it is written.
-        q.store((dq * scale).to(dtype))
+        dq = dq * scale
+        if ADD:
+            dq += before.to(gl.float32)
+        q.store(dq.to(dtype))
         fence_async_shared()
         tma.async_copy_shared_to_global(dq_desc, [b, low // G, group * G, 0], q_smem.index(place))
         tma.store_wait(0)
@@ -373,10 +382,10 @@ def _query_partition(
 
 @gluon.jit(do_not_specialize=["T", "S", "q_start", "k_start", "num_tiles", "heads"])
 def hopper_query_kernel(
-    q_desc, k_desc, v_desc, dout_desc, dq_desc, lse_ptr, delta_ptr, doc_ptr, cmp_ptr, scale, scale_log2, log2e,
+    q_desc, k_desc, v_desc, dout_desc, dq_desc, dq_ptr, lse_ptr, delta_ptr, doc_ptr, cmp_ptr, scale, scale_log2, log2e,
     T, S, q_start, k_start, num_tiles, heads,
     G: gl.constexpr, HKV: gl.constexpr, D: gl.constexpr, SIZE: gl.constexpr, STRIDE: gl.constexpr,
-    WINDOW: gl.constexpr, PACKED: gl.constexpr,
+    WINDOW: gl.constexpr, PACKED: gl.constexpr, ADD: gl.constexpr,
 ):  # fmt: skip
     q_smem = gl.allocate_shared_memory(q_desc.dtype, [4] + q_desc.block_shape, q_desc.layout)
     dout_smem = gl.allocate_shared_memory(dout_desc.dtype, [4] + dout_desc.block_shape, dout_desc.layout)
@@ -391,14 +400,14 @@ def hopper_query_kernel(
     fence_async_shared()
     gl.warp_specialize([
         (_query_partition, (
-            0, dq_desc, lse_ptr, delta_ptr, q_smem, dout_smem, k_smem, v_smem, q_full, q_empty, k_full,
+            0, dq_desc, dq_ptr, lse_ptr, delta_ptr, q_smem, dout_smem, k_smem, v_smem, q_full, q_empty, k_full,
             k_empty, v_full, v_empty, doc_ptr, cmp_ptr, scale, scale_log2, log2e, T, S, q_start, k_start, num_tiles,
-            heads, G, HKV, D, SIZE, STRIDE, WINDOW, PACKED,
+            heads, G, HKV, D, SIZE, STRIDE, WINDOW, PACKED, ADD,
         )),
         (_query_partition, (
-            1, dq_desc, lse_ptr, delta_ptr, q_smem, dout_smem, k_smem, v_smem, q_full, q_empty, k_full,
+            1, dq_desc, dq_ptr, lse_ptr, delta_ptr, q_smem, dout_smem, k_smem, v_smem, q_full, q_empty, k_full,
             k_empty, v_full, v_empty, doc_ptr, cmp_ptr, scale, scale_log2, log2e, T, S, q_start, k_start, num_tiles,
-            heads, G, HKV, D, SIZE, STRIDE, WINDOW, PACKED,
+            heads, G, HKV, D, SIZE, STRIDE, WINDOW, PACKED, ADD,
         )),
         (_query_load_partition, (
             q_desc, k_desc, v_desc, dout_desc, q_smem, dout_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty,
@@ -411,8 +420,9 @@ def hopper_query_kernel(
 def hopper_query_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, dq: Tensor,
     geometry: BlockGeometry, layout: Layout | None, window: int, q_start: int, k_start: int, scale: float,
+    add: bool,
 ) -> None:  # fmt: skip
-    """Write dq."""
+    """Write dq, or add to it."""
     B, T, H, D = q.shape
     S, Hkv = k.shape[1:3]
     G = H // Hkv
@@ -421,8 +431,8 @@ def hopper_query_backward(
     num_tiles = triton.cdiv(T * G, 2 * ROWS.value)
     hopper_query_kernel[(min(num_multiprocessors(q), num_tiles * B * Hkv),)](
         describe_box(q, tokens, G), describe_box(k, KEYS.value, 1), describe_box(v, KEYS.value, 1),
-        describe_box(dout, tokens, G), describe_box(dq, tokens, G), lse, delta, *documents, scale, scale * LOG2E,
+        describe_box(dout, tokens, G), describe_box(dq, tokens, G), dq, lse, delta, *documents, scale, scale * LOG2E,
         LOG2E, T, S, q_start, k_start, num_tiles, B * Hkv,
         G=G, HKV=Hkv, D=D, SIZE=geometry.compress_block_size, STRIDE=geometry.compress_stride,
-        WINDOW=window, PACKED=layout is not None, num_warps=4,
+        WINDOW=window, PACKED=layout is not None, ADD=add, num_warps=4,
     )  # fmt: skip

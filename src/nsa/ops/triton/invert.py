@@ -77,25 +77,41 @@ def sub_block_ratio(select_block_size: int) -> int:
 
 
 @triton.jit
+def is_free(
+    chosen, slot, t, live, doc_ptr, q_start,
+    RATIO: tl.constexpr, BLOCK: tl.constexpr, INIT: tl.constexpr, LOCAL: tl.constexpr, PACKED: tl.constexpr,
+):  # fmt: skip
+    """Whether a chosen block is none of the forced ones; the list is ascending, so initial blocks come first."""
+    start = t * 0
+    if PACKED:
+        start = tl.load(doc_ptr + t, mask=live, other=0)
+    own = (t + q_start - start) // BLOCK
+    return (slot // RATIO >= INIT) & (chosen <= own - LOCAL)
+
+
+@triton.jit
 def _block_numbers(
-    choice_ptr, base_ptr, t, live, slot, J, SLOTS: tl.constexpr, RATIO: tl.constexpr, PACKED: tl.constexpr
-):
+    choice_ptr, doc_ptr, base_ptr, t, live, slot, J, q_start, SLOTS: tl.constexpr, RATIO: tl.constexpr,
+    BLOCK: tl.constexpr, INIT: tl.constexpr, LOCAL: tl.constexpr, PACKED: tl.constexpr,
+):  # fmt: skip
     """Numbers of the sub-blocks in the slots of tokens t, and which of them are set."""
     base = 0
     if PACKED:
         base = tl.load(base_ptr + t, mask=live, other=0)
-    live = live & (slot < SLOTS)
-    chosen = tl.load(choice_ptr + slot // RATIO, mask=live, other=-1)
+    set_slot = live & (slot < SLOTS)
+    chosen = tl.load(choice_ptr + slot // RATIO, mask=set_slot, other=-1)
     number = (base + chosen) * RATIO + slot % RATIO
-    live = live & (chosen >= 0) & (number < J)
-    return tl.where(live, number, 0), live
+    set_slot = set_slot & (chosen >= 0) & (number < J)
+    if INIT + LOCAL > 0:
+        set_slot = set_slot & is_free(chosen, slot, t, live, doc_ptr, q_start, RATIO, BLOCK, INIT, LOCAL, PACKED)
+    return tl.where(set_slot, number, 0), set_slot
 
 
-@triton.jit(do_not_specialize=["T", "J", "segments", "segment"])
+@triton.jit(do_not_specialize=["T", "J", "segments", "segment", "q_start"])
 def count_kernel(
-    choice_ptr, base_ptr, counts_ptr, T, J, segments, segment,
-    HKV: tl.constexpr, SLOTS: tl.constexpr, PADDED: tl.constexpr, RATIO: tl.constexpr, PACKED: tl.constexpr,
-    TOKENS: tl.constexpr,
+    choice_ptr, doc_ptr, base_ptr, counts_ptr, T, J, segments, segment, q_start,
+    HKV: tl.constexpr, SLOTS: tl.constexpr, PADDED: tl.constexpr, RATIO: tl.constexpr, BLOCK: tl.constexpr,
+    INIT: tl.constexpr, LOCAL: tl.constexpr, PACKED: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
     start = tl.program_id(0) * segment
     head = tl.program_id(1).to(tl.int64)
@@ -104,17 +120,18 @@ def count_kernel(
         t = (first + tl.arange(0, TOKENS))[:, None]
         row = ((head // HKV) * T + t) * HKV + head % HKV
         number, live = _block_numbers(
-            choice_ptr + row * (SLOTS // RATIO), base_ptr, t, t < tl.minimum(start + segment, T), slot, J,
-            SLOTS, RATIO, PACKED,
+            choice_ptr + row * (SLOTS // RATIO), doc_ptr, base_ptr, t, t < tl.minimum(start + segment, T), slot, J,
+            q_start, SLOTS, RATIO, BLOCK, INIT, LOCAL, PACKED,
         )  # fmt: skip
         target = counts_ptr + (head * J + number) * segments + tl.program_id(0)
         tl.atomic_add(target, 1, mask=live, sem="relaxed")  # integers: the order does not matter
 
 
-@triton.jit(do_not_specialize=["T", "J", "segments", "segment"])
+@triton.jit(do_not_specialize=["T", "J", "segments", "segment", "q_start"])
 def sort_kernel(
-    choice_ptr, base_ptr, cursor_ptr, entries_ptr, T, J, segments, segment,
-    HKV: tl.constexpr, SLOTS: tl.constexpr, PADDED: tl.constexpr, RATIO: tl.constexpr, PACKED: tl.constexpr,
+    choice_ptr, doc_ptr, base_ptr, cursor_ptr, entries_ptr, T, J, segments, segment, q_start,
+    HKV: tl.constexpr, SLOTS: tl.constexpr, PADDED: tl.constexpr, RATIO: tl.constexpr, BLOCK: tl.constexpr,
+    INIT: tl.constexpr, LOCAL: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """Write the entries token after token; a token's blocks are distinct, so its slots never meet in one counter."""
     start = tl.program_id(0) * segment
@@ -122,14 +139,19 @@ def sort_kernel(
     slot = tl.arange(0, PADDED)
     end = tl.minimum(start + segment, T)
     choice_ptr += (((head // HKV) * T + start) * HKV + head % HKV) * (SLOTS // RATIO)
-    number, live = _block_numbers(choice_ptr, base_ptr, start, start < end, slot, J, SLOTS, RATIO, PACKED)
+    number, live = _block_numbers(
+        choice_ptr, doc_ptr, base_ptr, start, start < end, slot, J, q_start, SLOTS, RATIO, BLOCK, INIT, LOCAL, PACKED
+    )
     for t in range(start, end):
         cursor = cursor_ptr + (head * J + number) * segments + tl.program_id(0)
         place = tl.load(cursor, mask=live, other=0)
         tl.store(entries_ptr + place, t * SLOTS + slot, mask=live)
         tl.store(cursor, place + 1, mask=live)
         choice_ptr += HKV * (SLOTS // RATIO)
-        number, live = _block_numbers(choice_ptr, base_ptr, t + 1, t + 1 < end, slot, J, SLOTS, RATIO, PACKED)
+        number, live = _block_numbers(
+            choice_ptr, doc_ptr, base_ptr, t + 1, t + 1 < end, slot, J, q_start, SLOTS, RATIO, BLOCK, INIT, LOCAL,
+            PACKED,
+        )  # fmt: skip
         tl.debug_barrier()  # the next token reads the counters
 
 
@@ -179,8 +201,16 @@ def item_kernel(
     tl.store(item_ptr + 2, tl.minimum(entry + item_entries, end), mask=item < bound)
 
 
-def invert(block_indices: Tensor, geometry: BlockGeometry, layout: Layout | None, num_keys: int) -> Inversion:
-    """Sorted entries from `block_indices` int32 `[B, T, Hkv, n]`, for keys 0 .. num_keys - 1."""
+def invert(
+    block_indices: Tensor, geometry: BlockGeometry, layout: Layout | None, num_keys: int, q_start: int = 0,
+    peel: bool = False,
+) -> Inversion:  # fmt: skip
+    """Sorted entries from `block_indices` int32 `[B, T, Hkv, n]`, for keys 0 .. num_keys - 1.
+
+    Args:
+        q_start: position of the first token, for `peel`.
+        peel: leave out the forced blocks, of which every token's list must then hold all.
+    """
     B, T, Hkv, count = block_indices.shape
     ratio = sub_block_ratio(geometry.select_block_size)
     slots, device = count * ratio, block_indices.device
@@ -191,14 +221,15 @@ def invert(block_indices: Tensor, geometry: BlockGeometry, layout: Layout | None
     segments = triton.cdiv(T, segment)
     counts = torch.zeros(B * Hkv, num_blocks, segments, dtype=torch.int32, device=device)
     entries = torch.empty(B * Hkv * T * slots, dtype=torch.int32, device=device)
-    base = block_indices if layout is None else layout.block_base
+    documents = (block_indices, block_indices) if layout is None else (layout.doc_start, layout.block_base)
     shape = {"HKV": Hkv, "SLOTS": slots, "PADDED": triton.next_power_of_2(slots), "RATIO": ratio,
-             "PACKED": layout is not None}  # fmt: skip
-    sizes, grid = (T, num_blocks, segments, segment), (segments, B * Hkv)
-    count_kernel[grid](block_indices, base, counts, *sizes, TOKENS=32, **shape)
+             "BLOCK": geometry.select_block_size, "INIT": geometry.num_init_blocks if peel else 0,
+             "LOCAL": geometry.num_local_blocks if peel else 0, "PACKED": layout is not None}  # fmt: skip
+    sizes, grid = (T, num_blocks, segments, segment, q_start), (segments, B * Hkv)
+    count_kernel[grid](block_indices, *documents, counts, *sizes, TOKENS=32, **shape)
     ends = counts.flatten().cumsum(0, dtype=torch.int32).view_as(counts)
     cursor = ends.sub_(counts)
-    sort_kernel[grid](block_indices, base, cursor, entries, *sizes, num_warps=1, **shape)
+    sort_kernel[grid](block_indices, *documents, cursor, entries, *sizes, num_warps=1, **shape)
     return Inversion(entries, cursor, segment, geometry.select_block_size // ratio, ratio, slots)
 
 

@@ -2,8 +2,10 @@
 
 The score kernel holds the queries of TOKENS tokens as columns, head-major (column = head * TOKENS + token), so that the
 sum over the heads of a group stays within a thread. For each compressed key it multiplies again, takes the probability
-from the final log-sum-exp, and stores the group's sum: fp32 `[heads, tokens, keys]` of a chunk, about SCRATCH_BYTES.
-The choice kernel has one warp for each token and group. It forms the blocks' importance by the Eq. 9 stencil and finds
+from the final log-sum-exp, and stores the group's sums: fp32 `[heads, tokens, width]` of a chunk, about SCRATCH_BYTES.
+A row holds, where a block's keys fill part of a tile (POOLED), what each block's keys give to its own importance, and
+then what they give to the next block's; in other geometries the sum of every key.
+The choice kernel has one warp for each token and group. It adds these up to the blocks' importance (Eq. 9) and finds
 the n-th largest by bisection on the bits of the scores, CHUNK candidates at a time merged into a running list of n. Any
 length takes this one path, and ties go to the lower index because list and candidates stay in index order.
 
@@ -42,9 +44,10 @@ def score_tile(q: Tensor, group_size: int, large: bool) -> dict[str, int]:
 def _score_step(
     mass_ptr, q, q_tail, k_desc, k_tail_desc, lse, column_end, key, row_start, column_k, scale_log2, token_row,
     live_token, width, TAIL: tl.constexpr, MAIN: tl.constexpr, MASKED: tl.constexpr, HEADS: tl.constexpr,
-    TOKENS: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    TOKENS: tl.constexpr, BLOCK_N: tl.constexpr, SPAN: tl.constexpr, REACH: tl.constexpr, POOLED: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Store the group-summed probabilities of keys key .. key + BLOCK_N - 1."""
+    """Store the group-summed probabilities of keys key .. key + BLOCK_N - 1, or what they give to the blocks."""
     k = k_desc.load([row_start + key, column_k])
     s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
     if TAIL > 0:
@@ -55,7 +58,18 @@ def _score_step(
     if MASKED:
         p = tl.where(keys[:, None] < column_end[None, :], p, 0.0)
     mass = tl.sum(tl.reshape(p, [BLOCK_N, HEADS, TOKENS]), 1)
-    tl.store(mass_ptr + token_row[None, :] * width + keys[:, None], mass, mask=live_token[None, :])
+    if POOLED:
+        BLOCKS: tl.constexpr = BLOCK_N // SPAN
+        mass = tl.reshape(mass, [BLOCKS, SPAN, TOKENS])
+        i = tl.arange(0, SPAN)[None, :, None]
+        own = tl.sum(mass * tl.minimum(REACH, SPAN - i).to(tl.float32), 1)
+        place = mass_ptr + token_row[None, :] * width + (key // SPAN + tl.arange(0, BLOCKS))[:, None]
+        tl.store(place, own, mask=live_token[None, :])
+        if REACH > 1:
+            next_block = tl.sum(mass * tl.maximum(i + REACH - SPAN, 0).to(tl.float32), 1)
+            tl.store(place + width // 2, next_block, mask=live_token[None, :])
+    else:
+        tl.store(mass_ptr + token_row[None, :] * width + keys[:, None], mass, mask=live_token[None, :])
 
 
 @triton.jit(
@@ -65,10 +79,12 @@ def score_kernel(
     q_ptr, k_desc, k_tail_desc, lse_ptr, mass_ptr, cu_ptr, cu_cmp_ptr, scale_log2, log2e,
     T, N, q_start, num_docs, steps, head_start, token_start, token_end, first_tile, width,
     H: tl.constexpr, HKV: tl.constexpr, DK: tl.constexpr, TAIL: tl.constexpr, SIZE: tl.constexpr,
-    STRIDE: tl.constexpr, PACKED: tl.constexpr, HEADS: tl.constexpr, TOKENS: tl.constexpr, BLOCK_N: tl.constexpr,
-    PRECISION: tl.constexpr,
+    STRIDE: tl.constexpr, BLOCK: tl.constexpr, PACKED: tl.constexpr, POOLED: tl.constexpr, HEADS: tl.constexpr,
+    TOKENS: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     G: tl.constexpr = H // HKV
+    SPAN: tl.constexpr = BLOCK // STRIDE
+    REACH: tl.constexpr = SIZE // STRIDE
     b = (head_start + tl.program_id(1)) // HKV
     group = (head_start + tl.program_id(1)) % HKV
     tile = first_tile + tl.num_programs(0) - 1 - tl.program_id(0)  # the heaviest first
@@ -112,14 +128,14 @@ def score_kernel(
         for key in tl.range(0, full_end, BLOCK_N):
             _score_step(
                 mass_ptr, q, q_tail, k_desc, k_tail_desc, lse, column_end, key, b * N + cmp_start, group * DK,
-                scale_log2, token_row,
-                live_token, width, TAIL, MAIN, False, HEADS, TOKENS, BLOCK_N, PRECISION,
+                scale_log2, token_row, live_token, width,
+                TAIL, MAIN, False, HEADS, TOKENS, BLOCK_N, SPAN, REACH, POOLED, PRECISION,
             )  # fmt: skip
         for key in tl.range(full_end, key_end, BLOCK_N):
             _score_step(
                 mass_ptr, q, q_tail, k_desc, k_tail_desc, lse, column_end, key, b * N + cmp_start, group * DK,
-                scale_log2, token_row,
-                live_token, width, TAIL, MAIN, True, HEADS, TOKENS, BLOCK_N, PRECISION,
+                scale_log2, token_row, live_token, width,
+                TAIL, MAIN, True, HEADS, TOKENS, BLOCK_N, SPAN, REACH, POOLED, PRECISION,
             )  # fmt: skip
 
 
@@ -140,7 +156,8 @@ def _threshold(bits, COUNT: tl.constexpr):
 def choice_kernel(
     mass_ptr, list_ptr, out_ptr, doc_ptr, doc_end_ptr, T, N, q_start, head_start, token_start, num_tokens, width,
     HKV: tl.constexpr, SIZE: tl.constexpr, STRIDE: tl.constexpr, BLOCK: tl.constexpr, COUNT: tl.constexpr,
-    INIT: tl.constexpr, LOCAL: tl.constexpr, PACKED: tl.constexpr, PADDED: tl.constexpr, CHUNK: tl.constexpr,
+    INIT: tl.constexpr, LOCAL: tl.constexpr, PACKED: tl.constexpr, POOLED: tl.constexpr, PADDED: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):  # fmt: skip
     SPAN: tl.constexpr = BLOCK // STRIDE
     REACH: tl.constexpr = SIZE // STRIDE
@@ -164,11 +181,17 @@ def choice_kernel(
             j = start + c - PADDED
             fresh = (c >= PADDED) & (j <= own)
             score = tl.zeros([CHUNK], tl.float32)
-            for offset in tl.static_range(SPAN + REACH - 1):
-                i = offset + 1 - REACH
-                weight = tl.minimum(i + REACH, SPAN) - tl.maximum(i, 0)  # overlap(i, j) / d, Eq. 9
-                key = j * SPAN + i
-                score += weight * tl.load(mass_ptr + key, mask=fresh & (key >= 0) & (key < key_end), other=0.0)
+            if POOLED:  # blocks are written up to the last that has a visible key
+                score = tl.load(mass_ptr + j, mask=fresh & (j * SPAN < key_end), other=0.0)
+                if REACH > 1:
+                    before = fresh & (j > 0) & ((j - 1) * SPAN < key_end)
+                    score += tl.load(mass_ptr + width // 2 + j - 1, mask=before, other=0.0)
+            else:
+                for offset in tl.static_range(SPAN + REACH - 1):
+                    i = offset + 1 - REACH
+                    weight = tl.minimum(i + REACH, SPAN) - tl.maximum(i, 0)  # overlap(i, j) / d, Eq. 9
+                    key = j * SPAN + i
+                    score += weight * tl.load(mass_ptr + key, mask=fresh & (key >= 0) & (key < key_end), other=0.0)
             bits = tl.minimum(score.to(tl.int32, bitcast=True), 0x7F7FFFFF)
             bits = tl.where((j < INIT) | (j > own - LOCAL), 0x7F800000, bits)  # forced
             listed = (c < PADDED) & (start > 0)
@@ -180,11 +203,11 @@ def choice_kernel(
             above = (bits > threshold).to(tl.int32)
             tied = (bits == threshold).to(tl.int32)
             # Numbers of those above and, in the upper half, of those equal, up to each candidate.
-            before = tl.cumsum(above + tied * 65536, 0)
+            ranks = tl.cumsum(above + tied * 65536, 0)
             num_above = tl.sum(above, 0)
             room = COUNT - num_above
-            chosen = (above > 0) | ((tied > 0) & ((before >> 16) <= room))
-            place = (before & 65535) + tl.minimum(before >> 16, room) - 1
+            chosen = (above > 0) | ((tied > 0) & ((ranks >> 16) <= room))
+            place = (ranks & 65535) + tl.minimum(ranks >> 16, room) - 1
             rest = c >= num_above + tl.minimum(tl.sum(tied, 0), room)
             if start + CHUNK - PADDED > own:
                 tl.store(out_ptr + place, block, mask=chosen)
@@ -210,7 +233,14 @@ def select_blocks(
     if out.numel() == 0:
         return out
     tile = tile or score_tile(q, H // Hkv, has_large_shared_memory(q))
+    span, reach = (
+        geometry.select_block_size // geometry.compress_stride,
+        geometry.compress_block_size // geometry.compress_stride,
+    )
+    pooled = tile["BLOCK_N"] % span == 0 and span & (span - 1) == 0 and reach <= span + 1
     width = triton.cdiv(max(N, 1), 128) * 128
+    if pooled:
+        width = width // span * (1 if reach == 1 else 2)
     padded = max(16, triton.next_power_of_2(count))
     num_blocks = geometry.num_select_blocks(q_start + T)
     candidates = min(max(max_chunk, 2 * padded), max(2 * padded, triton.next_power_of_2(padded + num_blocks)))
@@ -220,7 +250,7 @@ def select_blocks(
     lists = torch.empty(rows, 2, padded, dtype=torch.int32, device=q.device)
     lse = lse.float().contiguous()
     shape = {"HKV": Hkv, "SIZE": geometry.compress_block_size, "STRIDE": geometry.compress_stride,
-             "PACKED": layout is not None}  # fmt: skip
+             "BLOCK": geometry.select_block_size, "POOLED": pooled, "PACKED": layout is not None}  # fmt: skip
     bounds = (lists, lists) if layout is None else (layout.cu_seqlens, layout.cu_compressed)
     documents = (lists, lists) if layout is None else (layout.doc_start, layout.doc_end)
     num_docs = 0 if layout is None else layout.cu_seqlens.numel() - 1
@@ -236,7 +266,7 @@ def select_blocks(
             )  # fmt: skip
         choice_kernel[(tokens, heads)](
             mass, lists, out, *documents, T, N, q_start, chunk.head, chunk.token, tokens, width,
-            BLOCK=geometry.select_block_size, COUNT=count, INIT=geometry.num_init_blocks,
+            COUNT=count, INIT=geometry.num_init_blocks,
             LOCAL=geometry.num_local_blocks, PADDED=padded, CHUNK=candidates, num_warps=1, **shape,
         )  # fmt: skip
     return out

@@ -21,15 +21,17 @@ from torch import Tensor
 
 from nsa.geometry import BlockGeometry
 from nsa.ops.triton.common import LOG2E, Layout, dot_precision, has_large_shared_memory, key_tail
-from nsa.ops.triton.dense_bwd import make_delta
-from nsa.ops.triton.invert import Inversion, cut_chunks, invert, plan
+from nsa.ops.triton.dense_bwd import Rows
+from nsa.ops.triton.invert import cut_chunks, invert, plan
 from nsa.ops.triton.select_fwd import REDUCE_ELEMENTS, item_keys
 
 SCRATCH_BYTES = 768 * 2**20
 ITEM_ROWS = 4096
 
 
-def select_backward_tile(q: Tensor, head_dim: int, value_head_dim: int, large: bool) -> dict[str, int]:
+def select_backward_tile(
+    q: Tensor, head_dim: int, value_head_dim: int, large: bool, queries: bool = True
+) -> dict[str, int]:
     """BLOCK_M rows a step; all keys of a (sub-)block are held."""
     widest = max(head_dim, value_head_dim)
     if q.dtype == torch.float32:
@@ -38,7 +40,8 @@ def select_backward_tile(q: Tensor, head_dim: int, value_head_dim: int, large: b
         return {"BLOCK_M": 16 if widest > 128 else 32, "num_warps": 4, "num_stages": 1}
     if widest > 192:
         return {"BLOCK_M": 64, "num_warps": 8, "num_stages": 2}
-    return {"BLOCK_M": 32 if widest > 128 else 64, "num_warps": 4, "num_stages": 2}
+    stages = 2 if queries else 3 if widest > 64 else 1
+    return {"BLOCK_M": 32 if widest > 128 else 64, "num_warps": 4, "num_stages": stages}
 
 
 @triton.jit(do_not_specialize=["T", "S", "q_start", "head_start", "token_start", "num_tokens", "bound"])
@@ -47,8 +50,8 @@ def select_backward_kernel(
     entries_ptr, item_ptr, doc_ptr, doc_end_ptr, base_ptr,
     scale_log2, log2e, T, S, q_start, head_start, token_start, num_tokens, bound,
     H: tl.constexpr, HKV: tl.constexpr, DK: tl.constexpr, TAIL: tl.constexpr, DV: tl.constexpr, BLOCK: tl.constexpr,
-    RATIO: tl.constexpr, SLOTS: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    RATIO: tl.constexpr, SLOTS: tl.constexpr, PACKED: tl.constexpr, QUERIES: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     G: tl.constexpr = H // HKV
     item = tl.program_id(1) * bound + tl.program_id(0)
@@ -102,15 +105,17 @@ def select_backward_kernel(
             ds = p * (tl.dot(v, tl.trans(dout), input_precision=PRECISION) - delta[None, :])
             ds = ds.to(q.dtype)
             dk = tl.dot(ds, q, dk, input_precision=PRECISION)
-            dq = tl.dot(tl.trans(ds), k, input_precision=PRECISION)
-            part = (tl.program_id(1).to(tl.int64) * num_tokens - token_start) * SLOTS + place
-            part = part * G + row % G
-            target = part_ptr + part[:, None] * DK
-            tl.store(target + tl.arange(0, MAIN)[None, :], dq.to(part_ptr.dtype.element_ty), mask=live[:, None])
             if TAIL > 0:
                 dk_tail = tl.dot(ds, q_tail, dk_tail, input_precision=PRECISION)
-                dq = tl.dot(tl.trans(ds), k_tail, input_precision=PRECISION).to(part_ptr.dtype.element_ty)
-                tl.store(target + MAIN + tl.arange(0, TAIL)[None, :], dq, mask=live[:, None])
+            if QUERIES:
+                dq = tl.dot(tl.trans(ds), k, input_precision=PRECISION)
+                part = (tl.program_id(1).to(tl.int64) * num_tokens - token_start) * SLOTS + place
+                part = part * G + row % G
+                target = part_ptr + part[:, None] * DK
+                tl.store(target + tl.arange(0, MAIN)[None, :], dq.to(part_ptr.dtype.element_ty), mask=live[:, None])
+                if TAIL > 0:
+                    dq = tl.dot(tl.trans(ds), k_tail, input_precision=PRECISION).to(part_ptr.dtype.element_ty)
+                    tl.store(target + MAIN + tl.arange(0, TAIL)[None, :], dq, mask=live[:, None])
         item_row = (item.to(tl.int64) * BLOCK + n)[:, None]
         inside = (n < BLOCK)[:, None]
         tl.store(dk_ptr + item_row * DK + tl.arange(0, MAIN)[None, :], dk, mask=inside)
@@ -123,9 +128,9 @@ def select_backward_kernel(
 def select_query_reduce_kernel(
     part_ptr, choice_ptr, dq_ptr, scale, T, head_start, token_start, num_tokens,
     H: tl.constexpr, HKV: tl.constexpr, DK: tl.constexpr, RATIO: tl.constexpr, SLOTS: tl.constexpr,
-    PADDED: tl.constexpr, ROWS: tl.constexpr,
+    PADDED: tl.constexpr, ADD: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """dQ of a row: the sum over its slots, in fp32."""
+    """dQ of a row: the sum over its slots, in fp32; ADD puts it on top of what `dq_ptr` holds."""
     G: tl.constexpr = H // HKV
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     live = row < num_tokens * G
@@ -142,8 +147,12 @@ def select_query_reduce_kernel(
             tl.float32
         )
     dq_row = token_row * H + (head % HKV) * G + row % G
-    dq = (acc * scale).to(dq_ptr.dtype.element_ty)
-    tl.store(dq_ptr + dq_row[:, None] * DK + column, dq, mask=live[:, None] & (column < DK))
+    inside = live[:, None] & (column < DK)
+    dq_ptrs = dq_ptr + dq_row[:, None] * DK + column
+    dq = acc * scale
+    if ADD:
+        dq += tl.load(dq_ptrs, mask=inside, other=0.0).to(tl.float32)
+    tl.store(dq_ptrs, dq.to(dq_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["S", "first_stride", "head_start", "bound"])
@@ -177,31 +186,37 @@ def select_key_reduce_kernel(
 
 
 def select_backward(
-    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, block_indices: Tensor,
-    geometry: BlockGeometry, layout: Layout | None, q_start: int, scale: float, inversion: Inversion | None = None,
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, rows: Rows, block_indices: Tensor, geometry: BlockGeometry,
+    layout: Layout | None, q_start: int, scale: float, dq: Tensor | None = None, queries: bool = True,
     scratch_bytes: int = SCRATCH_BYTES, item_rows: int = ITEM_ROWS, tile: dict[str, int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """dq, dk, dv of `select_forward`, for fitting tensors."""
+    """dq, dk, dv of `select_forward`, for fitting tensors.
+
+    Args:
+        dq: added to in place where given.
+        queries: without, `dq` stays as it is.
+    """
     B, T, H, Dk = q.shape
     S, Hkv, Dv = k.shape[1], k.shape[2], v.shape[3]
     G = H // Hkv
-    dq = torch.empty_like(q)
+    add = dq is not None
+    dq = torch.empty_like(q) if dq is None else dq
     dk = torch.zeros(k.shape, dtype=torch.float32, device=k.device)
     dv = torch.zeros(v.shape, dtype=torch.float32, device=v.device)
-    if out.numel() == 0:
+    if q.numel() == 0:
         return dq, dk.to(k.dtype), dv.to(v.dtype)
-    tile = tile or select_backward_tile(q, Dk, Dv, has_large_shared_memory(q))
+    tile = tile or select_backward_tile(q, Dk, Dv, has_large_shared_memory(q), queries)
     block_indices = block_indices.contiguous()
-    delta = make_delta(out, dout, dlse)
-    inversion = inversion or invert(block_indices, geometry, layout, S)
+    inversion = invert(block_indices, geometry, layout, S)
     slots, block = inversion.slots, inversion.sub_block
     block_n = max(16, triton.next_power_of_2(block))
     documents = (q, q, q) if layout is None else (layout.doc_start, layout.doc_end, layout.block_base)
     item_entries = max(1, item_rows // G)
-    token_bytes = G * slots * Dk * q.element_size()
+    # Scratch of a token: its parts of dQ, or its share of the items' dK and dV.
+    token_bytes = G * slots * Dk * q.element_size() if queries else slots * block * (Dk + Dv) * 4 // item_entries + 1
     chunks = cut_chunks(B * Hkv, T, token_bytes, inversion.segment, scratch_bytes)
     most = max((c.head_end - c.head) * (c.token_end - c.token) for c in chunks)
-    part = q.new_empty(most * G * slots, Dk)
+    part = q.new_empty(most * G * slots, Dk) if queries else q
     items = plan(inversion, T, max(c.token_end - c.token for c in chunks), item_entries)
     bound, num_blocks = items.table.shape[2], items.first.shape[2] - 1
     most_items = max(c.head_end - c.head for c in chunks) * bound
@@ -209,24 +224,24 @@ def select_backward(
     item_dv = torch.empty(most_items * block, Dv, dtype=torch.float32, device=k.device)
     item_key = torch.empty(most_items, 2, dtype=torch.int32, device=k.device)
     padded = triton.next_power_of_2(Dk)
-    rows = max(1, REDUCE_ELEMENTS // padded)
+    reduce_rows = max(1, REDUCE_ELEMENTS // padded)
     for chunk in chunks:
         heads, tokens = chunk.head_end - chunk.head, chunk.token_end - chunk.token
         place = (chunk.token // items.range_tokens, slice(chunk.head, chunk.head_end))
         table, first = items.table[place], items.first[place]
         select_backward_kernel[(bound, heads)](
-            q, k, v, dout, lse, delta, part, item_dk, item_dv, item_key,
+            q, k, v, dout, rows.lse, rows.delta, part, item_dk, item_dv, item_key,
             inversion.entries, table, *documents,
             scale * LOG2E, LOG2E, T, S, q_start, chunk.head, chunk.token, tokens, bound,
             H=H, HKV=Hkv, DK=Dk, TAIL=key_tail(Dk), DV=Dv, BLOCK=block, RATIO=inversion.ratio, SLOTS=slots,
-            PACKED=layout is not None,
-            PRECISION=dot_precision(q), BLOCK_N=block_n, **tile,
+            PACKED=layout is not None, QUERIES=queries, PRECISION=dot_precision(q), BLOCK_N=block_n, **tile,
         )  # fmt: skip
-        select_query_reduce_kernel[(triton.cdiv(tokens * G, rows), heads)](
-            part, block_indices, dq, scale, T, chunk.head, chunk.token, tokens,
-            H=H, HKV=Hkv, DK=Dk, RATIO=inversion.ratio, SLOTS=slots, PADDED=padded, ROWS=rows,
-            num_warps=4,
-        )  # fmt: skip
+        if queries:
+            select_query_reduce_kernel[(triton.cdiv(tokens * G, reduce_rows), heads)](
+                part, block_indices, dq, scale, T, chunk.head, chunk.token, tokens,
+                H=H, HKV=Hkv, DK=Dk, RATIO=inversion.ratio, SLOTS=slots, PADDED=padded, ADD=add, ROWS=reduce_rows,
+                num_warps=4,
+            )  # fmt: skip
         select_key_reduce_kernel[(num_blocks, heads)](
             item_dk, item_dv, item_key, first, dk, dv, scale, S, num_blocks + 1, chunk.head, bound,
             HKV=Hkv, DK=Dk, DV=Dv, PADDED=padded, BLOCK=block, BLOCK_N=block_n, num_warps=8,

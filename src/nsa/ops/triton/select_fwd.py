@@ -3,15 +3,19 @@
 A program holds one block's keys and values and runs over the (token, slot) entries that chose it, BLOCK_M rows (entry,
 head) at a time. Each row's softmax over the block and its log-sum-exp go to a scratch at (token, slot, head); a second
 kernel weighs and adds a row's slots in order. The scratch stays under SCRATCH_BYTES: long inputs go chunk by chunk.
+The forced blocks, which whole blocks of queries share, can come from a dense kernel (`forced.py`) instead, as one more
+part of the sum; then the slots that are left are the free ones.
 
 Shapes: q `[B, T, H, Dk]`, k `[B, S, Hkv, Dk]`, v `[B, S, Hkv, Dv]`, block_indices `[B, T, Hkv, n]`; partial outputs
-`[heads, tokens, slots, G, Dv]` of a chunk, in the dtype of q; their log-sum-exps, base 2, without the last size.
+`[heads, tokens, free slots, G, Dv]` of a chunk, in the dtype of q; their log-sum-exps, base 2, without the last size.
 """
 
 # Kernels are typed by Triton, not by Python.
 # pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportReturnType=false
 # pyright: reportGeneralTypeIssues=false, reportPossiblyUnboundVariable=false
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -20,11 +24,20 @@ from torch import Tensor
 
 from nsa.geometry import BlockGeometry
 from nsa.ops.triton.common import LN2, LOG2E, Layout, dot_precision, has_large_shared_memory, key_tail
-from nsa.ops.triton.invert import Inversion, cut_chunks, invert, plan
+from nsa.ops.triton.invert import cut_chunks, invert, plan
 
 SCRATCH_BYTES = 768 * 2**20
 ITEM_ROWS = 1024
 REDUCE_ELEMENTS = 2048
+
+
+class Gated(NamedTuple):
+    """What the gated sum needs beside the selected branch, and where it goes; `[B, T, H, Dv]`, gates `[B, T, H, 3]`."""
+
+    out_cmp: Tensor
+    out_win: Tensor
+    gates: Tensor
+    out: Tensor
 
 
 def select_tile(q: Tensor, head_dim: int, value_head_dim: int, large: bool) -> dict[str, int]:
@@ -57,8 +70,8 @@ def select_forward_kernel(
     q_ptr, k_ptr, v_ptr, part_ptr, part_lse_ptr, entries_ptr, item_ptr, doc_ptr, base_ptr,
     scale_log2, T, S, q_start, head_start, token_start, num_tokens, bound,
     H: tl.constexpr, HKV: tl.constexpr, DK: tl.constexpr, TAIL: tl.constexpr, DV: tl.constexpr, BLOCK: tl.constexpr,
-    RATIO: tl.constexpr, SLOTS: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    RATIO: tl.constexpr, SLOTS: tl.constexpr, FREE: tl.constexpr, SHIFT: tl.constexpr, PEELED: tl.constexpr,
+    PACKED: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     G: tl.constexpr = H // HKV
     head = head_start + tl.program_id(1)
@@ -83,7 +96,7 @@ def select_forward_kernel(
         position = tl.where(live_key, key_start + n, S) - q_start
         # One 64-bit base for each tensor; offsets within the chunk fit 32 bits (see `chunk_token_bytes`).
         q_ptr += ((b * T + token_start) * H + group * G) * DK
-        part_row = tl.program_id(1).to(tl.int64) * num_tokens * (SLOTS * G)
+        part_row = tl.program_id(1).to(tl.int64) * num_tokens * (FREE * G)
         part_ptr += part_row * DV
         part_lse_ptr += part_row
         entries_ptr += entry
@@ -97,54 +110,97 @@ def select_forward_kernel(
             if TAIL > 0:
                 q = tl.load(q_ptr + (q_row[:, None] * DK + MAIN + tl.arange(0, TAIL)[None, :]))
                 s = tl.dot(q, tl.trans(k_tail), s, input_precision=PRECISION)
-            # Entries are in the order of tokens: only the first few are of tokens within the block.
-            if (BLOCK < BLOCK_N) | (tl.load(entries_ptr + start // G) // SLOTS < key_start + BLOCK - q_start):
+            # A free block lies before its queries. Else entries are in the order of tokens, so that only the first few
+            # are of tokens within the block.
+            if BLOCK < BLOCK_N:
                 s = tl.where(position[None, :] <= t[:, None], s, float("-inf"))
+            elif not PEELED:  # noqa: SIM102  (a compile-time condition, then one of the device)
+                if tl.load(entries_ptr + start // G) // SLOTS < key_start + BLOCK - q_start:
+                    s = tl.where(position[None, :] <= t[:, None], s, float("-inf"))
             best = tl.max(s, 1) * scale_log2
             best = tl.where(best == float("-inf"), 0.0, best)
             p = tl.math.exp2(s * scale_log2 - best[:, None])
             total = tl.sum(p, 1)
             out = tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
             out = out * (1.0 / tl.where(total == 0.0, 1.0, total))[:, None]
-            part = (place - token_start * SLOTS) * G + row % G
+            part = ((t - token_start) * FREE + place % SLOTS - SHIFT) * G + row % G
             tl.store(part_ptr + (part[:, None] * DV + tl.arange(0, DV)[None, :]), out.to(part_ptr.dtype.element_ty))
             tl.store(part_lse_ptr + part, tl.where(total == 0.0, float("-inf"), best + tl.math.log2(total)))
 
 
-@triton.jit(do_not_specialize=["T", "head_start", "token_start", "num_tokens"])
+@triton.jit
+def gated_sum(out, cmp_ptr, win_ptr, gate_ptr, sum_ptr, row, place, live):
+    """Store the gated sum of the branches (Eq. 5), of which the selected one is `out`."""
+    gate_ptr += row * 3
+    out *= tl.load(gate_ptr + 1, mask=live, other=0.0).to(tl.float32)[:, None]
+    gate = tl.load(gate_ptr, mask=live, other=0.0).to(tl.float32)[:, None]
+    out += gate * tl.load(cmp_ptr + place, mask=live[:, None], other=0.0).to(tl.float32)
+    gate = tl.load(gate_ptr + 2, mask=live, other=0.0).to(tl.float32)[:, None]
+    out += gate * tl.load(win_ptr + place, mask=live[:, None], other=0.0).to(tl.float32)
+    tl.store(sum_ptr + place, out.to(sum_ptr.dtype.element_ty), mask=live[:, None])
+
+
+@triton.jit(do_not_specialize=["T", "q_start", "head_start", "token_start", "num_tokens"])
 def select_reduce_kernel(
-    part_ptr, part_lse_ptr, choice_ptr, out_ptr, lse_ptr, T, head_start, token_start, num_tokens,
-    H: tl.constexpr, HKV: tl.constexpr, DV: tl.constexpr, RATIO: tl.constexpr, SLOTS: tl.constexpr,
+    part_ptr, part_lse_ptr, choice_ptr, forced_ptr, forced_lse_ptr, out_ptr, lse_ptr, cmp_ptr, win_ptr, gate_ptr,
+    sum_ptr, doc_ptr, log2e, T, q_start, head_start, token_start, num_tokens,
+    H: tl.constexpr, HKV: tl.constexpr, DV: tl.constexpr, RATIO: tl.constexpr, SLOTS: tl.constexpr, FREE: tl.constexpr,
+    BLOCK: tl.constexpr, INIT: tl.constexpr, LOCAL: tl.constexpr, PACKED: tl.constexpr, GATED: tl.constexpr,
     PADDED: tl.constexpr, ROWS: tl.constexpr, LN2: tl.constexpr,
 ):  # fmt: skip
-    """Weigh a row's slots by their log-sum-exps and add them in order."""
+    """Weigh the parts of a row by their log-sum-exps and add them: the forced blocks, then slot by slot.
+
+    GATED also stores the gated sum of the three branches (Eq. 5).
+    """
     G: tl.constexpr = H // HKV
+    PEELED: tl.constexpr = INIT + LOCAL > 0
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     live = row < num_tokens * G
     head = head_start + tl.program_id(1)
-    token_row = (head // HKV).to(tl.int64) * T + token_start + row // G
-    part = (tl.program_id(1).to(tl.int64) * num_tokens + row // G) * (SLOTS * G) + row % G
-    choice_ptr += (token_row * HKV + head % HKV) * (SLOTS // RATIO)
+    t = token_start + row // G
+    token_row = (head // HKV).to(tl.int64) * T + t
+    out_row = token_row * H + (head % HKV) * G + row % G
+    part = (tl.program_id(1).to(tl.int64) * num_tokens + row // G) * (FREE * G) + row % G
+    choice_ptr += (token_row * HKV + head % HKV) * (SLOTS // RATIO) + INIT
+    last_free = t * 0 + 2147483647
+    if PEELED:
+        start = t * 0
+        if PACKED:
+            start = tl.load(doc_ptr + t, mask=live, other=0)
+        last_free = (t + q_start - start) // BLOCK - LOCAL
 
     slots = tl.arange(0, PADDED)[None, :]
-    set_slots = live[:, None] & (slots < SLOTS)
-    set_slots = set_slots & (tl.load(choice_ptr[:, None] + slots // RATIO, mask=set_slots, other=-1) >= 0)
-    lse = tl.load(part_lse_ptr + part[:, None] + slots * G, mask=set_slots, other=float("-inf"))
-    best = tl.max(lse, 1)
+    set_slots = live[:, None] & (slots < FREE)
+    listed = tl.load(choice_ptr[:, None] + slots // RATIO, mask=set_slots, other=-1)
+    set_slots = set_slots & (listed >= 0) & (listed <= last_free[:, None])
+    slot_lse = tl.load(part_lse_ptr + part[:, None] + slots * G, mask=set_slots, other=float("-inf"))
+    best = tl.max(slot_lse, 1)
+    forced_lse = best
+    if PEELED:
+        forced_lse = tl.load(forced_lse_ptr + out_row, mask=live, other=float("-inf")) * log2e
+        best = tl.maximum(best, forced_lse)
     best = tl.where(best == float("-inf"), 0.0, best)
-    total = tl.sum(tl.math.exp2(lse - best[:, None]), 1)
+    total = tl.sum(tl.math.exp2(slot_lse - best[:, None]), 1)
 
     acc = tl.zeros([ROWS, DV], tl.float32)
     column = tl.arange(0, DV)[None, :]
-    for slot in tl.range(0, SLOTS, loop_unroll_factor=4):
-        used = live & (tl.load(choice_ptr + slot // RATIO, mask=live, other=-1) >= 0)
+    if PEELED:
+        weight = tl.math.exp2(forced_lse - best)
+        total += weight
+        forced = tl.load(forced_ptr + out_row[:, None] * DV + column, mask=live[:, None], other=0.0)
+        acc = forced.to(tl.float32) * weight[:, None]
+    for slot in tl.range(0, FREE, loop_unroll_factor=4):
+        chosen = tl.load(choice_ptr + slot // RATIO, mask=live, other=-1)
+        used = live & (chosen >= 0) & (chosen <= last_free)
         place = part + slot * G
         weight = tl.math.exp2(tl.load(part_lse_ptr + place, mask=used, other=float("-inf")) - best)
         value = tl.load(part_ptr + place[:, None] * DV + column, mask=used[:, None], other=0.0)
         acc += value.to(tl.float32) * weight[:, None]
     out = acc / tl.where(total == 0.0, 1.0, total)[:, None]
-    out_row = token_row * H + (head % HKV) * G + row % G
-    tl.store(out_ptr + out_row[:, None] * DV + column, out.to(out_ptr.dtype.element_ty), mask=live[:, None])
+    place = out_row[:, None] * DV + column
+    tl.store(out_ptr + place, out.to(out_ptr.dtype.element_ty), mask=live[:, None])
+    if GATED:
+        gated_sum(out, cmp_ptr, win_ptr, gate_ptr, sum_ptr, out_row, place, live)
     tl.store(lse_ptr + out_row, tl.where(total == 0.0, float("-inf"), (best + tl.math.log2(total)) * LN2), mask=live)
 
 
@@ -155,43 +211,54 @@ def chunk_token_bytes(scratch: int, columns: int, scratch_bytes: int) -> int:
 
 def select_forward(
     q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, geometry: BlockGeometry, layout: Layout | None,
-    q_start: int, scale: float, inversion: Inversion | None = None, scratch_bytes: int = SCRATCH_BYTES,
-    item_rows: int = ITEM_ROWS, tile: dict[str, int] | None = None,
+    q_start: int, scale: float, forced: tuple[Tensor, Tensor] | None = None, gated: Gated | None = None,
+    scratch_bytes: int = SCRATCH_BYTES, item_rows: int = ITEM_ROWS, tile: dict[str, int] | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Attention of fitting tensors over the chosen blocks."""
+    """Attention of fitting tensors over the chosen blocks.
+
+    Args:
+        forced: output and log-sum-exp of the forced blocks, which every token's list must then hold.
+        gated: also write the gated sum of the branches.
+    """
     B, T, H, Dk = q.shape
     S, Hkv, Dv = k.shape[1], k.shape[2], v.shape[3]
     G = H // Hkv
     out, lse = q.new_empty(B, T, H, Dv), q.new_empty(B, T, H, dtype=torch.float32)
     if out.numel() == 0:
         return out, lse
+    init, local = (geometry.num_init_blocks, geometry.num_local_blocks) if forced else (0, 0)
     tile = tile or select_tile(q, Dk, Dv, has_large_shared_memory(q))
     block_indices = block_indices.contiguous()
-    inversion = inversion or invert(block_indices, geometry, layout, S)
-    slots = inversion.slots
+    inversion = invert(block_indices, geometry, layout, S, q_start, peel=forced is not None)
+    ratio = inversion.ratio
+    free = inversion.slots - (init + local) * ratio
     documents = (q, q) if layout is None else (layout.doc_start, layout.block_base)
-    shape = {"H": H, "HKV": Hkv, "DV": Dv, "RATIO": inversion.ratio, "SLOTS": slots}
+    shape = {"H": H, "HKV": Hkv, "DV": Dv, "RATIO": ratio, "SLOTS": inversion.slots, "FREE": free,
+             "PACKED": layout is not None}  # fmt: skip
     item_entries = max(1, item_rows // G)
-    token_bytes = chunk_token_bytes(G * slots * (Dv * q.element_size() + 4), H * Dk, scratch_bytes)
+    token_bytes = chunk_token_bytes(G * max(free, 1) * (Dv * q.element_size() + 4), H * Dk, scratch_bytes)
     chunks = cut_chunks(B * Hkv, T, token_bytes, inversion.segment, scratch_bytes)
     most = max((c.head_end - c.head) * (c.token_end - c.token) for c in chunks)
-    part = q.new_empty(most * G * slots, Dv)
-    part_lse = q.new_empty(most * G * slots, dtype=torch.float32)
+    part = q.new_empty(most * G * free, Dv)
+    part_lse = q.new_empty(most * G * free, dtype=torch.float32)
     items = plan(inversion, T, max(c.token_end - c.token for c in chunks), item_entries)
     bound = items.table.shape[2]
     for chunk in chunks:
         heads, tokens = chunk.head_end - chunk.head, chunk.token_end - chunk.token
         table = items.table[chunk.token // items.range_tokens, chunk.head : chunk.head_end]
-        select_forward_kernel[(bound, heads)](
-            q, k, v, part, part_lse, inversion.entries, table, *documents,
-            scale * LOG2E, T, S, q_start, chunk.head, chunk.token, tokens, bound,
-            DK=Dk, TAIL=key_tail(Dk), BLOCK=inversion.sub_block, PACKED=layout is not None, PRECISION=dot_precision(q),
-            BLOCK_N=max(16, triton.next_power_of_2(inversion.sub_block)), **shape, **tile,
-        )  # fmt: skip
+        if free:
+            select_forward_kernel[(bound, heads)](
+                q, k, v, part, part_lse, inversion.entries, table, *documents,
+                scale * LOG2E, T, S, q_start, chunk.head, chunk.token, tokens, bound,
+                DK=Dk, TAIL=key_tail(Dk), BLOCK=inversion.sub_block, SHIFT=init * ratio, PEELED=forced is not None,
+                PRECISION=dot_precision(q), BLOCK_N=max(16, triton.next_power_of_2(inversion.sub_block)),
+                **shape, **tile,
+            )  # fmt: skip
         rows = max(1, REDUCE_ELEMENTS // Dv)
         select_reduce_kernel[(triton.cdiv(tokens * G, rows), heads)](
-            part, part_lse, block_indices, out, lse, T, chunk.head, chunk.token, tokens,
-            PADDED=triton.next_power_of_2(slots), ROWS=rows, LN2=LN2,
-            num_warps=4, **shape,
+            part, part_lse, block_indices, *(forced or (out, lse)), out, lse, *(gated or (out, out, out, out)),
+            documents[0], LOG2E, T, q_start, chunk.head, chunk.token, tokens,
+            BLOCK=geometry.select_block_size, INIT=init, LOCAL=local, GATED=gated is not None,
+            PADDED=triton.next_power_of_2(max(free, 1)), ROWS=rows, LN2=LN2, num_warps=4, **shape,
         )  # fmt: skip
     return out, lse

@@ -1,4 +1,4 @@
-"""The two tables of a run, `training.csv` and `val.csv`: their columns, one writer, one reader.
+"""The tables of a run, `training.csv`, `val.csv` and `health.csv`: their columns, one writer, one reader.
 
 with CsvWriter(folder / "training.csv", TRAINING_COLUMNS) as writer:
     writer.write(step=1, tokens=4096, loss=5.5, ...)
@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
+from nsa.train.run_folder import write_text
+
 TRAINING_COLUMNS = ("step", "tokens", "loss", "lr", "grad_norm", "tokens_per_s", "mfu", "step_s", "fetch_s")
 """Optimizer step, tokens so far, mean loss in nats per token, learning rate, gradient norm before clipping, tokens per
 second, model FLOP utilisation (empty where it is not known), seconds of the step and of waiting for data in it."""
@@ -20,19 +22,39 @@ second, model FLOP utilisation (empty where it is not known), seconds of the ste
 VALIDATION_COLUMNS = ("step", "val_loss", "val_ppl", "val_bits_per_byte")
 """Optimizer step, held-out loss in nats per token, its exponential, and bits per byte of text."""
 
-INTEGER_COLUMNS = frozenset({"step", "tokens"})
+HEALTH_COLUMNS = (
+    *("step", "layer", "gate_entropy_mean_nats", "gate_max_mean", "gate_share_cmp", "gate_share_slc", "gate_share_win"),
+    *("gate_collapse_share", "mean_selected_tokens", "max_selected_tokens", "share_at_maximum", "mean_coverage"),
+    *("blocks_chosen_share", "mean_distance_blocks"),
+)
+"""Optimizer step and decoder layer; the fields of `GateStatistics` and `SelectionStatistics` (`nsa.inspect`)."""
+
+INTEGER_COLUMNS = frozenset({"step", "tokens", "layer", "max_selected_tokens"})
 
 Row = dict[str, float | int | None]
 
 
 class CsvWriter:
-    """Writes one table; each row is on disk when `write` returns, so that an interrupted run keeps its rows."""
+    """Writes one table; each row is on disk when `write` returns, so that an interrupted run keeps its rows.
 
-    def __init__(self, path: Path, columns: Sequence[str]) -> None:
+    Args:
+        path: the file; replaced, unless `resume_step` is given.
+        columns: names of the columns.
+        resume_step: continue the table that is there: rows up to this step stay as they are, later ones go.
+
+    Raises:
+        ValueError: the table to continue cannot be read; it is left as it is.
+    """
+
+    def __init__(self, path: Path, columns: Sequence[str], *, resume_step: int | None = None) -> None:
         self.columns = tuple(columns)
-        self._file = path.open("w", newline="", encoding="utf-8")
+        continued = path.is_file() and resume_step is not None
+        if path.is_file() and resume_step is not None:
+            _cut(path, self.columns, resume_step)
+        self._file = path.open("a" if continued else "w", newline="", encoding="utf-8")
         self._writer = csv.writer(self._file, lineterminator="\n")
-        self._write_line(self.columns)
+        if not continued:
+            self._write_line(self.columns)
 
     def write(self, **values: float | None) -> None:
         """Append one row; None leaves a cell empty. Every column must be given and nothing else."""
@@ -67,11 +89,24 @@ def read_csv(path: Path, columns: Sequence[str]) -> list[Row]:
     """
     if not path.is_file():
         raise ValueError(f"{path} is missing; is this a run folder?")
+    return [row for _, row in _read_lines(path, columns)]
+
+
+def _read_lines(path: Path, columns: Sequence[str]) -> list[tuple[str, Row]]:
+    """Each whole line after the header, as text and as a row."""
     text = path.read_text(encoding="utf-8")
-    lines = list(csv.reader(text[: text.rfind("\n") + 1].splitlines()))
-    if not lines or tuple(lines[0]) != tuple(columns):
+    lines = text[: text.rfind("\n") + 1].splitlines()
+    cells = list(csv.reader(lines))
+    if not cells or tuple(cells[0]) != tuple(columns):
         raise ValueError(f"{path} must begin with the header {','.join(columns)}")
-    return [_parse(cells, columns, f"{path}, line {number}") for number, cells in enumerate(lines[1:], start=2)]
+    rows = [_parse(row, columns, f"{path}, line {number}") for number, row in enumerate(cells[1:], start=2)]
+    return list(zip(lines[1:], rows, strict=True))
+
+
+def _cut(path: Path, columns: Sequence[str], last_step: int) -> None:
+    """Take the rows after `last_step` out of a table, and a last line without its newline."""
+    kept = [line for line, row in _read_lines(path, columns) if (row["step"] or 0) <= last_step]
+    write_text(path, "".join(f"{line}\n" for line in [",".join(columns), *kept]))
 
 
 def _parse(cells: Sequence[str], columns: Sequence[str], where: str) -> Row:

@@ -24,7 +24,7 @@ def snapshot(device: torch.device, command: Sequence[str]) -> dict[str, Any]:
         "nsa": nsa.__version__,
         "git_commit": git_commit(Path(nsa.__file__).parent),
         "python": platform.python_version(),
-        "packages": {name: _version(name) for name in PACKAGES},
+        "packages": {name: package_version(name) for name in PACKAGES},
         "platform": platform.platform(),
         "cpu": cpu_name(),
         "num_cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
@@ -60,7 +60,8 @@ def _git(folder: Path, *arguments: str) -> str:
     return run.stdout.strip()
 
 
-def _version(package: str) -> str | None:
+def package_version(package: str) -> str | None:
+    """The installed version of a distribution, or None."""
     try:
         return version(package)
     except PackageNotFoundError:

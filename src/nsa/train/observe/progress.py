@@ -28,9 +28,10 @@ class Progress:
     Args:
         num_steps: optimizer steps of the whole run.
         console: where to write; standard output unless given.
+        done: steps that lie behind already.
     """
 
-    def __init__(self, num_steps: int, console: Console | None = None) -> None:
+    def __init__(self, num_steps: int, console: Console | None = None, *, done: int = 0) -> None:
         self.console = console or Console(soft_wrap=True, highlight=False)
         columns = (
             TextColumn("step"),
@@ -43,7 +44,7 @@ class Progress:
         )
         disable = not self.console.is_terminal
         self._bar = RichProgress(*columns, console=self.console, disable=disable, transient=True)
-        self._task = self._bar.add_task("", total=num_steps)
+        self._task = self._bar.add_task("", total=num_steps, completed=done)
 
     def advance(self, *, loss: float, tokens_per_s: float) -> None:
         """One optimizer step is done."""

@@ -8,7 +8,8 @@ from types import TracebackType
 
 from torch.utils.tensorboard import SummaryWriter
 
-from nsa.train.observe.csv_log import TRAINING_COLUMNS, VALIDATION_COLUMNS, CsvWriter
+from nsa.train.observe.csv_log import HEALTH_COLUMNS, TRAINING_COLUMNS, VALIDATION_COLUMNS, CsvWriter
+from nsa.train.observe.probe import ModelHealth
 from nsa.train.observe.progress import Progress, log_line
 from nsa.train.run_folder import RunFolder
 
@@ -57,16 +58,26 @@ class Recorder:
         folder: the run's folder.
         num_steps: optimizer steps of the whole run.
         log_every_steps: optimizer steps between lines on the terminal.
+        resume_step: continue the tables after this step, the checkpoint's: what came later is taken out of them. A new
+            run unless given.
     """
 
-    def __init__(self, folder: RunFolder, *, num_steps: int, log_every_steps: int) -> None:
+    def __init__(
+        self, folder: RunFolder, *, num_steps: int, log_every_steps: int, resume_step: int | None = None
+    ) -> None:
         self.num_steps, self.log_every_steps = num_steps, log_every_steps
         self._waits_s: list[float] = []
+        purge_step = None if resume_step is None else resume_step + 1
         with ExitStack() as stack:
-            self.progress = stack.enter_context(Progress(num_steps))
-            self._training = stack.enter_context(CsvWriter(folder.training_csv, TRAINING_COLUMNS))
-            self._validation = stack.enter_context(CsvWriter(folder.val_csv, VALIDATION_COLUMNS))
-            self._board = stack.enter_context(SummaryWriter(str(folder.tensorboard)))
+            self.progress = stack.enter_context(Progress(num_steps, done=resume_step or 0))
+            self._training = stack.enter_context(
+                CsvWriter(folder.training_csv, TRAINING_COLUMNS, resume_step=resume_step)
+            )
+            self._validation = stack.enter_context(
+                CsvWriter(folder.val_csv, VALIDATION_COLUMNS, resume_step=resume_step)
+            )
+            self._health = stack.enter_context(CsvWriter(folder.health_csv, HEALTH_COLUMNS, resume_step=resume_step))
+            self._board = stack.enter_context(SummaryWriter(str(folder.tensorboard), purge_step=purge_step))
             self._stack = stack.pop_all()
 
     def step(self, record: StepRecord, waits_s: list[float]) -> None:
@@ -91,6 +102,19 @@ class Recorder:
             f"{record.val_ppl:.3f}, {record.val_bits_per_byte:.4f} bits per byte"
         )
 
+    def health(self, health: ModelHealth) -> None:
+        """Record a measurement of gates and selection."""
+        for row in health.rows():
+            self._health.write(**row)
+            layer = row.pop("layer")
+            for name, value in row.items():
+                if name != "step":
+                    self._board.add_scalar(f"health_{name}/layer_{layer}", value, health.step)
+        gate, selection = health.gate, health.selection
+        self._to_board("gate", gate.as_dict(), health.step)
+        scalars = {name: value for name, value in selection.as_dict().items() if name != "distance_histogram"}
+        self._to_board("selection", scalars, health.step)
+
     def note(self, text: str) -> None:
         """Print a line."""
         self.progress.line(text)
@@ -107,3 +131,27 @@ class Recorder:
         for name, value in values.items():
             if value is not None and name != "step":
                 self._board.add_scalar(f"{group}/{name}", value, step)
+
+
+class SilentRecorder:
+    """The `Recorder` of a rank that writes and prints nothing."""
+
+    def step(self, record: StepRecord, waits_s: list[float]) -> None:
+        """Nothing."""
+
+    def evaluation(self, record: EvalRecord) -> None:
+        """Nothing."""
+
+    def health(self, health: ModelHealth) -> None:
+        """Nothing."""
+
+    def note(self, text: str) -> None:
+        """Nothing."""
+
+    def __enter__(self) -> SilentRecorder:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Nothing to close."""

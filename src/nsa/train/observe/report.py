@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 from nsa.train.config import RunConfig
+from nsa.train.observe.csv_log import HEALTH_COLUMNS, read_csv
 from nsa.train.run_folder import RunFolder, write_text
 
 UNTRAINED_TOLERANCE_NATS = 0.5  # an untrained model further from ln(vocabulary) than this is worth a look
@@ -19,22 +20,33 @@ def write_report(folder: RunFolder, config: RunConfig, metrics: dict[str, Any]) 
     ended = f"stopped by {metrics['stopped_by']} at step {metrics['step']}" if metrics["stopped_by"] else "finished"
     sections = [
         f"# Run {config.run.name}\n\nThis run {ended} of {config.train.steps} steps.",
+        f"**{index['description']}.**" if index["replaced_because"] else "",
+        _overridden(folder),
         "## Results\n\n" + table(results(metrics)),
         f"![Loss curves]({folder.curves_png.name})",
+        "## Health\n\n" + _health(folder, metrics["findings"]),
         "## Samples\n\nSame prompts and random numbers before and after training.\n\n" + _samples(folder),
         "## Held-out documents\n\n" + _held_out(index["held_out_documents"]),
-        "## Config\n\nAll of it is in `config.yaml`.\n\n" + table(_config(config)),
+        "## Config\n\nAll of it is in `config.yaml`.\n\n" + table(_config(config, index["description"])),
         "## Machine\n\n" + table(_machine(env)),
-        "## Files\n\n`training.csv` has every optimizer step, `val.csv` every evaluation, `metrics.json` the results, "
-        "`tb/` the same for TensorBoard. The model is in `checkpoints/latest`, a folder for `from_pretrained`.",
+        "## Files\n\n`training.csv` has every optimizer step, `val.csv` every evaluation, `health.csv` the gates and "
+        "selection of every layer, `metrics.json` the results, `tb/` the same for TensorBoard. The model is in "
+        "`checkpoints/latest`, a folder for `from_pretrained`.",
     ]
     write_text(folder.report_md, "\n\n".join(section for section in sections if section) + "\n")
+
+
+def _overridden(folder: RunFolder) -> str:
+    """The errors of preflight that the config lets pass."""
+    codes = folder.overridden()
+    return f"**Preflight was overridden: {', '.join(codes)}** (`preflight.json`)." if codes else ""
 
 
 def results(metrics: dict[str, Any]) -> dict[str, str]:
     """The results as names and texts with their units."""
     untrained = f"{metrics['untrained_val_loss']:.4f} nats per token; ln(vocabulary) is {metrics['log_vocab_size']:.4f}"
-    return {
+    replaced = {"data": metrics["data"]} if metrics["data_replaced_because"] else {}
+    return replaced | {
         "steps, tokens": f"{metrics['step']:,}, {metrics['tokens']:,}",
         "parameters": f"{metrics['num_parameters']:,}",
         "held-out loss, untrained": untrained + untrained_warning(metrics),
@@ -43,6 +55,7 @@ def results(metrics: dict[str, Any]) -> dict[str, str]:
         "held-out perplexity": f"{metrics['val_ppl']:.3f}",
         "held-out bits per byte": f"{metrics['val_bits_per_byte']:.4f}",
         "skipped steps": f"{metrics['num_skipped_steps']}",
+        "health": "; ".join(metrics["findings"]) or "healthy",
         "time": f"{metrics['wall_s']:.1f} s, {metrics['train_s']:.1f} s of them in training steps",
         "training tokens per second": "none" if not metrics["tokens_per_s"] else f"{metrics['tokens_per_s']:,.0f}",
     }
@@ -61,6 +74,19 @@ def table(values: dict[str, str]) -> str:
     return "\n".join(["| | |", "|---|---|", *lines])
 
 
+def _health(folder: RunFolder, findings: list[str]) -> str:
+    """What is outside the thresholds, and the last measurement of gates and selection."""
+    judged = "\n".join(f"- {finding}" for finding in findings) or "Nothing is outside the thresholds of a healthy run."
+    rows = read_csv(folder.health_csv, HEALTH_COLUMNS)
+    if not rows:
+        return f"{judged}\n\nGates and selection were not measured."
+    last = [row for row in rows if row["step"] == rows[-1]["step"]]
+    names = [name for name in HEALTH_COLUMNS if name != "step"]
+    lines = [f"| {' | '.join(name.replace('_', ' ') for name in names)} |", "|---" * len(names) + "|"]
+    lines += [f"| {' | '.join(f'{row[name]:.4g}' for name in names)} |" for row in last]
+    return f"{judged}\n\nGates and selection at step {rows[-1]['step']}:\n\n" + "\n".join(lines)
+
+
 def _samples(folder: RunFolder) -> str:
     files = [path for name in ("before", "after") if (path := folder.samples / f"{name}.txt").is_file()]
     # Indented code cannot be closed by what a model writes.
@@ -77,14 +103,14 @@ def _held_out(names: list[str]) -> str:
     return f"Never trained on: {shown}{rest}. `data_index.json` has them all."
 
 
-def _config(config: RunConfig) -> dict[str, str]:
+def _config(config: RunConfig, data: str) -> dict[str, str]:
     model, train, optim = config.model, config.train, config.optim
     return {
         "model": f"{model.num_hidden_layers} layers of {', '.join(model.layer_types)}, hidden {model.hidden_size}, "
         f"{model.num_attention_heads} heads in {model.num_key_value_heads} groups, SwiGLU {model.intermediate_size}",
         "block geometry": ", ".join(f"{name} {value}" for name, value in vars(model.geometry).items()),
         "compression, gate": f"{model.compression} (RoPE {model.compress_rope}), {model.gate}",
-        "data": f"{config.data.source}, tokenizer {config.data.tokenizer}, held out {config.data.heldout}",
+        "data": f"{data}, tokenizer {config.data.tokenizer}, held out {config.data.heldout}",
         "batch": f"{train.batch_tokens:,} tokens in rows of {train.sequence_length}, {train.precision}",
         "optimizer": f"AdamW, lr {optim.lr:g} after {optim.warmup_steps} warm-up steps, cosine to "
         f"{optim.lr * optim.min_lr_ratio:g}, weight decay {optim.weight_decay:g}, norm at most {optim.max_grad_norm:g}",

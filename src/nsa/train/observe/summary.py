@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from nsa.ops.routing import explain_backend
+from nsa.train.observe.routes import describe_routes, routes
 
 if TYPE_CHECKING:
     from nsa.train.trainer import Trainer
@@ -20,20 +20,15 @@ FINAL_LOSSES = 20  # training losses whose mean stands for the end of training
 
 def describe(trainer: Trainer) -> str:
     """What is about to run, in a few lines."""
-    config, geometry = trainer.config, trainer.config.model.geometry
-    probe = torch.empty(0, device=trainer.device)
-    backend = config.model.attention_backend
-    why = f"{backend}, asked for"
-    if backend == "auto":
-        why = "{}, {}".format(*explain_backend(probe, geometry))
+    config = trainer.config
+    backend = describe_routes(routes(config.model, trainer.device, config.train.precision))
     total = config.train.steps * config.train.batch_tokens
     lines = {
         "run": Path(config.run.folder) / config.run.name,
         "model": f"{trainer.model.num_parameters():,} parameters, {config.model.num_hidden_layers} layers "
         f"({', '.join(config.model.layer_types)}), {config.train.precision}",
-        "device": f"{trainer.device}, {torch.get_num_threads()} threads; NSA backend {why}",
-        "data": f"{config.data.source}, {trainer.loader.num_documents} documents to train on and "
-        f"{len(trainer.held_out.document_names)} held out ({trainer.held_out.num_labels:,} tokens); tokenizer "
+        "device": f"{trainer.device}, {torch.get_num_threads()} threads; NSA backend {backend}",
+        "data": f"{trainer.corpus.description}; {_documents(trainer)}; tokenizer "
         f"{trainer.tokenizer.name}, vocabulary {trainer.tokenizer.vocab_size}",
         "steps": f"{config.train.steps} of {config.train.batch_tokens:,} tokens "
         f"({config.num_micro_batches} x {config.train.micro_batch_rows} rows of "
@@ -42,11 +37,27 @@ def describe(trainer: Trainer) -> str:
     return "\n".join(f"{name:<7} {text}" for name, text in lines.items())
 
 
+def _documents(trainer: Trainer) -> str:
+    """How many documents are trained and evaluated on."""
+    held_out = trainer.held_out
+    total = trainer.corpus.num_documents
+    if trainer.loader.num_documents is not None:
+        training = f"{trainer.loader.num_documents:,} documents to train on"
+    else:
+        training = "documents without end" if total is None else f"{total:,} documents, read during the run"
+    return f"{training}, {len(held_out.document_names):,} to evaluate on ({held_out.num_labels:,} tokens)"
+
+
+def routing_values(trainer: Trainer) -> list[dict[str, Any]]:
+    """The routing report, for `env.json`."""
+    return [asdict(route) for route in routes(trainer.config.model, trainer.device, trainer.config.train.precision)]
+
+
 def data_index(trainer: Trainer) -> dict[str, Any]:
     """What is trained and evaluated on, for `data_index.json`."""
     return {
-        "source": trainer.config.data.source,
-        "paths": list(trainer.config.data.paths),
+        **trainer.corpus.index(),
+        "stream_fingerprint": trainer.loader.loader.fingerprint,
         "tokenizer": trainer.tokenizer.name,
         "num_training_documents": trainer.loader.num_documents,
         "held_out_documents": list(trainer.held_out.document_names),
@@ -63,6 +74,8 @@ def final_metrics(trainer: Trainer, stopped_by: str | None) -> dict[str, Any]:
         "step": trainer.step,
         "tokens": trainer.tokens,
         "stopped_by": stopped_by,
+        "data": trainer.corpus.description,
+        "data_replaced_because": trainer.corpus.replaced_because,
         "num_parameters": trainer.model.num_parameters(),
         "vocab_size": trainer.tokenizer.vocab_size,
         "log_vocab_size": math.log(trainer.tokenizer.vocab_size),

@@ -1,0 +1,98 @@
+"""Telemetry benchmark: what a run's reports about itself and its guards cost, as a share of an optimizer step.
+
+    nsa bench telemetry                                             # the showcase on the CPU
+    nsa bench telemetry configs/nsa_125m.yaml --device cuda --overrides data.source=sotu data.tokenizer=byte
+
+Every part is timed alone, in a run folder that is removed afterwards, and spread over the steps that it belongs to at
+the config's cadence: a report after every step, a beat every `observe.heartbeat_s`, a measurement of gates and
+selection every `observe.health_every_steps`.
+
+CSV columns: `part`, `ms` (median of one), `every_steps` (steps between two), `share` of the time of a step.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from nsa.bench.protocol import median_ms
+from nsa.bench.train import TrainBench, bench_config
+from nsa.train.observe.recorder import StepRecord
+from nsa.train.observe.telemetry import Telemetry
+from nsa.train.parallel import one_process
+from nsa.train.run_folder import RunFolder
+from nsa.train.trainer import Trainer
+
+
+@dataclass(frozen=True)
+class TelemetryBench:
+    """What to measure: a run's config, and how often."""
+
+    config: tyro.conf.Positional[str] = "configs/train_showcase.yaml"
+    """YAML config of a run."""
+    overrides: tuple[str, ...] = ()
+    """Keys of the config with other values, such as train.compile=false data.tokenizer=gpt2."""
+    warmup: int = 3
+    """Rounds before the clock counts."""
+    repeats: int = 20
+    """Rounds that count."""
+    device: str = "cpu"
+    """Where to run."""
+
+
+@dataclass(frozen=True)
+class TelemetryRow:
+    """One line of the CSV; its fields are the columns."""
+
+    part: str
+    ms: float
+    every_steps: float
+    share: float
+
+
+def measure_telemetry(bench: TelemetryBench) -> list[TelemetryRow]:
+    """Run the benchmark: a row for the step, one for each part, and one for all parts together.
+
+    Raises:
+        ValueError: the config cannot be used.
+    """
+    overrides = ("train.log_every_steps=1000000000", *bench.overrides)
+    config = bench_config(TrainBench(bench.config, overrides, device=bench.device))
+    trainer = Trainer(config, one_process(bench.device))
+    with tempfile.TemporaryDirectory() as name:
+        with Telemetry(RunFolder(Path(name)), config, trainer.parallel) as telemetry:
+            ms = _time(trainer, telemetry, bench)
+        trainer.loader.close()
+    every_beat = max(1.0, 1000 * config.observe.heartbeat_s / ms["step"])
+    every = {"report": 1.0, "guards": 1.0, "beat": every_beat, "health": config.observe.health_every_steps}
+    parts = [
+        TelemetryRow(part, ms[part], steps, ms[part] / steps / ms["step"]) for part, steps in every.items() if steps
+    ]
+    together = sum(row.share for row in parts)
+    total = TelemetryRow("telemetry and guards", together * ms["step"], 1.0, together)
+    return [TelemetryRow("step", ms["step"], 1.0, 1.0), *parts, total]
+
+
+def _time(trainer: Trainer, telemetry: Telemetry, bench: TelemetryBench) -> dict[str, float]:
+    """Median milliseconds of a bare step and of each part."""
+    record, waits_s = trainer.train_step()
+
+    def report() -> None:
+        with telemetry.training_step(record.step + 1):
+            telemetry.phase("fetch")
+            telemetry.phase("step")
+        telemetry.step(StepRecord(**{**vars(record), "step": 2}), waits_s, num_skipped=0)
+
+    parts: dict[str, Callable[[], object]] = {
+        "step": trainer.train_step,
+        "report": report,
+        "guards": lambda: trainer.guard.allows(2, record.loss, record.grad_norm),
+        "beat": telemetry.heartbeat.beat,
+        "health": lambda: telemetry.health(trainer.measure_health()),
+    }
+    found = median_ms({part: {part: run} for part, run in parts.items()}, trainer.device, bench.warmup, bench.repeats)
+    return {part: found[f"{part}_{part}"] for part in parts}

@@ -1,0 +1,102 @@
+"""`nsa watch RUN`: a live table of a run's ranks, alarms, and a ladder of warning, stacks and halt."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import tyro
+from rich.console import Console
+from rich.live import Live
+
+from nsa.cli import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, fail
+from nsa.train.observe.thresholds import Thresholds
+from nsa.train.observe.watch import Look, Watch
+from nsa.train.observe.watch_view import as_json, as_line, as_table
+
+SHOWN_NOTES = 10  # the watch's last notes under the table
+LOG_WIDTH = 200  # columns of a table in a file
+
+
+@dataclass(frozen=True)
+class WatchArguments:
+    """Watch a run, from any machine that shares its folder, until it ends.
+
+    What lasts is first said, then the stacks of the run's processes are asked for, then the run is halted. Ends with 0
+    for a healthy or finished run, 1 for an alarm or a failed run, 2 for bad input, 3 for a run that was stopped.
+    """
+
+    run: tyro.conf.Positional[Path]
+    """The run folder; also one that has ended."""
+    once: bool = False
+    """Look once, do nothing about it, and end."""
+    json: bool = False
+    """Print one JSON object for each look."""
+    interval_s: float = 5.0
+    """Seconds between looks."""
+    halt: bool = True
+    """Halt the run for what should not go on; with --no_halt only say it and ask for stacks."""
+    thresholds: Thresholds = field(default_factory=Thresholds)
+    """What is healthy."""
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the command and return its exit code."""
+    given = tyro.cli(WatchArguments, prog="nsa watch", args=list(arguments), use_underscores=True)
+    try:
+        if given.interval_s <= 0:
+            raise ValueError(f"--interval_s must be positive, not {given.interval_s:g}")
+        return run(given)
+    except (ValueError, OSError) as error:
+        return fail("watch", error)
+    except KeyboardInterrupt:
+        return EXIT_DONE
+
+
+def run(given: WatchArguments) -> int:
+    """Look at the run until it ends, or once; returns the exit code.
+
+    Raises:
+        ValueError: this is no run folder, or a file in it is damaged.
+    """
+    watch = Watch(given.run, given.thresholds, halt=given.halt)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else LOG_WIDTH)
+    live = Live(console=console, auto_refresh=False) if console.is_terminal and not (given.json or given.once) else None
+    history: list[str] = []
+    with live or nullcontext():
+        while True:
+            look = watch.look()
+            done = [] if given.once else watch.act(look)
+            if (end := watch.gave_up(look)) is not None:
+                done.append(end)
+            history += done
+            _show(given, console, live, look, done, history)
+            if given.once or end or not look.running:
+                return exit_code(look, gave_up=end is not None)
+            time.sleep(given.interval_s)
+
+
+def exit_code(look: Look, *, gave_up: bool) -> int:
+    """0 healthy or finished, 1 an alarm or a failed run, 3 a run that was stopped."""
+    if look.status["state"] == "stopped":
+        return EXIT_STOPPED
+    return EXIT_FAILED if gave_up or look.alarms or look.status["state"] == "failed" else EXIT_DONE
+
+
+def _show(
+    given: WatchArguments, console: Console, live: Live | None, look: Look, done: list[str], history: list[str]
+) -> None:
+    if given.json:
+        print(json.dumps(as_json(look, done)), flush=True)
+    elif live is not None:
+        live.update(as_table(look, history[-SHOWN_NOTES:]), refresh=True)
+    elif given.once or not look.running:
+        console.print(as_table(look, done))
+    else:
+        for line in [as_line(look), *done]:
+            console.print(line, markup=False)

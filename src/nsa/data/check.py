@@ -1,0 +1,148 @@
+"""A run of the loader alone: what comes out of it, how fast, and how long a training step would wait for it.
+
+    result = check_data(DataConfig(), sequence_length=512, rows_per_batch=8, seed=0, num_batches=200)
+    print(result.tokens_per_s, result.fetch_p95_ms)
+
+Batches are asked for one after the other without any work between them, so the waits are the longest that training can
+meet.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from nsa.data.config import DataConfig
+from nsa.data.corpus import open_corpus
+from nsa.data.loader import build_eval_batches
+from nsa.data.packing import IGNORED_LABEL
+from nsa.data.prefetch import build_prefetcher
+from nsa.data.tokenizers import load_tokenizer
+
+
+@dataclass(frozen=True)
+class DataCheck:
+    """What a loader-only run found; times in seconds or milliseconds as the names say."""
+
+    index: dict[str, Any]
+    """What the corpus is, as in a run's `data_index.json`."""
+    tokenizer: str
+    vocab_size: int
+    stream_fingerprint: str
+    """Digest of documents, tokenizer, row length, seed and window."""
+    num_training_documents: int | None
+    """None where documents are read during the run and not counted."""
+    num_heldout_documents: int
+    """Held-out documents that an evaluation scores."""
+    num_heldout_tokens: int
+    open_s: float
+    """Opening source and tokenizer, downloads included."""
+    first_batch_s: float
+    """From then to the first batch."""
+    num_batches: int
+    """Batches timed, behind the first."""
+    tokens: int
+    """Input tokens in them, padding included."""
+    wall_s: float
+    tokens_per_s: float
+    """What the loader sustains: the slower of the two stages, which run side by side."""
+    window_tokens_per_s: float
+    """Reading, tokenizing and packing whole windows of documents."""
+    batch_tokens_per_s: float
+    """Handing out batches of windows, as measured; faster than the first stage until the first window is used up."""
+    fetch_p50_ms: float
+    fetch_p95_ms: float
+    fetch_max_ms: float
+    epochs: int
+    """Whole passes over the documents that the run came through."""
+    epoch_tokens: int | None
+    """Input tokens of an epoch, where they are known."""
+    padding_share: float
+    """Share of the positions that no label stands at."""
+    num_documents_seen: int
+    pieces_per_row: float
+    num_cpus: int
+    load_1min: float
+    """The machine's load when the run began; beyond the CPUs, others take time from it."""
+
+
+def check_data(
+    config: DataConfig,
+    *,
+    sequence_length: int,
+    rows_per_batch: int,
+    seed: int,
+    num_batches: int,
+    advance: Callable[[int], None] = lambda done: None,
+) -> DataCheck:
+    """Open everything that a run would, and take batches as fast as they come.
+
+    Args:
+        config: the data section of a run.
+        sequence_length: T, tokens in a row.
+        rows_per_batch: rows of a batch.
+        seed: of the order.
+        num_batches: batches to time, behind the first.
+        advance: is told the number of batches done.
+
+    Raises:
+        DataError: the data cannot be used.
+    """
+    load_1min, start_s = os.getloadavg()[0], time.perf_counter()
+    tokenizer = load_tokenizer(config.tokenizer)
+    corpus = open_corpus(config)
+    open_s = time.perf_counter() - start_s
+    sizes = {"tokenizer": tokenizer, "sequence_length": sequence_length, "corpus": corpus}
+    heldout = build_eval_batches(config, **sizes, rows_per_batch=rows_per_batch) if corpus.heldout else None
+    start_s = time.perf_counter()
+    loader = build_prefetcher(config, **sizes, rows_per_batch=rows_per_batch, seed=seed)
+    batch = next(loader)
+    first_batch_s = time.perf_counter() - start_s
+    waits_s: list[float] = []
+    num_padding = num_pieces = 0
+    seen: set[int] = set()
+    start_s = time.perf_counter()
+    for done in range(1, num_batches + 1):
+        batch = next(loader)
+        waits_s.append(loader.last_wait_s)
+        num_padding += int((batch.labels == IGNORED_LABEL).sum())
+        num_pieces += len(batch.cu_seqlens) - 1
+        seen.update(np.unique(batch.document_ids.numpy()).tolist())
+        advance(done)
+    wall_s = time.perf_counter() - start_s
+    epochs = loader.epoch
+    loader.close()
+    tokens = num_batches * batch.input_ids.numel()
+    window_tokens_per_s = loader.loader.prepared_tokens / loader.loader.prepare_s
+    return DataCheck(
+        index=corpus.index(),
+        tokenizer=tokenizer.name,
+        vocab_size=tokenizer.vocab_size,
+        stream_fingerprint=loader.loader.fingerprint,
+        num_training_documents=corpus.num_training_documents,
+        num_heldout_documents=len(heldout.document_names) if heldout else 0,
+        num_heldout_tokens=heldout.num_labels if heldout else 0,
+        open_s=open_s,
+        first_batch_s=first_batch_s,
+        num_batches=num_batches,
+        tokens=tokens,
+        wall_s=wall_s,
+        tokens_per_s=min(window_tokens_per_s, tokens / wall_s),
+        window_tokens_per_s=window_tokens_per_s,
+        batch_tokens_per_s=tokens / wall_s,
+        fetch_p50_ms=1000 * float(np.percentile(waits_s, 50)),
+        fetch_p95_ms=1000 * float(np.percentile(waits_s, 95)),
+        fetch_max_ms=1000 * max(waits_s),
+        epochs=epochs,
+        epoch_tokens=loader.loader.epoch_tokens,
+        padding_share=num_padding / tokens,
+        num_documents_seen=len(seen - {-1}),
+        pieces_per_row=num_pieces / (num_batches * rows_per_batch),
+        num_cpus=os.cpu_count() or 1,
+        load_1min=load_1min,
+    )

@@ -1,0 +1,203 @@
+"""The corpus of one run: its source, opened once, split into documents to train on and held-out ones.
+
+    corpus = open_corpus(DataConfig())
+    corpus.num_documents, corpus.index()["fingerprint"]
+
+`index()` is what `data_index.json` holds about it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from nsa.data.blocks import BlockSource
+from nsa.data.config import DataConfig
+from nsa.data.documents import Documents, Source
+from nsa.data.errors import DataError
+from nsa.data.heldout import heldout_rule, split_documents
+from nsa.data.progress import Progress, say
+from nsa.data.sources import open_source
+from nsa.data.synthetic import SyntheticDocuments
+from nsa.data.tokenizers import ByteTokenizer, Tokenizer
+from nsa.data.windows import BlocksToTrainOn, ChosenDocuments, TrainingDocuments
+
+EVAL_SEED = 0  # of the order in which blocks are searched for held-out documents, the same in every run
+EVAL_TOKENS = 2**20
+EVAL_BLOCKS = 2**14
+FALLBACK_HELDOUT = 0.05
+
+
+def open_corpus(config: DataConfig) -> Corpus:
+    """Open the source of a run; synthetic data in its place only where `config.on_error` says so.
+
+    Raises:
+        DataError: the source cannot be used.
+    """
+    try:
+        return Corpus(config, open_source(config))
+    except DataError as error:
+        if config.on_error != "synthetic" or config.source == "synthetic":
+            raise
+        say(f"SYNTHETIC DATA in place of {config.source}, as data.on_error says: {error}")
+        source = SyntheticDocuments(config.synthetic_task, config.synthetic_length)
+        return Corpus(config, source, replaced_because=str(error))
+
+
+class Corpus:
+    """Documents to train on and held-out ones.
+
+    Args:
+        config: what was asked for.
+        source: the documents.
+        replaced_because: the error for which `source` is synthetic data in place of what was asked for.
+    """
+
+    def __init__(
+        self, config: DataConfig, source: Documents | BlockSource, replaced_because: str | None = None
+    ) -> None:
+        self.config, self.source, self.replaced_because = config, source, replaced_because
+        self.heldout = config.heldout
+        if replaced_because and not isinstance(config.heldout, float | int):
+            self.heldout = FALLBACK_HELDOUT
+
+    @property
+    def description(self) -> str:
+        """The source in a few words, for summaries, errors and reports."""
+        config = self.config
+        if self.replaced_because:
+            task = f"{config.synthetic_task} of {config.synthetic_length}"
+            return f"SYNTHETIC DATA ({task}) in place of {config.source}: {self.replaced_because}"
+        details = {
+            "fineweb_edu": f" ({config.hub_repo}, {config.hub_subset}, {config.hub_access})",
+            "synthetic": f" ({config.synthetic_task} of {config.synthetic_length})",
+        }
+        given = f" ({', '.join(config.paths)})" if config.paths else ""
+        return config.source + details.get(config.source, given)
+
+    @property
+    def num_documents(self) -> int | None:
+        """Documents in all, held-out ones included; None if they have no end."""
+        return None if isinstance(self.source, SyntheticDocuments) else len(self.source)
+
+    @property
+    def num_training_documents(self) -> int | None:
+        """Documents to train on, where they are counted: in memory."""
+        return None if isinstance(self.source, BlockSource) else len(self._split[0])
+
+    @cached_property
+    def _split(self) -> tuple[list[int], list[int]]:
+        assert not isinstance(self.source, BlockSource)
+        return split_documents(self.source, self.heldout)
+
+    @cached_property
+    def _rule(self) -> Any:
+        assert isinstance(self.source, BlockSource)
+        return heldout_rule(self.source, self.heldout)
+
+    def training_documents(self) -> TrainingDocuments:
+        """What to train on.
+
+        Raises:
+            DataError: the held-out documents do not fit the source.
+        """
+        if isinstance(self.source, BlockSource):
+            return BlocksToTrainOn(self.source, self._rule, self.heldout)
+        return ChosenDocuments(self.source, self._split[0])
+
+    def heldout_documents(self, tokenizer: Tokenizer) -> tuple[Source, Sequence[int]]:
+        """A source that has the held-out documents, and their indices; if not in memory, as many as are evaluated on.
+
+        Raises:
+            DataError: no document is held out.
+        """
+        if not isinstance(self.source, BlockSource):
+            return self.source, self._split[1]
+        picked = _pick(self.source, self._rule, tokenizer, self.max_eval_tokens) if self.heldout else PickedDocuments()
+        return picked, sorted(picked.texts)
+
+    @property
+    def max_eval_tokens(self) -> int | None:
+        """Tokens to evaluate on; None for all."""
+        default = EVAL_TOKENS if isinstance(self.source, BlockSource) else None
+        return self.config.max_eval_tokens or default
+
+    def entropy_floor_nats(self, tokenizer: Tokenizer) -> float | None:
+        """Least loss per token that the data allows, where it is known: for synthetic data as bytes."""
+        if isinstance(self.source, SyntheticDocuments) and isinstance(tokenizer, ByteTokenizer):
+            return self.source.entropy_floor_nats
+        return None
+
+    def index(self) -> dict[str, Any]:
+        """What the corpus is, as plain values for `data_index.json`."""
+        config, files = self.config, getattr(self.source, "files", ())
+        values: dict[str, Any] = {
+            "source": "synthetic" if self.replaced_because else config.source,
+            "asked_for": config.source,
+            "replaced_because": self.replaced_because,
+            "description": self.description,
+            "fingerprint": self.source.fingerprint,
+            "num_documents": self.num_documents,
+            "held_out_rule": _rule_text(self.heldout),
+            "read": "in blocks during the run" if isinstance(self.source, BlockSource) else "into memory at the start",
+            "paths": list(config.paths),
+            "files": [asdict(file) for file in files],
+        }
+        if config.source == "fineweb_edu":
+            hub = ("hub_repo", "hub_subset", "hub_revision", "hub_num_files", "hub_access")
+            values |= {name: getattr(config, name) for name in hub}
+        if isinstance(self.source, SyntheticDocuments):
+            values |= {"synthetic_task": self.source.task, "synthetic_length": self.source.length}
+            values |= {"entropy_floor_nats_per_byte": self.source.entropy_floor_nats}
+        return values
+
+
+class PickedDocuments:
+    """Held-out documents that were found in the blocks of a source, in memory, under their numbers in it."""
+
+    def __init__(self) -> None:
+        self.names: dict[int, str] = {}
+        self.texts: dict[int, str] = {}
+
+    @property
+    def fingerprint(self) -> str:
+        return repr(sorted(self.names.items()))
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def name(self, index: int) -> str:
+        return self.names[index]
+
+    def text(self, index: int) -> str:
+        return self.texts[index]
+
+
+def _pick(source: BlockSource, held_out: Any, tokenizer: Tokenizer, max_tokens: int | None) -> PickedDocuments:
+    """Held-out documents from blocks that are spread over the source, until they have `max_tokens`."""
+    count = min(source.num_blocks, EVAL_BLOCKS)
+    order = range(count)
+    if not source.in_random_order:
+        order = np.random.default_rng(EVAL_SEED).permutation(source.num_blocks)[:count].tolist()
+    picked, num_tokens, progress = PickedDocuments(), 0, Progress("reading held-out documents", max_tokens or 0)
+    for block in order:
+        content = source.read_block(block)
+        held = [index for index, name in enumerate(content.names) if held_out(name)]
+        for index in held:
+            picked.names[content.first + index] = content.names[index]
+            picked.texts[content.first + index] = content.texts[index]
+        num_tokens += sum(map(len, tokenizer.encode_batch([content.texts[index] for index in held])))
+        if max_tokens is not None and num_tokens >= max_tokens:
+            break
+        progress.reached(num_tokens)
+    return picked
+
+
+def _rule_text(heldout: float | Sequence[str]) -> str:
+    if isinstance(heldout, float | int):
+        return f"a fraction of {heldout:g}, by BLAKE2b of the name"
+    return "names and patterns: " + "; ".join(heldout)

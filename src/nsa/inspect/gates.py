@@ -1,0 +1,122 @@
+"""How much each branch counts: the gates of a model recorded, and their statistics.
+
+    with record_gates(model) as gates:
+        model(input_ids, use_cache=False)
+    print(gates[0].entropy_mean_nats)
+
+Recording registers forward hooks and takes them out again; outside the `with` nothing is paid.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nsa.inspect.selection import nsa_layers
+
+COLLAPSED_WEIGHT = 0.95  # a gate that gives one branch more than this share of its weight has collapsed onto it
+
+
+@dataclass(frozen=True)
+class GateStatistics:
+    """How the gates of a layer, or of several together, weigh the branches; a row is one gate of one token and head.
+
+    Weights are shares of the three weights' sum, so that sigmoid gates are judged like softmax gates.
+
+    Attributes:
+        num_rows: rows counted.
+        entropy_mean_nats: mean entropy of a row; ln 3 = 1.099 for equal weights, 0 for one branch alone.
+        max_mean: mean of a row's largest weight; 1/3 to 1.
+        share_cmp, share_slc, share_win: mean weight of the compressed, selected and window branch.
+        collapse_share: share of rows whose largest weight exceeds `COLLAPSED_WEIGHT`.
+    """
+
+    num_rows: int
+    entropy_mean_nats: float
+    max_mean: float
+    share_cmp: float
+    share_slc: float
+    share_win: float
+    collapse_share: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+
+@contextmanager
+def record_gates(model: nn.Module) -> Iterator[dict[int, GateStatistics]]:
+    """Statistics of every NSA layer's gates while the `with` lasts, complete when it ends.
+
+    Args:
+        model: any module that holds `NSAAttention` layers.
+
+    Yields:
+        a dictionary that is filled at the end: the layer's number as in `record_selection` -> its statistics over all
+        forward passes.
+
+    Raises:
+        ValueError: the model has no NSA layer.
+    """
+    layers = nsa_layers(model)
+    if not layers:
+        raise ValueError("the model has no NSA layer, so that it has no gates")
+    found: dict[int, GateStatistics] = {}
+    sums: dict[int, list[Tensor]] = {index: [] for index in layers}
+
+    def hook_of(index: int) -> Any:
+        def hook(module: nn.Module, inputs: Any, gates: Tensor) -> None:
+            sums[index].append(_sums(gates.detach()))
+
+        return hook
+
+    handles = [layer.gate.register_forward_hook(hook_of(index)) for index, layer in layers.items()]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+    found.update({index: _statistics(torch.stack(parts).sum(0)) for index, parts in sums.items() if parts})
+
+
+def gate_statistics(gates: Tensor) -> GateStatistics:
+    """Statistics of gates `[.., 3]`.
+
+    Raises:
+        ValueError: there are none.
+    """
+    if gates.numel() == 0 or gates.shape[-1] != 3:
+        raise ValueError(f"statistics need at least one gate of 3 weights, not {list(gates.shape)}")
+    return _statistics(_sums(gates))
+
+
+def pool_gates(layers: Sequence[GateStatistics]) -> GateStatistics:
+    """Statistics of several layers together, each weighed by its rows."""
+    total = sum(layer.num_rows for layer in layers)
+    means = {
+        field.name: sum(getattr(layer, field.name) * layer.num_rows for layer in layers) / total
+        for field in fields(GateStatistics)
+        if field.name != "num_rows"
+    }
+    return GateStatistics(num_rows=total, **means)
+
+
+def _sums(gates: Tensor) -> Tensor:
+    """Number of rows and the sums over them of each statistic, `[7]` fp64 on the gates' device."""
+    weights = gates.reshape(-1, 3).float()
+    weights = weights / weights.sum(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+    largest = weights.amax(-1)
+    rows = torch.stack(
+        [torch.special.entr(weights).sum(-1), largest, *weights.unbind(-1), (largest > COLLAPSED_WEIGHT).float()]
+    )
+    return torch.cat([rows.new_full((1,), rows.shape[1], dtype=torch.float64), rows.sum(-1, dtype=torch.float64)])
+
+
+def _statistics(sums: Tensor) -> GateStatistics:
+    count, *totals = sums.tolist()
+    return GateStatistics(int(count), *(total / count for total in totals))

@@ -1,0 +1,60 @@
+"""Which kernels the Triton backend launches for given shapes, with their tiles and why."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from nsa.geometry import BlockGeometry
+from nsa.ops.triton import dense_bwd, dense_fwd, score_topk, select_bwd, select_fwd, select_union
+from nsa.ops.triton.common import KEY_SIZES, VALUE_SIZES, has_large_shared_memory
+
+
+class Kernel(NamedTuple):
+    """One stage: what it computes, the kernels that do, their main tile, and why these."""
+
+    stage: str
+    kernels: str
+    tile: dict[str, Any]
+    reason: str
+
+
+def kernels(q: Tensor, k: Tensor, v: Tensor, geometry: BlockGeometry, num_docs: int) -> list[Kernel]:
+    """The kernels of `nsa_attention` and its backward for tensors of these shapes, dtype and device.
+
+    Args:
+        num_docs: documents of packed input, or sequences of the batch.
+    """
+    large = has_large_shared_memory(q)
+    key = next(size for size in KEY_SIZES if size >= q.shape[3])
+    value = next(size for size in VALUE_SIZES if size >= v.shape[3])
+    size, group = (q, key, value, large), q.shape[2] // k.shape[2]
+    memory = "Hopper's shared memory" if large else "99 KiB of shared memory"
+    fits = f"{q.dtype}, {memory}" + ("" if (key, value) == (q.shape[3], v.shape[3]) else f", padded to {key}/{value}")
+    forward, by_key, by_query = dense_fwd.forward_tile(*size), dense_bwd.key_tile(*size), dense_bwd.query_tile(*size)
+    loads = "boxes" if by_key["BLOCK_M"] % group == 0 else "rows"
+    reckoned = (q.shape[0] * q.shape[1], num_docs, group, geometry, select_union.BLOCK_M)
+    found = []
+    for stage in ("compressed", "window"):
+        found.append(Kernel(f"{stage} forward", "dense_forward", forward, fits))
+        found.append(Kernel(f"{stage} backward, keys", "dense_key", by_key, f"{fits}, queries loaded as {loads}"))
+        found.append(Kernel(f"{stage} backward, queries", "dense_query", by_query, fits))
+    found.append(Kernel("choice of blocks", "score, choice", score_topk.score_tile(q, group, large), fits))
+    union = select_union.union_pays(*reckoned, select_union.FORWARD_RATIO)
+    how = "union, union_forward" if union else "forced_forward, select_forward, select_reduce"
+    tile = forward if union else select_fwd.select_tile(*size)
+    found.append(Kernel("selected forward and gated sum", how, tile, _why(union)))
+    union = select_union.union_pays(*reckoned, select_union.BACKWARD_RATIO)
+    how = "union, union_query, " if union else ""
+    reduced = "select_key_reduce" if union else "select_query_reduce, select_key_reduce"
+    tile = select_bwd.select_backward_tile(*size, queries=not union)
+    found.append(Kernel("selected backward", f"{how}select_backward, {reduced}", tile, _why(union)))
+    found.append(Kernel("gates backward", "gate_backward", {}, fits))
+    return found
+
+
+def _why(union: bool) -> str:
+    if union:
+        return "neighbours choose from few blocks at this length, so that tiles run over the union of theirs"
+    return "tokens choose from many blocks at this length, so that blocks run over the tokens that chose them"

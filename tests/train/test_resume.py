@@ -1,0 +1,251 @@
+"""A resumed run is the run that was never interrupted, bit for bit; and what cannot be resumed is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from nsa.train.checkpoint import newest_checkpoint
+from nsa.train.config import RunConfig
+from nsa.train.load_config import load_config
+from nsa.train.observe.csv_log import TRAINING_COLUMNS, VALIDATION_COLUMNS, read_csv
+from nsa.train.resume import ALLOWED, changed_keys, prepare_resume, resumed_config
+from nsa.train.run import Outcome, prepare, train
+from nsa.train.trainer import Trainer
+
+STEPS = {"steps": 8, "checkpoint_every_steps": 3, "keep_checkpoints": 9}
+TIMES = {"tokens_per_s", "step_s", "fetch_s"}
+
+
+def resume(folder: Path, *overrides: str) -> Outcome:
+    return train(*prepare_resume(folder, overrides, ["nsa", "resume"]), resumed=True)
+
+
+def table(folder: Path) -> list[dict[str, Any]]:
+    rows = read_csv(folder / "training.csv", TRAINING_COLUMNS)
+    return [{name: value for name, value in row.items() if name not in TIMES} for row in rows]
+
+
+def evaluations(folder: Path) -> list[dict[str, Any]]:
+    return read_csv(folder / "val.csv", VALIDATION_COLUMNS)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(newest_checkpoint(folder) / "model.safetensors")
+
+
+def equal_weights(one: Path, other: Path) -> bool:
+    first, second = weights(one), weights(other)
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def run_until(config: RunConfig, step: int, monkeypatch: pytest.MonkeyPatch, how: str) -> Path:
+    """Begin a run and end it after `step`, with or without an orderly stop; its folder."""
+    trainer, folder = prepare(config)
+    honest_step = trainer.train_step
+
+    def interrupted() -> Any:
+        if trainer.step == step and how == "crash":
+            raise MemoryError
+        if trainer.step == step - 1 and how == "stop":
+            os.kill(os.getpid(), signal.SIGTERM)
+        return honest_step()
+
+    monkeypatch.setattr(trainer, "train_step", interrupted)
+    if how == "stop":
+        assert train(trainer, folder).stopped_by == "SIGTERM"
+    else:
+        with pytest.raises(MemoryError):
+            train(trainer, folder)
+    return folder.path
+
+
+@pytest.fixture(scope="module")
+def whole(module_tiny: Callable[..., RunConfig]) -> Path:
+    """The folder of a run of eight steps that nothing interrupted."""
+    return train(*prepare(module_tiny(run={"name": "whole"}, train=STEPS))).folder.path
+
+
+@pytest.mark.parametrize(("how", "step", "kept"), [("stop", 4, 4), ("crash", 5, 3), ("crash", 2, 0)])
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
+    whole: Path, tiny, monkeypatch: pytest.MonkeyPatch, how: str, step: int, kept: int
+) -> None:
+    folder = run_until(tiny(train=STEPS), step, monkeypatch, how)
+    outcome = resume(folder)
+    assert outcome.stopped_by is None
+    assert table(folder) == table(whole)
+    assert evaluations(folder) == evaluations(whole)
+    assert equal_weights(folder, whole)
+    assert (folder / "samples" / "after.txt").read_text() == (whole / "samples" / "after.txt").read_text()
+    metrics, expected = outcome.metrics, json.loads((whole / "metrics.json").read_text())
+    for name in ("step", "tokens", "train_loss", "val_loss", "best_val_loss", "untrained_val_loss"):
+        assert metrics[name] == expected[name], name
+    status = json.loads((folder / "status.json").read_text())
+    assert (status["state"], status["step"], status["reason"]) == ("finished", 8, None)
+    assert status["resumed_from"]["checkpoint"] == (f"step_{kept:06d}" if kept else None)
+    assert (status["resumed_from"]["step"], status["resumed_from"]["count"]) == (kept, 1)
+    assert json.loads((folder / "env.json").read_text())["resumed"][0]["command"] == ["nsa", "resume"]
+    board = EventAccumulator(str(folder / "tb"))
+    board.Reload()
+    assert [event.step for event in board.Scalars("train/loss")] == list(range(1, 9))
+
+
+def test_a_run_is_resumed_again_and_again(whole: Path, tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = run_until(tiny(train=STEPS), 4, monkeypatch, "crash")
+    trainer, opened = prepare_resume(folder)
+    honest_step = trainer.train_step
+
+    def crash_again() -> Any:
+        if trainer.step == 7:
+            raise MemoryError
+        return honest_step()
+
+    monkeypatch.setattr(trainer, "train_step", crash_again)
+    with pytest.raises(MemoryError):
+        train(trainer, opened, resumed=True)
+    resume(folder)
+    assert table(folder) == table(whole)
+    assert equal_weights(folder, whole)
+    resumed = json.loads((folder / "env.json").read_text())["resumed"]
+    assert [(entry["step"], entry["count"]) for entry in resumed] == [(3, 1), (6, 2)]
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_resumed(
+    whole: Path, tiny, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], damage: str
+) -> None:
+    folder = run_until(tiny(train=STEPS), 7, monkeypatch, "crash")
+    part = folder / "checkpoints" / "step_000006" / "state" / "__0_0.distcp"
+    contents = bytearray(part.read_bytes())
+    contents[len(contents) // 2] ^= 1
+    part.write_bytes(contents[: len(contents) // 2] if damage == "truncated" else contents)
+    capsys.readouterr()
+    resume(folder)
+    out = capsys.readouterr().out
+    assert f"damaged checkpoint passed over: {part}" in out
+    assert f"resuming {folder} from step_000003" in out
+    assert (folder / "checkpoints" / "damaged_step_000006").is_dir()
+    assert table(folder) == table(whole)
+    assert equal_weights(folder, whole)
+
+
+def test_a_run_can_be_made_longer_and_the_change_is_recorded(tiny) -> None:
+    folder = train(*prepare(tiny(train=STEPS))).folder.path
+    with pytest.raises(ValueError, match=r"has finished its 8 steps; to go on, give more: --train\.steps 16"):
+        resume(folder)
+    before = table(folder)
+    outcome = resume(folder, "--train.steps", "10", "--eval.every_steps", "5")
+    assert table(folder)[:8] == before
+    assert [row["step"] for row in table(folder)] == list(range(1, 11))
+    assert [row["step"] for row in evaluations(folder)] == [0, 3, 6, 8, 10]
+    assert outcome.metrics["step"] == 10
+    assert load_config(folder / "config.yaml").train.steps == 10
+    changed = json.loads((folder / "status.json").read_text())["resumed_from"]["changed"]
+    assert changed == {"train.steps": [8, 10], "eval.every_steps": [3, 5]}
+
+
+def test_a_run_that_was_killed_while_it_closed_only_closes_again(tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    from nsa.train import run as module
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "draw_curves", lambda *args: 1 / 0)
+        trainer, opened = prepare(tiny(train=STEPS))
+        with pytest.raises(ZeroDivisionError):
+            train(trainer, opened)
+    folder = opened.path
+    before = (folder / "checkpoints" / "step_000008" / "complete.json").stat().st_mtime_ns
+    assert resume(folder).metrics["step"] == 8
+    assert (folder / "checkpoints" / "step_000008" / "complete.json").stat().st_mtime_ns == before
+    assert (folder / "report.md").is_file()
+
+
+@pytest.mark.parametrize(
+    "override",
+    [("--optim.lr", "1e-3"), ("--run.seed", "4"), ("--data.heldout", "0.5"), ("--train.batch_tokens", "256")],
+)
+def test_what_decides_the_steps_cannot_be_changed(tiny, override: tuple[str, str]) -> None:
+    _, folder = prepare(tiny())
+    with pytest.raises(ValueError, match=override[0].removeprefix("--")) as caught:
+        resumed_config(folder.path, override)
+    assert "nsa train" in str(caught.value)
+
+
+def test_the_keys_that_may_be_changed_exist() -> None:
+    sections = RunConfig().model_dump()
+    known = {f"{section}.{key}" for section, keys in sections.items() for key in keys}
+    assert not ALLOWED - known
+    assert changed_keys(RunConfig(), RunConfig()) == {}
+
+
+def test_a_folder_that_is_no_run_or_is_in_use_is_refused(tiny, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="is no run folder: it holds no config"):
+        prepare_resume(tmp_path)
+    trainer, folder = prepare(tiny(train=STEPS))
+    with pytest.raises(ValueError, match=f"is in use by process {os.getpid()}"):
+        prepare_resume(folder.path)
+    train(trainer, folder)
+    assert resume(folder.path, "--train.steps", "9").metrics["step"] == 9
+
+
+def test_a_run_with_other_data_is_refused_and_its_tables_stay(
+    tiny, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = tmp_path / "words.txt"
+    text.write_text(corpus.read_text())
+    folder = run_until(tiny(train=STEPS, data={"paths": [str(text)]}), 4, monkeypatch, "crash")
+    before = table(folder)
+    text.write_text(corpus.read_text() + "\n\nOne paragraph more, and the order of all is another.")
+    with pytest.raises(ValueError, match="of other data"):
+        resume(folder)
+    assert table(folder) == before
+    text.write_text(corpus.read_text())
+    assert resume(folder).metrics["step"] == 8
+
+
+def test_a_stale_halt_file_does_not_stop_a_resumed_run(
+    tiny, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = run_until(tiny(train=STEPS), 4, monkeypatch, "crash")
+    (folder / "HALT").write_text("from last week")
+    assert resume(folder).stopped_by is None
+    assert "was put aside as HALT.old" in capsys.readouterr().out
+    assert not (folder / "HALT").exists()
+
+
+def test_a_halt_file_stops_a_run_with_its_reason_and_the_next_goes_on(
+    whole: Path, tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer, folder = prepare(tiny(train=STEPS))
+    honest_step = trainer.train_step
+
+    def halted() -> Any:
+        if trainer.step == 3:
+            folder.halt.write_text("the disk is needed")
+        return honest_step()
+
+    monkeypatch.setattr(trainer, "train_step", halted)
+    assert train(trainer, folder).stopped_by == "HALT: the disk is needed"
+    status = folder.read_status()
+    assert (status["state"], status["step"], status["reason"]) == ("stopped", 4, "HALT: the disk is needed")
+    assert newest_checkpoint(folder.path).name == "step_000004"
+    resume(folder.path)
+    assert table(folder.path) == table(whole)
+
+
+def test_a_trainer_goes_on_with_its_guards(tiny) -> None:
+    trainer, other = Trainer(tiny()), Trainer(tiny())
+    trainer.guard.num_skipped = 3
+    trainer.train_step()
+    other.load_state_dict(trainer.state_dict())
+    assert other.guard.state_dict() == trainer.guard.state_dict()
+    assert other.guard.state_dict()["num_skipped"] == 3
+    assert len(other.guard.state_dict()["losses"]) == 1

@@ -1,0 +1,204 @@
+"""The watch: what it finds in a run folder, how far it climbs for it, and whom it signals."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+
+from made_up_beats import COLLAPSED_GATE, NOW_S, beat, beats, of_rank, write_beats
+from nsa.train.observe.thresholds import Thresholds
+from nsa.train.observe.watch import Look, Watch, ask_for_stacks, process_of
+from nsa.train.run_folder import RunFolder, write_json
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now_s = NOW_S
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    set_status(tmp_path, "running")
+    return tmp_path
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def signals(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """What would have been sent: process and signal."""
+    sent: list[tuple[int, int]] = []
+    monkeypatch.setattr(os, "kill", lambda pid, number: sent.append((pid, number)))
+    return sent
+
+
+def set_status(run: Path, state: str, **changes) -> None:
+    values = {"state": state, "step": 50, "reason": None, "unix_time_s": NOW_S, **changes}
+    write_json(RunFolder(run).status_json, values)
+
+
+def names(look: Look) -> list[tuple[str, int]]:
+    return [(finding.name, finding.rank) for finding in look.findings]
+
+
+def test_a_healthy_run_is_left_alone(run: Path, clock: Clock, signals: list) -> None:
+    write_beats(run, of_rank(0, beats(50)))
+    write_beats(run, of_rank(1, beats(50)))
+    watch = Watch(run, Thresholds(), clock=clock)
+    look = watch.look()
+    assert look.running
+    assert sorted(look.beats) == [0, 1]
+    assert look.findings == []
+    assert watch.act(look) == []
+    assert watch.gave_up(look) is None
+    assert signals == []
+    assert not (run / "HALT").exists()
+
+
+def test_the_ladder_is_climbed_a_rung_at_a_time_for_what_lasts(run: Path, clock: Clock, signals: list) -> None:
+    watch = Watch(run, Thresholds(stacks_after_s=30, halt_after_s=120, halt_wait_s=300), clock=clock)
+    did: dict[int, list[str]] = {}
+    for second in range(0, 520, 10):
+        clock.now_s = NOW_S + second
+        write_beats(run, [beat(unix_time_s=clock.now_s, phase="fetch", progress_age_s=175.0 + second)])
+        look = watch.look()
+        if done := watch.act(look):
+            did[second] = done
+        if watch.gave_up(look):
+            break
+    assert list(did) == [10, 40, 130]
+    assert did[10][0].startswith("alarm: stall: rank 0, step 50: no progress for 185 s")
+    assert f"writes its stacks to {run / 'stacks_rank0.txt'}" in did[40][0]
+    assert signals == [(os.getpid(), signal.SIGUSR1)]
+    assert "halt: wrote" in did[130][0]
+    assert "stall: rank 0, step 50" in (run / "HALT").read_text()
+    assert second == 440
+    assert str(os.getpid()) in (watch.gave_up(look) or "")
+
+
+def test_what_passes_is_forgotten_and_climbs_anew_when_it_comes_back(run: Path, clock: Clock, signals: list) -> None:
+    watch = Watch(run, Thresholds(stacks_after_s=0, halt_after_s=60), clock=clock)
+    for second, age_s in ((0, 200.0), (50, 1.0), (100, 200.0), (150, 250.0)):
+        clock.now_s = NOW_S + second
+        write_beats(run, [beat(unix_time_s=clock.now_s, progress_age_s=age_s)])
+        watch.act(watch.look())
+    assert len(signals) == 2
+    assert not (run / "HALT").exists()
+
+
+def test_remarks_are_only_said_and_slow_steps_are_not_halted(run: Path, clock: Clock, signals: list) -> None:
+    watch = Watch(run, Thresholds(stacks_after_s=0, halt_after_s=0), clock=clock)
+    write_beats(run, beats(50, counters={"skipped_steps": 1}))
+    look = watch.look()
+    assert watch.act(look) == [
+        "warning: counters: rank 0, step 59: skipped steps 1. All of these are 0 in a healthy run; see its log"
+    ]
+    assert (look.alarms, signals) == ([], [])
+    watch = Watch(run, Thresholds(stacks_after_s=0, halt_after_s=0), clock=clock)
+    write_beats(run, beats(124, tokens_per_s=[100.0] * 100 + [50.0] * 24, pid=1))
+    assert ("throughput", 0) in names(watch.look())
+    assert watch.act(watch.look())[-1] == "stacks: rank 0: process 1 is gone"
+    assert not (run / "HALT").exists()
+
+
+def test_a_watch_that_may_not_halt_does_not(run: Path, clock: Clock, signals: list) -> None:
+    watch = Watch(run, Thresholds(stacks_after_s=0, halt_after_s=0), halt=False, clock=clock)
+    write_beats(run, [beat(loss=math.nan)])
+    assert watch.act(watch.look())
+    assert len(signals) == 1
+    assert not (run / "HALT").exists()
+
+
+def test_looking_alone_changes_nothing(run: Path, clock: Clock, signals: list) -> None:
+    write_beats(run, [beat(gate=COLLAPSED_GATE)])
+    before = sorted(run.iterdir())
+    for _ in range(2):
+        assert names(Watch(run, Thresholds(stacks_after_s=0, halt_after_s=0), clock=clock).look()) == [("gates", 0)]
+    assert sorted(run.iterdir()) == before
+    assert signals == []
+
+
+def test_a_run_that_has_ended_is_judged_and_not_acted_upon(run: Path, clock: Clock, signals: list) -> None:
+    write_beats(run, [beat(phase="ended", unix_time_s=NOW_S - 9999, loss=math.nan)])
+    set_status(run, "finished")
+    watch = Watch(run, Thresholds(stacks_after_s=0, halt_after_s=0), clock=clock)
+    look = watch.look()
+    assert names(look) == [("nonfinite", 0)]
+    assert watch.act(look) == []
+    assert watch.gave_up(look) is None
+
+
+def test_a_rank_that_never_beats_and_a_run_that_never_beats_are_found_after_a_while(run: Path, clock: Clock) -> None:
+    assert Watch(run, Thresholds(), clock=clock).look().findings == []
+    clock.now_s = NOW_S + 61
+    assert names(Watch(run, Thresholds(), clock=clock).look()) == [("silent", 0)]
+    write_beats(run, of_rank(1, [beat(process_start_s=NOW_S, unix_time_s=NOW_S + 60)]))
+    (finding,) = [f for f in Watch(run, Thresholds(), clock=clock).look().findings if f.rank == 0]
+    assert "no beat 61 s after the start" in finding.message
+
+
+def test_what_an_earlier_process_left_is_not_taken_for_a_silent_rank(run: Path, clock: Clock) -> None:
+    write_beats(run, of_rank(1, [beat(unix_time_s=NOW_S - 5000, process_start_s=NOW_S - 6000)]))
+    write_beats(run, of_rank(0, [beat(process_start_s=NOW_S - 10)], world_size=1))
+    look = Watch(run, Thresholds(), clock=clock).look()
+    assert sorted(look.beats) == [0]
+    assert look.findings == []
+
+
+def test_processes_that_ended_without_a_word_are_found(run: Path, clock: Clock) -> None:
+    write_beats(run, [beat(phase="ended")])
+    assert Watch(run, Thresholds(), clock=clock).look().findings == []
+    clock.now_s = NOW_S + 100
+    assert names(Watch(run, Thresholds(), clock=clock).look()) == [("run", 0)]
+
+
+def test_a_killed_process_is_told_as_gone_and_ends_the_watch(run: Path, clock: Clock, signals: list) -> None:
+    process = subprocess.Popen([sys.executable, "-c", "pass"])
+    start_s = psutil.Process(process.pid).create_time()
+    process.wait()
+    write_beats(run, [beat(pid=process.pid, process_start_s=start_s)])
+    clock.now_s = NOW_S + 100
+    watch = Watch(run, Thresholds(stacks_after_s=0), clock=clock)
+    look = watch.look()
+    assert f"Process {process.pid} on" in look.findings[0].remedy
+    assert "is gone: killed" in look.findings[0].remedy
+    assert watch.act(look)[-1].endswith(f"process {process.pid} is gone")
+    assert signals == []
+    assert "all processes of the run are gone" in (watch.gave_up(look) or "")
+
+
+def test_only_the_very_process_that_beat_is_signalled(tmp_path: Path, signals: list) -> None:
+    mine = beat()
+    assert process_of(mine) == "alive"
+    assert (
+        process_of(replace(mine, process_start_s=mine.process_start_s - 100)) == "gone"
+    )  # its number, another process
+    elsewhere = replace(mine, host="another-machine")
+    assert process_of(elsewhere) == "unknown"
+    assert f"ask on another-machine with `kill -USR1 {os.getpid()}`" in ask_for_stacks(tmp_path, elsewhere)
+    ask_for_stacks(tmp_path, replace(mine, phase="ended"))
+    assert signals == []
+
+
+def test_what_is_no_run_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"is no run folder: it holds no status\.json"):
+        Watch(tmp_path, Thresholds()).look()
+    set_status(tmp_path, "running", unix_time_s=time.time())
+    (tmp_path / "heartbeat_rank0.jsonl").write_text("{}\n")
+    with pytest.raises(ValueError, match=r"heartbeat_rank0\.jsonl, line 1: unix_time_s: Field required"):
+        Watch(tmp_path, Thresholds()).look()
