@@ -8,7 +8,7 @@ from torch import Tensor
 
 from nsa import BlockGeometry, mean_pool, nsa_attention
 from nsa.ops.routing import choose_backend, explain_backend
-from nsa.ops.triton import dense_fwd, select_fwd
+from nsa.ops.triton import dense_fwd, hopper_bwd, hopper_fwd, select_fwd
 
 SMALL = BlockGeometry(8, 4, 16, 4, 1, 2, 24)
 
@@ -27,8 +27,8 @@ def attention(
     return nsa_attention(q, k, v, k_cmp, v_cmp, gates, geometry, cu_seqlens=cu)
 
 
-def step(*tensors: Tensor, cu: Tensor | None = None) -> list[Tensor]:
-    out = attention(*tensors, cu=cu)
+def step(*tensors: Tensor, cu: Tensor | None = None, geometry: BlockGeometry = SMALL) -> list[Tensor]:
+    out = attention(*tensors, cu=cu, geometry=geometry)
     return [out, *torch.autograd.grad(out.float().square().sum(), tensors)]
 
 
@@ -63,10 +63,12 @@ def test_repeated_calls_agree_bit_for_bit_whatever_lay_in_memory():
         assert torch.equal(x, y)
 
 
-def test_tokens_after_the_last_document_give_zero_and_no_gradient():
-    tensors = inputs(T=200)
+@pytest.mark.parametrize("group_size", [4, 5])  # with Hopper's own kernels, and without
+@pytest.mark.parametrize(("T", "window"), [(200, 24), (900, 300)])  # the second has whole tiles of such tokens
+def test_tokens_after_the_last_document_give_zero_and_no_gradient(T, window, group_size):
+    tensors = inputs(T=T, H=2 * group_size)
     cu = torch.tensor([0, 60, 130], dtype=torch.int32, device="cuda")
-    out, *grads = step(*tensors, cu=cu)
+    out, *grads = step(*tensors, cu=cu, geometry=BlockGeometry(8, 4, 16, 4, 1, 2, window))
     assert not out[:, 130:].any()
     for grad in grads:
         assert torch.isfinite(grad).all()
@@ -149,7 +151,10 @@ def test_every_operator_passes_opcheck():
 def test_new_lengths_do_not_compile_new_kernels():
     for T in (300, 301, 333):
         step(*inputs(T=T))
-    kernels = (dense_fwd.dense_forward_kernel, select_fwd.select_forward_kernel)
+    kernels = (
+        dense_fwd.dense_forward_kernel, hopper_fwd.hopper_forward_kernel, hopper_bwd.hopper_key_kernel,
+        hopper_bwd.hopper_query_kernel, select_fwd.select_forward_kernel,
+    )  # fmt: skip
     before = [sum(len(cache[0]) for cache in kernel.device_caches.values()) for kernel in kernels]
     for T in (310, 350, 384, 401, 512, 517):
         step(*inputs(T=T))

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from nsa import BlockGeometry
 from nsa.ops import reference, triton as backend
+from nsa.ops.triton import common
 
 PAPER = BlockGeometry()
 SMALL = BlockGeometry(8, 4, 16, 4, 1, 2, 24)
@@ -27,6 +28,9 @@ CASES = [
     *((1, 120, 4, 2, size, 64, SMALL, None, 0, 0, torch.float32) for size in (64, 128, 256)),
     (1, 700, 16, 1, 128, 128, PAPER, None, 0, 0, torch.bfloat16),
     (1, 500, 16, 1, 128, 128, SMALL, [0, 0, 1, 70, 133, 133, 140, 400, 500], 0, 0, torch.bfloat16),
+    (2, 333, 8, 2, 128, 128, PAPER, None, 0, 0, torch.bfloat16),
+    (1, 1500, 64, 4, 128, 128, PAPER, [0, 0, 31, 32, 700, 1500], 0, 0, torch.bfloat16),
+    (1, 77, 16, 1, 128, 128, PAPER, None, 900, 300, torch.float16),
     (1, 300, 8, 2, 64, 64, PAPER, [0, 100, 131, 300], 0, 0, torch.float32),
     (1, 90, 8, 2, 64, 64, SMALL, None, 133, 100, torch.float16),
     (1, 700, 4, 1, 32, 32, BlockGeometry(32, 16, 256, 3, 1, 1, 100), None, 0, 0, torch.bfloat16),
@@ -163,6 +167,12 @@ def test_the_whole_operator_is_as_exact_as_plain_mathematics(arguments, union, m
         floor = 1e-6 * (float(z.detach().norm()) + float(case.dout.norm()))
         times = 2 if name == "out" else 3
         assert error(x, z) <= times * error(y, z) + floor, (name, error(x, z), error(y, z))
+
+
+@pytest.mark.parametrize("arguments", [c for c in CASES if c[4] in (64, 128) and c[7] is not None], ids=str)
+def test_what_other_devices_run_is_as_exact_on_hopper(arguments, monkeypatch):
+    monkeypatch.setattr(common, "is_hopper", lambda x: False)
+    test_every_stage_is_as_exact_as_plain_mathematics(arguments)
 
 
 @pytest.mark.parametrize("arguments", [c for c in CASES if c[1] <= 300], ids=str)

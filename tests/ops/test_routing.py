@@ -36,8 +36,9 @@ def test_a_backend_that_cannot_run_is_an_error():
         routing_report(*tensors(), BlockGeometry(), backend="triton")
 
 
-def test_kernels_depend_on_length_documents_and_group():
+def test_kernels_depend_on_length_documents_and_group(monkeypatch):
     report = pytest.importorskip("nsa.ops.triton.report")
+    monkeypatch.setattr(report.select_union, "BACKWARD_RATIO", report.select_union.FORWARD_RATIO)
     geometry = BlockGeometry()
 
     def selected(T: int, H: int, docs: int = 1) -> list[str]:

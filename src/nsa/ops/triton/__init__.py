@@ -1,8 +1,8 @@
 """The Triton backend: the functions that `nsa.ops.registry` calls, `<stage>_forward` and `<stage>_backward`.
 
-Reading order: common (which keys a query sees), dense_fwd and dense_bwd (compressed and window branch), score_topk (the
-choice of blocks), invert (its inversion), select_fwd and select_bwd (selected branch), combine (gates),
-compress (mean pooling).
+Reading order: common (which keys a query sees), dense_fwd and dense_bwd (compressed and window branch; hopper_fwd and
+hopper_bwd are the same for Hopper), score_topk (the choice of blocks), invert (its inversion), select_fwd and
+select_bwd (selected branch), combine (gates), compress (mean pooling).
 
 Arguments and shapes are those of the operators in `nsa.ops.registry`; `geometry` is `BlockGeometry.as_tuple()`. Nothing
 here waits for the device, keeps state between calls, or depends on the order in which programs run.

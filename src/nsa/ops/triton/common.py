@@ -26,6 +26,9 @@ from nsa.geometry import BlockGeometry
 
 LOG2E = 1.4426950408889634
 LN2 = 0.6931471805599453
+# Whether tests/gpu has passed with the kernels of `hopper_fwd` and `hopper_bwd` as they are. Until then the plain
+# kernels run everywhere but in those tests, which switch this on.
+HOPPER_IS_TESTED = False
 SENTINEL = 2**30  # start of "no document": beyond every token
 VALUE_SIZES = (16, 32, 64, 128, 256)
 # Sizes of keys may have a tail: a power of two is multiplied first, a smaller one after it.
@@ -201,3 +204,21 @@ def has_large_shared_memory(x: Tensor) -> bool:
 def num_multiprocessors(x: Tensor) -> int:
     """Multiprocessors of the device of `x`."""
     return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
+
+
+def is_hopper(x: Tensor) -> bool:
+    """Whether `x` lies on an H100 or H200 or their kin: wgmma is theirs alone."""
+    return x.is_cuda and torch.cuda.get_device_capability(x.device) == (9, 0)
+
+
+def hopper_serves(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether the kernels of `hopper_fwd` and `hopper_bwd` take these fitting tensors.
+
+    False while HOPPER_IS_TESTED is.
+
+    Their tiles are whole tokens of a group, 64 rows for four warps, so the group size divides 64. Other shapes, fp32
+    and other devices keep the kernels of `dense_fwd` and `dense_bwd`; the results differ by rounding only.
+    """
+    size, group_size = q.shape[3], q.shape[2] // k.shape[2]
+    shape_fits = size == v.shape[3] and size in (64, 128) and 64 % group_size == 0
+    return HOPPER_IS_TESTED and is_hopper(q) and q.dtype in (torch.float16, torch.bfloat16) and shape_fits

@@ -26,12 +26,14 @@ from nsa.ops.triton.common import (
     Layout,
     dot_precision,
     has_large_shared_memory,
+    hopper_serves,
     key_interval,
     key_tail,
     num_multiprocessors,
     query_interval,
 )
 from nsa.ops.triton.dense_fwd import describe, describe_keys
+from nsa.ops.triton.hopper_bwd import hopper_key_backward, hopper_query_backward
 
 MAX_SPLIT_BYTES = 512 * 2**20
 
@@ -317,28 +319,45 @@ def dense_backward(
     tiles: tuple[dict[str, int], dict[str, int]] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dq, dk, dv of `dense_forward`, for fitting tensors; a given `dq` is added to in place."""
-    B, T, H, Dk = q.shape
-    S, Hkv, Dv = k.shape[1], k.shape[2], v.shape[3]
     if q.numel() == 0 or k.numel() == 0:
         return torch.zeros_like(q) if dq is None else dq, torch.zeros_like(k), torch.zeros_like(v)
-    large = has_large_shared_memory(q)
-    by_key, by_query = tiles or (key_tile(q, Dk, Dv, large), query_tile(q, Dk, Dv, large))
-    splits = num_splits(q, k, v, window, by_key["BLOCK_N"])
+    hopper = tiles is None and hopper_serves(q, k, v)
+    sizes = (q.shape[3], v.shape[3], has_large_shared_memory(q))
+    by_key, by_query = tiles or (key_tile(q, *sizes), query_tile(q, *sizes))
+    splits = num_splits(q, k, v, window, 128 if hopper else by_key["BLOCK_N"])
     dtype = q.dtype if splits == 1 else torch.float32
     dk = torch.empty(splits, *k.shape, dtype=dtype, device=q.device)
     dv = torch.empty(splits, *v.shape, dtype=dtype, device=q.device)
     add = dq is not None
     dq = torch.empty_like(q) if dq is None else dq
+    what = (geometry, layout, window, q_start, k_start, scale)
+    if hopper:
+        hopper_key_backward(dout, q, k, v, *rows, dk, dv, *what)
+        hopper_query_backward(dout, q, k, v, *rows, dq, *what, add)
+    else:
+        _launch_backward(dout, q, k, v, rows, dq, dk, dv, *what, add, by_key, by_query)
+    if splits == 1:
+        return dq, dk[0], dv[0]
+    return dq, dk.sum(0).to(k.dtype), dv.sum(0).to(v.dtype)
+
+
+def _launch_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, rows: Rows, dq: Tensor, dk: Tensor, dv: Tensor,
+    geometry: BlockGeometry, layout: Layout | None, window: int, q_start: int, k_start: int, scale: float, add: bool,
+    by_key: dict[str, int], by_query: dict[str, int],
+) -> None:  # fmt: skip
+    """Write dq, or add to it, and write dk and dv of each split."""
+    B, T, H, Dk = q.shape
+    S, Hkv, Dv = k.shape[1], k.shape[2], v.shape[3]
+    G, tail, splits = H // Hkv, key_tail(Dk), dk.shape[0]
     unpacked = (q, q, q, q)
     starts, ends = (q, q) if layout is None else (layout.cmp_token, layout.doc_end if window else layout.cmp_doc_end)
     documents = unpacked if layout is None else (layout.doc_start, layout.cmp_start, starts, ends)
-    shape = {"H": H, "HKV": Hkv, "DK": Dk, "TAIL": key_tail(Dk), "DV": Dv, "SIZE": geometry.compress_block_size,
+    shape = {"H": H, "HKV": Hkv, "DK": Dk, "TAIL": tail, "DV": Dv, "SIZE": geometry.compress_block_size,
              "STRIDE": geometry.compress_stride, "WINDOW": window, "PACKED": layout is not None,
              "PRECISION": dot_precision(q)}  # fmt: skip
     numbers = (scale, scale * LOG2E, LOG2E, T, S, q_start, k_start)
-    G = H // Hkv
     # A tile of whole tokens is a box of q and dout; other group sizes are loaded row by row.
-    tail = key_tail(Dk)
     boxes = by_key["BLOCK_M"] % G == 0
     q_rows, tail_rows, dout_rows = q, q, dout
     if boxes:
@@ -354,6 +373,3 @@ def dense_backward(
     dense_query_kernel[(triton.cdiv(T * G, by_query["BLOCK_M"]), B * Hkv)](
         q, *descriptors, dout, *rows, dq, *documents[:2], *numbers, ADD=add, **shape, **by_query
     )
-    if splits == 1:
-        return dq, dk[0], dv[0]
-    return dq, dk.sum(0).to(k.dtype), dv.sum(0).to(v.dtype)

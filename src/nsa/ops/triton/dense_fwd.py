@@ -22,9 +22,11 @@ from nsa.ops.triton.common import (
     Layout,
     dot_precision,
     has_large_shared_memory,
+    hopper_serves,
     key_interval,
     key_tail,
 )
+from nsa.ops.triton.hopper_fwd import hopper_forward
 
 
 def forward_tile(q: Tensor, head_dim: int, value_head_dim: int, large: bool) -> dict[str, int]:
@@ -145,6 +147,9 @@ def dense_forward(
     out, lse = q.new_empty(B, T, H, Dv), q.new_empty(B, T, H, dtype=torch.float32)
     if out.numel() == 0 or S == 0:
         return out.zero_(), lse.fill_(-torch.inf)
+    if tile is None and hopper_serves(q, k, v):
+        hopper_forward(q, k, v, out, lse, geometry, layout, window, q_start, k_start, scale)
+        return out, lse
     tile = tile or forward_tile(q, Dk, Dv, has_large_shared_memory(q))
     documents = (q, q) if layout is None else (layout.doc_start, layout.cmp_start)
     grid = (triton.cdiv(T * (H // Hkv), tile["BLOCK_M"]), B * Hkv)

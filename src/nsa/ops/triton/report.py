@@ -8,7 +8,10 @@ from torch import Tensor
 
 from nsa.geometry import BlockGeometry
 from nsa.ops.triton import dense_bwd, dense_fwd, score_topk, select_bwd, select_fwd, select_union
-from nsa.ops.triton.common import KEY_SIZES, VALUE_SIZES, has_large_shared_memory
+from nsa.ops.triton.common import KEY_SIZES, VALUE_SIZES, has_large_shared_memory, hopper_serves
+
+HOPPER = "a Hopper GPU, heads of 64 or 128, a group size that divides 64"
+HOPPER_STAGES = (("forward", "forward"), ("backward, keys", "key"), ("backward, queries", "query"))
 
 
 class Kernel(NamedTuple):
@@ -36,7 +39,11 @@ def kernels(q: Tensor, k: Tensor, v: Tensor, geometry: BlockGeometry, num_docs: 
     loads = "boxes" if by_key["BLOCK_M"] % group == 0 else "rows"
     reckoned = (q.shape[0] * q.shape[1], num_docs, group, geometry, select_union.BLOCK_M)
     found = []
+    hopper = hopper_serves(q, k, v)
     for stage in ("compressed", "window"):
+        if hopper:
+            found += [Kernel(f"{stage} {what}", f"hopper_{name}", {}, HOPPER) for what, name in HOPPER_STAGES]
+            continue
         found.append(Kernel(f"{stage} forward", "dense_forward", forward, fits))
         found.append(Kernel(f"{stage} backward, keys", "dense_key", by_key, f"{fits}, queries loaded as {loads}"))
         found.append(Kernel(f"{stage} backward, queries", "dense_query", by_query, fits))

@@ -1,0 +1,438 @@
+"""Backward of the compressed and the window branch on Hopper, in Gluon: loads and the parts of a tile run side by side.
+
+As in `dense_bwd`, one kernel holds keys (dK, dV) and runs over the rows that see them, the other holds rows (dQ) and
+runs over their keys. In both, one warp loads by TMA and two groups of four warps hold 64 keys or rows each. A product
+is issued before the arithmetic that does not need it: dP under the exponentials, dV under dS.
+
+Shapes, intervals and splits are those of `dense_bwd`; for the keys' kernel lse and delta come as rows, see `pack_rows`.
+"""
+
+# Kernels are typed by Triton, not by Python.
+# pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportReturnType=false
+# pyright: reportGeneralTypeIssues=false, reportPossiblyUnboundVariable=false
+# pyright: reportAssignmentType=false, reportOperatorIssue=false
+# Lists in kernels are added, not unpacked.
+# ruff: noqa: RUF005
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from nsa.geometry import BlockGeometry
+from nsa.ops.triton.common import LOG2E, Layout, key_interval, num_multiprocessors, query_interval
+from nsa.ops.triton.hopper_fwd import describe_box, make_barriers, num_rounds, tile_keys, tile_of_round
+
+ROWS = gl.constexpr(64)  # rows of a step, or of a group of four warps
+KEYS = gl.constexpr(64)  # keys of a group of four warps, or of a step
+STAGES = gl.constexpr(3)  # steps in flight
+
+
+@triton.jit(do_not_specialize=["T", "padded"])
+def _pack_rows_kernel(
+    lse_ptr, delta_ptr, out_ptr, T, padded, log2e, H: tl.constexpr, HKV: tl.constexpr, BLOCK: tl.constexpr
+):
+    G: tl.constexpr = H // HKV
+    head = tl.program_id(1)
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    live = row < T * G
+    source = ((head // HKV).to(tl.int64) * T + row // G) * H + head % HKV * G + row % G
+    target = head.to(tl.int64) * padded + row
+    tl.store(out_ptr + target, tl.load(lse_ptr + source, mask=live, other=0.0) * log2e, mask=row < padded)
+    out_ptr += tl.num_programs(1).to(tl.int64) * padded
+    tl.store(out_ptr + target, tl.load(delta_ptr + source, mask=live, other=0.0), mask=row < padded)
+
+
+def pack_rows(lse: Tensor, delta: Tensor, num_kv_heads: int) -> Tensor:
+    """fp32 `[2 * B * Hkv, T * G (padded)]`: log-sum-exp in base 2, then delta, a group's rows one after the other."""
+    B, T, H = lse.shape
+    padded = triton.cdiv(T * (H // num_kv_heads), 64) * 64
+    rows = torch.empty(2 * B * num_kv_heads, padded, dtype=torch.float32, device=lse.device)
+    _pack_rows_kernel[(triton.cdiv(padded, 1024), B * num_kv_heads)](
+        lse, delta, rows, T, padded, LOG2E, H=H, HKV=num_kv_heads, BLOCK=1024
+    )
+    return rows
+
+
+@gluon.jit
+def _rows_of_keys(
+    low, keys, doc_ptr, first_ptr, end_ptr, T, S, q_start, k_start, split_low, split_high,
+    G: gl.constexpr, SIZE: gl.constexpr, STRIDE: gl.constexpr, WINDOW: gl.constexpr, PACKED: gl.constexpr,
+):  # fmt: skip
+    """Of `keys` keys from `low` on: first row of any, from which row on all, to which row all, end of any."""
+    key_low = gl.minimum(low, S - 1)
+    key_high = gl.maximum(gl.minimum(low + keys, S) - 1, key_low)
+    first_low, end_low = query_interval(key_low, first_ptr, end_ptr, T, q_start, k_start, SIZE, STRIDE, WINDOW, PACKED)
+    first_high, end_high = query_interval(
+        key_high, first_ptr, end_ptr, T, q_start, k_start, SIZE, STRIDE, WINDOW, PACKED
+    )
+    # Boxes of lse and delta begin at 16 bytes; rows before the first are masked like any other.
+    first = gl.maximum(first_low * G, split_low) // 4 * 4
+    end = gl.minimum(end_high * G, split_high)
+    plain = low + keys <= S
+    if PACKED and WINDOW > 0:  # rows outside any document see nothing
+        plain = plain & (gl.load(doc_ptr + key_high) < T)
+    plain_first = gl.where(plain, gl.maximum(first_high * G, split_low), split_high)
+    return first, plain_first, gl.minimum(end_low * G, split_high), end
+
+
+@gluon.jit
+def _key_load_partition(
+    q_desc, k_desc, v_desc, dout_desc, row_desc, k_smem, v_smem, q_smem, dout_smem, lse_smem, delta_smem,
+    k_full, q_full, q_empty, dout_full, dout_empty, b, group, key_start, first, end,
+    G: gl.constexpr, HKV: gl.constexpr, D: gl.constexpr,
+):  # fmt: skip
+    mbarrier.expect(k_full.index(0), 8 * KEYS * D)
+    for half in gl.static_range(2):
+        box = [b, key_start + half * KEYS, group, 0]
+        tma.async_copy_global_to_shared(k_desc, box, k_full.index(0), k_smem.index(half))
+        tma.async_copy_global_to_shared(v_desc, box, k_full.index(0), v_smem.index(half))
+    head = b * HKV + group
+    delta_head = row_desc.shape[0] // 2 + head
+    for i in range(gl.cdiv(gl.maximum(end - first, 0), ROWS)):
+        slot = i % STAGES
+        phase = (i // STAGES & 1) ^ 1
+        row = first + i * ROWS
+        box = [b, row // G, group * G, 0]
+        mbarrier.wait(q_empty.index(slot), phase)
+        mbarrier.expect(q_full.index(slot), 2 * ROWS * D + 4 * ROWS)
+        tma.async_copy_global_to_shared(q_desc, box, q_full.index(slot), q_smem.index(slot))
+        tma.async_copy_global_to_shared(row_desc, [head, row], q_full.index(slot), lse_smem.index(slot))
+        mbarrier.wait(dout_empty.index(slot), phase)
+        mbarrier.expect(dout_full.index(slot), 2 * ROWS * D + 4 * ROWS)
+        tma.async_copy_global_to_shared(dout_desc, box, dout_full.index(slot), dout_smem.index(slot))
+        tma.async_copy_global_to_shared(row_desc, [delta_head, row], dout_full.index(slot), delta_smem.index(slot))
+
+
+@gluon.jit
+def _skip_rows(start, stop, q_full, q_empty, dout_full, dout_empty):
+    """Let go of steps that only the other group's keys see."""
+    for i in range(start, stop):
+        slot = i % STAGES
+        mbarrier.wait(q_full.index(slot), i // STAGES & 1)
+        mbarrier.arrive(q_empty.index(slot), count=1)
+        mbarrier.wait(dout_full.index(slot), i // STAGES & 1)
+        mbarrier.arrive(dout_empty.index(slot), count=1)
+
+
+@gluon.jit
+def _store_keys(x_ptr, x, low, shift, b, group, S, HKV: gl.constexpr, D: gl.constexpr, LAYOUT: gl.constexpr):
+    key = low + gl.arange(0, KEYS, gl.SliceLayout(1, LAYOUT))
+    row_64 = shift + (b.to(gl.int64) * S + key) * HKV + group
+    column = gl.arange(0, D, gl.SliceLayout(0, LAYOUT))
+    gl.store(x_ptr + row_64[:, None] * D + column[None, :], x.to(x_ptr.dtype.element_ty), mask=(key < S)[:, None])
+
+
+@gluon.jit
+def _key_partition(
+    HALF: gl.constexpr, dk_ptr, dv_ptr, k_smem, v_smem, q_smem, dout_smem, lse_smem, delta_smem,
+    k_full, q_full, q_empty, dout_full, dout_empty, doc_ptr, first_ptr, end_ptr, scale, scale_log2,
+    T, S, q_start, k_start, b, group, key_start, first, end, split_low, split_high, shift,
+    G: gl.constexpr, HKV: gl.constexpr, D: gl.constexpr, SIZE: gl.constexpr, STRIDE: gl.constexpr,
+    WINDOW: gl.constexpr, PACKED: gl.constexpr,
+):  # fmt: skip
+    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
+    K_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, K_LAYOUT, 2)
+    ROW: gl.constexpr = gl.SliceLayout(0, S_LAYOUT)
+    dtype: gl.constexpr = q_smem.dtype
+    low = key_start + HALF * KEYS
+    key = low + gl.arange(0, KEYS, gl.SliceLayout(1, S_LAYOUT))
+    near = gl.minimum(key, S - 1)
+    key_first, key_end = query_interval(near, first_ptr, end_ptr, T, q_start, k_start, SIZE, STRIDE, WINDOW, PACKED)
+    key_first = gl.maximum(key_first * G, split_low)
+    key_end = gl.where(key < S, gl.minimum(key_end * G, split_high), 0)
+    if PACKED and WINDOW > 0:  # keys outside any document
+        key_end = gl.where(gl.load(doc_ptr + near) < T, key_end, 0)
+    my_first, plain_first, plain_end, my_end = _rows_of_keys(
+        low, KEYS, doc_ptr, first_ptr, end_ptr, T, S, q_start, k_start, split_low, split_high, G, SIZE, STRIDE, WINDOW,
+        PACKED,
+    )  # fmt: skip
+    num_steps = gl.cdiv(gl.maximum(end - first, 0), ROWS)
+    start = gl.minimum(gl.maximum(my_first - first, 0) // ROWS, num_steps)
+    stop = gl.maximum(gl.minimum(gl.cdiv(gl.maximum(my_end - first, 0), ROWS), num_steps), start)
+    _skip_rows(0, start, q_full, q_empty, dout_full, dout_empty)
+
+    none = gl.zeros([KEYS, ROWS], gl.float32, S_LAYOUT)
+    dk = gl.zeros([KEYS, D], gl.float32, K_LAYOUT)
+    dv = gl.zeros([KEYS, D], gl.float32, K_LAYOUT)
+    k = k_smem.index(HALF).reshape([KEYS, D])
+    v = v_smem.index(HALF).reshape([KEYS, D])
+    mbarrier.wait(k_full.index(0), 0)
+    for i in range(start, stop):
+        slot = i % STAGES
+        phase = i // STAGES & 1
+        q = q_smem.index(slot).reshape([ROWS, D])
+        dout = dout_smem.index(slot).reshape([ROWS, D])
+        mbarrier.wait(q_full.index(slot), phase)
+        s = warpgroup_mma(k, q.permute([1, 0]), none, use_acc=False, is_async=True)
+        mbarrier.wait(dout_full.index(slot), phase)
+        dp = warpgroup_mma(v, dout.permute([1, 0]), none, use_acc=False, is_async=True)
+        lse = lse_smem.index(slot).reshape([ROWS]).load(ROW)
+        s = warpgroup_mma_wait(1, deps=[s])
+        p = gl.exp2(s * scale_log2 - lse[None, :])
+        row_start = first + i * ROWS
+        if (row_start < plain_first) | (row_start + ROWS > plain_end):
+            row = row_start + gl.arange(0, ROWS, ROW)
+            p = gl.where((row[None, :] >= key_first[:, None]) & (row[None, :] < key_end[:, None]), p, 0.0)
+        dv = warpgroup_mma(gl.convert_layout(p.to(dtype), P_LAYOUT), dout, dv, is_async=True)
+        dp = warpgroup_mma_wait(1, deps=[dp])
+        delta = delta_smem.index(slot).reshape([ROWS]).load(ROW)
+        ds = gl.convert_layout((p * (dp - delta[None, :])).to(dtype), P_LAYOUT)
+        dk = warpgroup_mma(ds, q, dk, is_async=True)
+        # Both end here: carried into the next step they would need more registers than there are.
+        dv = warpgroup_mma_wait(1, deps=[dv])
+        mbarrier.arrive(dout_empty.index(slot), count=1)
+        dk = warpgroup_mma_wait(0, deps=[dk])
+        mbarrier.arrive(q_empty.index(slot), count=1)
+    _skip_rows(stop, num_steps, q_full, q_empty, dout_full, dout_empty)
+    _store_keys(dk_ptr, dk * scale, low, shift, b, group, S, HKV, D, K_LAYOUT)
+    _store_keys(dv_ptr, dv, low, shift, b, group, S, HKV, D, K_LAYOUT)
+
+
+@gluon.jit(do_not_specialize=["T", "S", "q_start", "k_start", "split_rows"])
+def hopper_key_kernel(
+    q_desc, k_desc, v_desc, dout_desc, row_desc, dk_ptr, dv_ptr, doc_ptr, first_ptr, end_ptr, scale, scale_log2,
+    T, S, q_start, k_start, split_rows,
+    G: gl.constexpr, HKV: gl.constexpr, D: gl.constexpr, SIZE: gl.constexpr, STRIDE: gl.constexpr,
+    WINDOW: gl.constexpr, PACKED: gl.constexpr,
+):  # fmt: skip
+    k_smem = gl.allocate_shared_memory(k_desc.dtype, [2] + k_desc.block_shape, k_desc.layout)
+    v_smem = gl.allocate_shared_memory(v_desc.dtype, [2] + v_desc.block_shape, v_desc.layout)
+    q_smem = gl.allocate_shared_memory(q_desc.dtype, [STAGES] + q_desc.block_shape, q_desc.layout)
+    dout_smem = gl.allocate_shared_memory(dout_desc.dtype, [STAGES] + dout_desc.block_shape, dout_desc.layout)
+    lse_smem = gl.allocate_shared_memory(row_desc.dtype, [STAGES] + row_desc.block_shape, row_desc.layout)
+    delta_smem = gl.allocate_shared_memory(row_desc.dtype, [STAGES] + row_desc.block_shape, row_desc.layout)
+    k_full = make_barriers(1, 1)
+    q_full = make_barriers(STAGES, 1)
+    q_empty = make_barriers(STAGES, 2)
+    dout_full = make_barriers(STAGES, 1)
+    dout_empty = make_barriers(STAGES, 2)
+    fence_async_shared()
+
+    b = gl.program_id(1) // HKV
+    group = gl.program_id(1) % HKV
+    split = gl.num_programs(2) - 1 - gl.program_id(2)  # the last rows see most keys: the heaviest first
+    key_start = gl.program_id(0) * (2 * KEYS)
+    split_low = split * split_rows
+    split_high = gl.minimum(split_low + split_rows, T * G)
+    first, _from, _to, end = _rows_of_keys(
+        key_start, 2 * KEYS, doc_ptr, first_ptr, end_ptr, T, S, q_start, k_start, split_low, split_high,
+        G, SIZE, STRIDE, WINDOW, PACKED,
+    )  # fmt: skip
+    shift = split * (gl.num_programs(1) // HKV).to(gl.int64) * S * HKV
+    gl.warp_specialize([
+        (_key_partition, (
+            0, dk_ptr, dv_ptr, k_smem, v_smem, q_smem, dout_smem, lse_smem, delta_smem,
+            k_full, q_full, q_empty, dout_full, dout_empty, doc_ptr, first_ptr, end_ptr, scale, scale_log2,
+            T, S, q_start, k_start, b, group, key_start, first, end, split_low, split_high, shift,
+            G, HKV, D, SIZE, STRIDE, WINDOW, PACKED,
+        )),
+        (_key_partition, (
+            1, dk_ptr, dv_ptr, k_smem, v_smem, q_smem, dout_smem, lse_smem, delta_smem,
+            k_full, q_full, q_empty, dout_full, dout_empty, doc_ptr, first_ptr, end_ptr, scale, scale_log2,
+            T, S, q_start, k_start, b, group, key_start, first, end, split_low, split_high, shift,
+            G, HKV, D, SIZE, STRIDE, WINDOW, PACKED,
+        )),
+        (_key_load_partition, (
+            q_desc, k_desc, v_desc, dout_desc, row_desc, k_smem, v_smem, q_smem, dout_smem, lse_smem, delta_smem,
+            k_full, q_full, q_empty, dout_full, dout_empty, b, group, key_start, first, end,
+            G, HKV, D,
+        )),
+    ], [4, 1], [240, 24])  # fmt: skip
+
+
+def hopper_key_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, dk: Tensor, dv: Tensor,
+    geometry: BlockGeometry, layout: Layout | None, window: int, q_start: int, k_start: int, scale: float,
+) -> None:  # fmt: skip
+    """Write dk and dv `[splits, B, S, Hkv, D]` of each split's rows."""
+    B, T, H, D = q.shape
+    S, Hkv, splits = k.shape[1], k.shape[2], dk.shape[0]
+    G = H // Hkv
+    tokens = ROWS.value // G
+    rows = pack_rows(lse, delta, Hkv)
+    row_layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
+    row_desc = TensorDescriptor(rows, list(rows.shape), list(rows.stride()), [1, ROWS.value], row_layout)
+    documents = (q, q, q)
+    if layout is not None:
+        documents = (layout.doc_start, layout.cmp_token, layout.doc_end if window else layout.cmp_doc_end)
+    hopper_key_kernel[(triton.cdiv(S, 2 * KEYS.value), B * Hkv, splits)](
+        describe_box(q, tokens, G), describe_box(k, KEYS.value, 1), describe_box(v, KEYS.value, 1),
+        describe_box(dout, tokens, G), row_desc, dk, dv, *documents, scale, scale * LOG2E,
+        T, S, q_start, k_start, triton.cdiv(T, splits) * G,
+        G=G, HKV=Hkv, D=D, SIZE=geometry.compress_block_size, STRIDE=geometry.compress_stride,
+        WINDOW=window, PACKED=layout is not None, num_warps=4,
+    )  # fmt: skip
+
+
+@gluon.jit
+def _query_load_partition(
+    q_desc, k_desc, v_desc, dout_desc, q_smem, dout_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full,
+    v_empty, doc_ptr, cmp_ptr, T, S, q_start, k_start, num_tiles, heads,
+    G: gl.constexpr, HKV: gl.constexpr, D: gl.constexpr, SIZE: gl.constexpr, STRIDE: gl.constexpr,
+    WINDOW: gl.constexpr, PACKED: gl.constexpr,
+):  # fmt: skip
+    step = 0
+    for turn in range(num_rounds(num_tiles * heads)):
+        row, b, group = tile_of_round(turn, num_tiles, heads, HKV, 2 * ROWS)
+        first, _from, _to, end = tile_keys(
+            row, 2 * ROWS, doc_ptr, cmp_ptr, T, S, q_start, k_start, G, SIZE, STRIDE, WINDOW, PACKED
+        )
+        for half in gl.static_range(2):
+            place = turn % 2 * 2 + half
+            box = [b, row // G + half * (ROWS // G), group * G, 0]
+            mbarrier.wait(q_empty.index(place), (turn // 2 & 1) ^ 1)
+            mbarrier.expect(q_full.index(place), 4 * ROWS * D)
+            tma.async_copy_global_to_shared(q_desc, box, q_full.index(place), q_smem.index(place))
+            tma.async_copy_global_to_shared(dout_desc, box, q_full.index(place), dout_smem.index(place))
+        for key in range(first, end, KEYS):
+            slot = step % STAGES
+            phase = (step // STAGES & 1) ^ 1
+            mbarrier.wait(k_empty.index(slot), phase)
+            mbarrier.expect(k_full.index(slot), 2 * KEYS * D)
+            tma.async_copy_global_to_shared(k_desc, [b, key, group, 0], k_full.index(slot), k_smem.index(slot))
+            mbarrier.wait(v_empty.index(slot), phase)
+            mbarrier.expect(v_full.index(slot), 2 * KEYS * D)
+            tma.async_copy_global_to_shared(v_desc, [b, key, group, 0], v_full.index(slot), v_smem.index(slot))
+            step += 1
+
+
+@gluon.jit
+def _query_partition(
+    HALF: gl.constexpr, dq_desc, dq_ptr, lse_ptr, delta_ptr, q_smem, dout_smem, k_smem, v_smem, q_full, q_empty, k_full,
+    k_empty, v_full, v_empty, doc_ptr, cmp_ptr, scale, scale_log2, log2e, T, S, q_start, k_start, num_tiles, heads,
+    G: gl.constexpr, HKV: gl.constexpr, D: gl.constexpr, SIZE: gl.constexpr, STRIDE: gl.constexpr,
+    WINDOW: gl.constexpr, PACKED: gl.constexpr, ADD: gl.constexpr,
+):  # fmt: skip
+    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
+    Q_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    ROW: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
+    dtype: gl.constexpr = q_smem.dtype
+    none = gl.zeros([ROWS, KEYS], gl.float32, S_LAYOUT)
+    step = 0
+    for turn in range(num_rounds(num_tiles * heads)):
+        tile_row, b, group = tile_of_round(turn, num_tiles, heads, HKV, 2 * ROWS)
+        tile_first, _from, _to, tile_end = tile_keys(
+            tile_row, 2 * ROWS, doc_ptr, cmp_ptr, T, S, q_start, k_start, G, SIZE, STRIDE, WINDOW, PACKED
+        )
+        low = tile_row + HALF * ROWS
+        _first, plain_first, plain_end, _end = tile_keys(
+            low, ROWS, doc_ptr, cmp_ptr, T, S, q_start, k_start, G, SIZE, STRIDE, WINDOW, PACKED
+        )
+        row = low + gl.arange(0, ROWS, ROW)
+        t = gl.minimum(row // G, T - 1)
+        first, end = key_interval(t, doc_ptr, cmp_ptr, S, q_start, k_start, SIZE, STRIDE, WINDOW, PACKED)
+        row_64 = (b.to(gl.int64) * T + t) * (G * HKV) + group * G + row % G
+        lse = gl.load(lse_ptr + row_64) * log2e
+        delta = gl.load(delta_ptr + row_64)
+        place = turn % 2 * 2 + HALF
+        q = q_smem.index(place).reshape([ROWS, D])
+        dout = dout_smem.index(place).reshape([ROWS, D])
+        dq = gl.zeros([ROWS, D], gl.float32, Q_LAYOUT)
+        before = dq.to(dtype)
+        if ADD:  # read long before it is needed
+            source = gl.convert_layout(row_64, gl.SliceLayout(1, Q_LAYOUT))[:, None] * D
+            source += gl.arange(0, D, gl.SliceLayout(0, Q_LAYOUT))[None, :]
+            live = gl.convert_layout(row < T * G, gl.SliceLayout(1, Q_LAYOUT))
+            before = gl.load(dq_ptr + source, mask=live[:, None], other=0.0)
+        mbarrier.wait(q_full.index(place), turn // 2 & 1)
+        for key_start in range(tile_first, tile_end, KEYS):
+            slot = step % STAGES
+            phase = step // STAGES & 1
+            k = k_smem.index(slot).reshape([KEYS, D])
+            v = v_smem.index(slot).reshape([KEYS, D])
+            mbarrier.wait(k_full.index(slot), phase)
+            s = warpgroup_mma(q, k.permute([1, 0]), none, use_acc=False, is_async=True)
+            mbarrier.wait(v_full.index(slot), phase)
+            dp = warpgroup_mma(dout, v.permute([1, 0]), none, use_acc=False, is_async=True)
+            s = warpgroup_mma_wait(1, deps=[s])
+            p = gl.exp2(s * scale_log2 - lse[:, None])
+            if (key_start < plain_first) | (key_start + KEYS > plain_end):
+                key = key_start + gl.arange(0, KEYS, gl.SliceLayout(0, S_LAYOUT))
+                p = gl.where((key[None, :] >= first[:, None]) & (key[None, :] < end[:, None]), p, 0.0)
+            dp = warpgroup_mma_wait(0, deps=[dp])
+            mbarrier.arrive(v_empty.index(slot), count=1)
+            ds = gl.convert_layout((p * (dp - delta[:, None])).to(dtype), gl.DotOperandLayout(0, Q_LAYOUT, 2))
+            dq = warpgroup_mma(ds, k, dq, is_async=True)
+            dq = warpgroup_mma_wait(0, deps=[dq])
+            mbarrier.arrive(k_empty.index(slot), count=1)
+            step += 1
+        # The queries are done with: their place holds the result until it is written.
+        dq = dq * scale
+        if ADD:
+            dq += before.to(gl.float32)
+        q.store(dq.to(dtype))
+        fence_async_shared()
+        tma.async_copy_shared_to_global(dq_desc, [b, low // G, group * G, 0], q_smem.index(place))
+        tma.store_wait(0)
+        mbarrier.arrive(q_empty.index(place), count=1)
+
+
+@gluon.jit(do_not_specialize=["T", "S", "q_start", "k_start", "num_tiles", "heads"])
+def hopper_query_kernel(
+    q_desc, k_desc, v_desc, dout_desc, dq_desc, dq_ptr, lse_ptr, delta_ptr, doc_ptr, cmp_ptr, scale, scale_log2, log2e,
+    T, S, q_start, k_start, num_tiles, heads,
+    G: gl.constexpr, HKV: gl.constexpr, D: gl.constexpr, SIZE: gl.constexpr, STRIDE: gl.constexpr,
+    WINDOW: gl.constexpr, PACKED: gl.constexpr, ADD: gl.constexpr,
+):  # fmt: skip
+    q_smem = gl.allocate_shared_memory(q_desc.dtype, [4] + q_desc.block_shape, q_desc.layout)
+    dout_smem = gl.allocate_shared_memory(dout_desc.dtype, [4] + dout_desc.block_shape, dout_desc.layout)
+    k_smem = gl.allocate_shared_memory(k_desc.dtype, [STAGES] + k_desc.block_shape, k_desc.layout)
+    v_smem = gl.allocate_shared_memory(v_desc.dtype, [STAGES] + v_desc.block_shape, v_desc.layout)
+    q_full = make_barriers(4, 1)
+    q_empty = make_barriers(4, 1)
+    k_full = make_barriers(STAGES, 1)
+    k_empty = make_barriers(STAGES, 2)
+    v_full = make_barriers(STAGES, 1)
+    v_empty = make_barriers(STAGES, 2)
+    fence_async_shared()
+    gl.warp_specialize([
+        (_query_partition, (
+            0, dq_desc, dq_ptr, lse_ptr, delta_ptr, q_smem, dout_smem, k_smem, v_smem, q_full, q_empty, k_full,
+            k_empty, v_full, v_empty, doc_ptr, cmp_ptr, scale, scale_log2, log2e, T, S, q_start, k_start, num_tiles,
+            heads, G, HKV, D, SIZE, STRIDE, WINDOW, PACKED, ADD,
+        )),
+        (_query_partition, (
+            1, dq_desc, dq_ptr, lse_ptr, delta_ptr, q_smem, dout_smem, k_smem, v_smem, q_full, q_empty, k_full,
+            k_empty, v_full, v_empty, doc_ptr, cmp_ptr, scale, scale_log2, log2e, T, S, q_start, k_start, num_tiles,
+            heads, G, HKV, D, SIZE, STRIDE, WINDOW, PACKED, ADD,
+        )),
+        (_query_load_partition, (
+            q_desc, k_desc, v_desc, dout_desc, q_smem, dout_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty,
+            v_full, v_empty, doc_ptr, cmp_ptr, T, S, q_start, k_start, num_tiles, heads,
+            G, HKV, D, SIZE, STRIDE, WINDOW, PACKED,
+        )),
+    ], [4, 1], [240, 24])  # fmt: skip
+
+
+def hopper_query_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, dq: Tensor,
+    geometry: BlockGeometry, layout: Layout | None, window: int, q_start: int, k_start: int, scale: float,
+    add: bool,
+) -> None:  # fmt: skip
+    """Write dq, or add to it."""
+    B, T, H, D = q.shape
+    S, Hkv = k.shape[1:3]
+    G = H // Hkv
+    tokens = ROWS.value // G
+    documents = (q, q) if layout is None else (layout.doc_start, layout.cmp_start)
+    num_tiles = triton.cdiv(T * G, 2 * ROWS.value)
+    hopper_query_kernel[(min(num_multiprocessors(q), num_tiles * B * Hkv),)](
+        describe_box(q, tokens, G), describe_box(k, KEYS.value, 1), describe_box(v, KEYS.value, 1),
+        describe_box(dout, tokens, G), describe_box(dq, tokens, G), dq, lse, delta, *documents, scale, scale * LOG2E,
+        LOG2E, T, S, q_start, k_start, num_tiles, B * Hkv,
+        G=G, HKV=Hkv, D=D, SIZE=geometry.compress_block_size, STRIDE=geometry.compress_stride,
+        WINDOW=window, PACKED=layout is not None, ADD=add, num_warps=4,
+    )  # fmt: skip

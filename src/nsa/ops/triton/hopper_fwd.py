@@ -1,0 +1,290 @@
+"""Forward of the compressed and the window branch on Hopper, in Gluon: loads and the parts of a tile run side by side.
+
+One warp loads queries, keys and values by TMA. Three groups of four warps hold 64 rows (token, head) each and drift
+apart, so that one computes exponentials while others multiply; each issues the next scores and the present values'
+product together (Shah et al., FlashAttention-3, arXiv 2407.08608, section 3). Programs are persistent, one for each
+multiprocessor: the next tile's queries arrive under the present tile.
+
+Shapes and intervals are those of `dense_fwd`; `hopper_serves` says which shapes come here.
+"""
+
+# Kernels are typed by Triton, not by Python.
+# pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportReturnType=false
+# pyright: reportGeneralTypeIssues=false, reportPossiblyUnboundVariable=false
+# pyright: reportAssignmentType=false, reportOperatorIssue=false
+# Lists in kernels are added, not unpacked.
+# ruff: noqa: RUF005
+from __future__ import annotations
+
+import triton
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from nsa.geometry import BlockGeometry
+from nsa.ops.triton.common import LN2, LOG2E, Layout, key_interval, num_multiprocessors
+
+ROWS = gl.constexpr(64)  # rows of a group of four warps, as one wgmma takes
+GROUPS = gl.constexpr(3)  # groups of four warps
+KEYS = gl.constexpr(64)  # keys of a step
+STAGES = gl.constexpr(4)  # steps in flight
+
+
+def describe_box(x: Tensor, tokens: int, heads: int) -> TensorDescriptor:
+    """Boxes of tokens with some heads of `[B, T, H, D]`; beyond a sequence they read zeros and write nothing."""
+    box = [1, tokens, heads, x.shape[3]]
+    layout = gl.NVMMASharedLayout.get_default_for(box, gl.bfloat16)
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), box, layout)
+
+
+@gluon.jit
+def make_barriers(NUM: gl.constexpr, ARRIVALS: gl.constexpr):
+    barriers = gl.allocate_shared_memory(gl.int64, [NUM, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(NUM):
+        mbarrier.init(barriers.index(i), count=ARRIVALS)
+    return barriers
+
+
+@gluon.jit
+def num_rounds(num_tiles):
+    """How many tiles a program takes when they are dealt out there and back, the heaviest first."""
+    programs = gl.num_programs(0)
+    full = num_tiles // programs
+    place = gl.program_id(0)
+    if full % 2 == 1:
+        place = programs - 1 - place
+    return full + (place < num_tiles - full * programs).to(gl.int32)
+
+
+@gluon.jit
+def tile_of_round(turn, num_tiles, heads, HKV: gl.constexpr, TILE: gl.constexpr):
+    """First row, sequence and group of a program's tile in a round."""
+    programs = gl.num_programs(0)
+    place = gl.program_id(0)
+    if turn % 2 == 1:
+        place = programs - 1 - place
+    work = turn * programs + place
+    return (num_tiles - 1 - work // heads) * TILE, work % heads // HKV, work % heads % HKV
+
+
+@gluon.jit
+def tile_keys(
+    low, rows, doc_ptr, cmp_ptr, T, S, q_start, k_start, G: gl.constexpr, SIZE: gl.constexpr, STRIDE: gl.constexpr,
+    WINDOW: gl.constexpr, PACKED: gl.constexpr,
+):  # fmt: skip
+    """Of `rows` rows from `low` on: first key of any, from which key all see, to which all see, end of any."""
+    t_low = gl.minimum(low // G, T - 1)
+    t_high = gl.minimum((low + rows - 1) // G, T - 1)
+    first_low, end_low = key_interval(t_low, doc_ptr, cmp_ptr, S, q_start, k_start, SIZE, STRIDE, WINDOW, PACKED)
+    first_high, end_high = key_interval(t_high, doc_ptr, cmp_ptr, S, q_start, k_start, SIZE, STRIDE, WINDOW, PACKED)
+    return first_low, first_high, end_low, end_high
+
+
+@gluon.jit
+def _load_partition(
+    q_desc, k_desc, v_desc, q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+    doc_ptr, cmp_ptr, T, S, q_start, k_start, num_tiles, heads,
+    G: gl.constexpr, HKV: gl.constexpr, D: gl.constexpr, SIZE: gl.constexpr, STRIDE: gl.constexpr,
+    WINDOW: gl.constexpr, PACKED: gl.constexpr,
+):  # fmt: skip
+    step = 0
+    for turn in range(num_rounds(num_tiles * heads)):
+        row, b, group = tile_of_round(turn, num_tiles, heads, HKV, GROUPS * ROWS)
+        first, _from, _to, end = tile_keys(
+            row, GROUPS * ROWS, doc_ptr, cmp_ptr, T, S, q_start, k_start, G, SIZE, STRIDE, WINDOW, PACKED
+        )
+        for part in gl.static_range(GROUPS):
+            place = turn % 2 * GROUPS + part
+            mbarrier.wait(q_empty.index(place), (turn // 2 & 1) ^ 1)
+            mbarrier.expect(q_full.index(place), 2 * ROWS * D)
+            tma.async_copy_global_to_shared(
+                q_desc, [b, row // G + part * (ROWS // G), group * G, 0], q_full.index(place), q_smem.index(place)
+            )
+        # Tiles without any key take one step, all of it masked.
+        for i in range(gl.maximum(gl.cdiv(end - first, KEYS), 1)):
+            slot = step % STAGES
+            phase = (step // STAGES & 1) ^ 1
+            box = [b, first + i * KEYS, group, 0]
+            mbarrier.wait(k_empty.index(slot), phase)
+            mbarrier.expect(k_full.index(slot), 2 * KEYS * D)
+            tma.async_copy_global_to_shared(k_desc, box, k_full.index(slot), k_smem.index(slot))
+            mbarrier.wait(v_empty.index(slot), phase)
+            mbarrier.expect(v_full.index(slot), 2 * KEYS * D)
+            tma.async_copy_global_to_shared(v_desc, box, v_full.index(slot), v_smem.index(slot))
+            step += 1
+
+
+@gluon.jit
+def _soften(
+    s, best, total, key_start, first, end, plain_first, plain_end, scale_log2, LEFT: gl.constexpr, LAYOUT: gl.constexpr
+):
+    """One step of the online softmax, in base 2, and by how much the previous steps' results fade."""
+    if (key_start < plain_first) | (key_start + KEYS > plain_end):
+        key = key_start + gl.arange(0, KEYS, gl.SliceLayout(0, LAYOUT))
+        seen = key[None, :] < end[:, None]
+        if LEFT:
+            seen = seen & (key[None, :] >= first[:, None])
+        s = gl.where(seen, s, float("-inf"))
+    new_best = gl.maximum(best, gl.max(s, 1) * scale_log2)
+    safe = gl.where(new_best == float("-inf"), 0.0, new_best)
+    p = gl.exp2(s * scale_log2 - safe[:, None])
+    decay = gl.exp2(best - safe)
+    return p, new_best, total * decay + gl.sum(p, 1), decay
+
+
+@gluon.jit
+def _attend(
+    q, q_full, q_phase, k_smem, v_smem, k_full, k_empty, v_full, v_empty, step, tile_first, tile_end, first, end,
+    plain_first, plain_end, scale_log2, D: gl.constexpr, LEFT: gl.constexpr, S_LAYOUT: gl.constexpr,
+    O_LAYOUT: gl.constexpr,
+):  # fmt: skip
+    """Sum of values, running maximum and sum of a group's rows, and the number of the next step."""
+    P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, O_LAYOUT, 2)
+    dtype: gl.constexpr = q.dtype
+    none = gl.zeros([ROWS, KEYS], gl.float32, S_LAYOUT)
+    acc = gl.zeros([ROWS, D], gl.float32, O_LAYOUT)
+    best = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, S_LAYOUT))
+    total = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, S_LAYOUT))
+    mbarrier.wait(q_full, q_phase)
+    slot = step % STAGES
+    mbarrier.wait(k_full.index(slot), step // STAGES & 1)
+    k = k_smem.index(slot).reshape([KEYS, D]).permute([1, 0])
+    s = warpgroup_mma(q, k, none, use_acc=False, is_async=True)
+    s = warpgroup_mma_wait(0, deps=[s])
+    mbarrier.arrive(k_empty.index(slot), count=1)
+    p, best, total, _fading = _soften(
+        s, best, total, tile_first, first, end, plain_first, plain_end, scale_log2, LEFT, S_LAYOUT
+    )
+    p = gl.convert_layout(p.to(dtype), P_LAYOUT)
+    for key_start in range(tile_first + KEYS, tile_end, KEYS):
+        old_slot = slot
+        old_phase = step // STAGES & 1
+        step += 1
+        slot = step % STAGES
+        mbarrier.wait(k_full.index(slot), step // STAGES & 1)
+        k = k_smem.index(slot).reshape([KEYS, D]).permute([1, 0])
+        s = warpgroup_mma(q, k, none, use_acc=False, is_async=True)
+        mbarrier.wait(v_full.index(old_slot), old_phase)
+        acc = warpgroup_mma(p, v_smem.index(old_slot).reshape([KEYS, D]), acc, is_async=True)
+        s = warpgroup_mma_wait(1, deps=[s])
+        mbarrier.arrive(k_empty.index(slot), count=1)
+        fresh, best, total, decay = _soften(
+            s, best, total, key_start, first, end, plain_first, plain_end, scale_log2, LEFT, S_LAYOUT
+        )
+        acc = warpgroup_mma_wait(0, deps=[acc])
+        mbarrier.arrive(v_empty.index(old_slot), count=1)
+        acc = acc * gl.convert_layout(decay, gl.SliceLayout(1, O_LAYOUT))[:, None]
+        p = gl.convert_layout(fresh.to(dtype), P_LAYOUT)
+    mbarrier.wait(v_full.index(slot), step // STAGES & 1)
+    acc = warpgroup_mma(p, v_smem.index(slot).reshape([KEYS, D]), acc, is_async=True)
+    acc = warpgroup_mma_wait(0, deps=[acc])
+    mbarrier.arrive(v_empty.index(slot), count=1)
+    return acc, best, total, step + 1
+
+
+@gluon.jit
+def _row_partition(
+    PART: gl.constexpr, out_desc, lse_ptr, q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+    doc_ptr, cmp_ptr, scale_log2, T, S, q_start, k_start, num_tiles, heads,
+    G: gl.constexpr, HKV: gl.constexpr, D: gl.constexpr, SIZE: gl.constexpr, STRIDE: gl.constexpr,
+    WINDOW: gl.constexpr, PACKED: gl.constexpr, LN2: gl.constexpr,
+):  # fmt: skip
+    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
+    O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    step = 0
+    for turn in range(num_rounds(num_tiles * heads)):
+        tile_row, b, group = tile_of_round(turn, num_tiles, heads, HKV, GROUPS * ROWS)
+        tile_first, _from, _to, tile_end = tile_keys(
+            tile_row, GROUPS * ROWS, doc_ptr, cmp_ptr, T, S, q_start, k_start, G, SIZE, STRIDE, WINDOW, PACKED
+        )
+        low = tile_row + PART * ROWS
+        _first, plain_first, plain_end, _end = tile_keys(
+            low, ROWS, doc_ptr, cmp_ptr, T, S, q_start, k_start, G, SIZE, STRIDE, WINDOW, PACKED
+        )
+        row = low + gl.arange(0, ROWS, gl.SliceLayout(1, S_LAYOUT))
+        t = gl.minimum(row // G, T - 1)
+        first, end = key_interval(t, doc_ptr, cmp_ptr, S, q_start, k_start, SIZE, STRIDE, WINDOW, PACKED)
+        place = turn % 2 * GROUPS + PART
+        q = q_smem.index(place).reshape([ROWS, D])
+        acc, best, total, step = _attend(
+            q, q_full.index(place), turn // 2 & 1, k_smem, v_smem, k_full, k_empty, v_full, v_empty, step, tile_first,
+            tile_end, first, end, plain_first, plain_end, scale_log2, D, PACKED or WINDOW > 0, S_LAYOUT, O_LAYOUT,
+        )  # fmt: skip
+
+        share = 1.0 / gl.where(total == 0.0, 1.0, total)
+        lse = gl.where(total == 0.0, float("-inf"), (best + gl.log2(total)) * LN2)
+        row_64 = (b.to(gl.int64) * T + t) * (G * HKV) + group * G + row % G
+        gl.store(lse_ptr + row_64, lse, mask=row < T * G)
+        # The queries are done with: their place holds the result until it is written.
+        q.store((acc * gl.convert_layout(share, gl.SliceLayout(1, O_LAYOUT))[:, None]).to(q.dtype))
+        fence_async_shared()
+        tma.async_copy_shared_to_global(out_desc, [b, low // G, group * G, 0], q_smem.index(place))
+        tma.store_wait(0)
+        mbarrier.arrive(q_empty.index(place), count=1)
+
+
+@gluon.jit(do_not_specialize=["T", "S", "q_start", "k_start", "num_tiles", "heads"])
+def hopper_forward_kernel(
+    q_desc, k_desc, v_desc, out_desc, lse_ptr, doc_ptr, cmp_ptr, scale_log2, T, S, q_start, k_start, num_tiles, heads,
+    G: gl.constexpr, HKV: gl.constexpr, D: gl.constexpr, SIZE: gl.constexpr, STRIDE: gl.constexpr,
+    WINDOW: gl.constexpr, PACKED: gl.constexpr, LN2: gl.constexpr,
+):  # fmt: skip
+    q_smem = gl.allocate_shared_memory(q_desc.dtype, [2 * GROUPS] + q_desc.block_shape, q_desc.layout)
+    k_smem = gl.allocate_shared_memory(k_desc.dtype, [STAGES] + k_desc.block_shape, k_desc.layout)
+    v_smem = gl.allocate_shared_memory(v_desc.dtype, [STAGES] + v_desc.block_shape, v_desc.layout)
+    q_full = make_barriers(2 * GROUPS, 1)
+    q_empty = make_barriers(2 * GROUPS, 1)
+    k_full = make_barriers(STAGES, 1)
+    k_empty = make_barriers(STAGES, GROUPS)
+    v_full = make_barriers(STAGES, 1)
+    v_empty = make_barriers(STAGES, GROUPS)
+    fence_async_shared()
+    gl.warp_specialize([
+        (_row_partition, (
+            0, out_desc, lse_ptr, q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+            doc_ptr, cmp_ptr, scale_log2, T, S, q_start, k_start, num_tiles, heads,
+            G, HKV, D, SIZE, STRIDE, WINDOW, PACKED, LN2,
+        )),
+        (_row_partition, (
+            1, out_desc, lse_ptr, q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+            doc_ptr, cmp_ptr, scale_log2, T, S, q_start, k_start, num_tiles, heads,
+            G, HKV, D, SIZE, STRIDE, WINDOW, PACKED, LN2,
+        )),
+        (_row_partition, (
+            2, out_desc, lse_ptr, q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+            doc_ptr, cmp_ptr, scale_log2, T, S, q_start, k_start, num_tiles, heads,
+            G, HKV, D, SIZE, STRIDE, WINDOW, PACKED, LN2,
+        )),
+        (_load_partition, (
+            q_desc, k_desc, v_desc, q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+            doc_ptr, cmp_ptr, T, S, q_start, k_start, num_tiles, heads,
+            G, HKV, D, SIZE, STRIDE, WINDOW, PACKED,
+        )),
+    ], [4, 4, 1], [160, 160, 24])  # fmt: skip
+
+
+def hopper_forward(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, geometry: BlockGeometry, layout: Layout | None,
+    window: int, q_start: int, k_start: int, scale: float,
+) -> None:  # fmt: skip
+    """Write what `dense_forward` gives for tensors that `hopper_serves` takes."""
+    B, T, H, D = q.shape
+    S, Hkv = k.shape[1:3]
+    G = H // Hkv
+    tokens = ROWS.value // G
+    documents = (q, q) if layout is None else (layout.doc_start, layout.cmp_start)
+    num_tiles = triton.cdiv(T * G, GROUPS.value * ROWS.value)
+    hopper_forward_kernel[(min(num_multiprocessors(q), num_tiles * B * Hkv),)](
+        describe_box(q, tokens, G), describe_box(k, KEYS.value, 1), describe_box(v, KEYS.value, 1),
+        describe_box(out, tokens, G), lse, *documents, scale * LOG2E, T, S, q_start, k_start, num_tiles, B * Hkv,
+        G=G, HKV=Hkv, D=D, SIZE=geometry.compress_block_size, STRIDE=geometry.compress_stride,
+        WINDOW=window, PACKED=layout is not None, LN2=LN2, num_warps=4,
+    )  # fmt: skip
