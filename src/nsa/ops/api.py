@@ -81,7 +81,30 @@ def nsa_attention(
         ValueError: shapes, dtypes, devices, head counts, `cu_seqlens` or the backend do not fit.
     """
     k_win, v_win = k if k_win is None else k_win, v if v_win is None else v_win
+    _check_branches(q, k, v, k_cmp, v_cmp, k_win, v_win, gates)
+    if not return_aux and choose_backend(backend, q, geometry) == "triton":
+        scale, backend = _resolve(q, geometry, cu_seqlens, 0, scale, backend)
+        check.check_compressed(k_cmp, q.shape[1], geometry, cu_seqlens)
+        for name, x in (("k", k), ("k_win", k_win)):
+            check.check_length(name, x, q.shape[1], "one for each query")
+        tensors = (q, k, v, k_cmp, v_cmp, k_win, v_win, gates)
+        return torch.ops.nsa.attention(*tensors, cu_seqlens, geometry.as_tuple(), scale, backend)[0]
+    options = {"cu_seqlens": cu_seqlens, "scale": scale, "backend": backend}
+    out_cmp, lse_cmp = compressed_attention(q, k_cmp, v_cmp, geometry, **options)
+    block_indices = select_blocks(q, k_cmp, lse_cmp, geometry, **options)
+    out_slc, lse_slc = selected_attention(q, k, v, block_indices, geometry, **options)
+    out_win, lse_win = window_attention(q, k_win, v_win, geometry, **options)
+    out = combine(out_cmp, out_slc, out_win, gates)
+    return (out, NSAAux(block_indices, lse_cmp, lse_slc, lse_win)) if return_aux else out
+
+
+def _check_branches(
+    q: Tensor, k: Tensor, v: Tensor, k_cmp: Tensor, v_cmp: Tensor, k_win: Tensor, v_win: Tensor, gates: Tensor
+) -> None:
+    """Each branch's keys and values, and that the branches fit one another and the gates."""
     check.check_keys(q, k, v)
+    check.check_keys(q, k_cmp, v_cmp, ("k_cmp", "v_cmp"))
+    check.check_keys(q, k_win, v_win, ("k_win", "v_win"))
     check.check_tensor("gates", gates, "B T H 3")
     if gates.shape != (*q.shape[:3], 3):
         raise ValueError(f"gates must be {[*q.shape[:3], 3]} (B, T, H, branches), not {list(gates.shape)}")
@@ -97,22 +120,6 @@ def nsa_attention(
             f"k, k_cmp and k_win need one number of key/value heads, not "
             f"{k.shape[2]}, {k_cmp.shape[2]} and {k_win.shape[2]}"
         )
-    if not return_aux and choose_backend(backend, q, geometry) == "triton":
-        check.check_keys(q, k_cmp, v_cmp, ("k_cmp", "v_cmp"))
-        check.check_keys(q, k_win, v_win, ("k_win", "v_win"))
-        scale, backend = _resolve(q, geometry, cu_seqlens, 0, scale, backend)
-        check.check_compressed(k_cmp, q.shape[1], geometry, cu_seqlens)
-        for name, x in (("k", k), ("k_win", k_win)):
-            check.check_length(name, x, q.shape[1], "one for each query")
-        tensors = (q, k, v, k_cmp, v_cmp, k_win, v_win, gates)
-        return torch.ops.nsa.attention(*tensors, cu_seqlens, geometry.as_tuple(), scale, backend)[0]
-    options = {"cu_seqlens": cu_seqlens, "scale": scale, "backend": backend}
-    out_cmp, lse_cmp = compressed_attention(q, k_cmp, v_cmp, geometry, **options)
-    block_indices = select_blocks(q, k_cmp, lse_cmp, geometry, **options)
-    out_slc, lse_slc = selected_attention(q, k, v, block_indices, geometry, **options)
-    out_win, lse_win = window_attention(q, k_win, v_win, geometry, **options)
-    out = combine(out_cmp, out_slc, out_win, gates)
-    return (out, NSAAux(block_indices, lse_cmp, lse_slc, lse_win)) if return_aux else out
 
 
 def combine(out_cmp: Tensor, out_slc: Tensor, out_win: Tensor, gates: Tensor) -> Tensor:
