@@ -70,6 +70,8 @@ def test_the_data_of_a_run_elsewhere_are_not_looked_for_here(tiny: Tiny, tmp_pat
     data = {"paths": ["/there/only.txt"], "tokenizer": str(tmp_path / "tokenizer")}
     report = examine(tiny(data=data, train={"precision": "bf16"}), machine=machine_named("h200"))
     assert report.refused_by == []
+    assert report.plan.vocab_size is not None
+    assert report.plan.num_parameters is not None
 
 
 def test_what_cannot_be_overridden_is_not_offered(tiny: Tiny, tmp_path: Path) -> None:
