@@ -116,6 +116,15 @@ def test_a_run_for_a_gpu_elsewhere_is_judged_by_its_figures(tiny: Tiny) -> None:
     assert "memory" in {f.code for f in examine(large, machine=machine_named("4090")).refused_by}
 
 
+@pytest.mark.parametrize("layer_type", ["nsa", "full_attention", "sliding_attention"])
+@pytest.mark.parametrize("backend", ["auto", "torch", "reference"])
+def test_every_backend_and_kind_of_layer_can_be_examined(tiny: Tiny, backend: str, layer_type: str) -> None:
+    report = examine(tiny(model={"attention_backend": backend, "layer_types": [layer_type]}))
+    assert report.refused_by == []
+    assert report.plan.speed is not None
+    assert (report.plan.memory is None) == (backend == "reference" and layer_type == "nsa")
+
+
 def test_gpt2_s_vocabulary_is_known_without_its_files(tiny: Tiny) -> None:
     report = examine(tiny(train={"precision": "bf16"}, data={"tokenizer": "gpt2"}), machine=machine_named("h200"))
     assert report.plan.vocab_size == 50257
