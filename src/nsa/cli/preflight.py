@@ -34,7 +34,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="nsa preflight",
         usage="nsa preflight CONFIG [--for GPU] [--world_size N] [--json] [--section.key value ...]",
         description="Say what a run needs (parameters, memory, time, disk) and everything that is wrong with it, each "
-        "with its remedy. Exit code 0: it may start; 2: `nsa train` would refuse it.",
+        "with its remedy. Exit code 0: it may start; 2: an error stands in the way.",
         epilog="Other options are those of `nsa train CONFIG`, on top of the config.",
         allow_abbrev=False,
     )
