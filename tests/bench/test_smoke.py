@@ -13,6 +13,7 @@ import pytest
 from nsa.bench import smoke
 from nsa.bench.smoke import Figures, SmokeCheck, compare, read_baseline, smoke_config, write_baseline
 from nsa.train.config import RunConfig
+from nsa.train.observe.csv_log import TRAINING_COLUMNS, CsvWriter
 
 HERE = {"device": "a CPU", "num_threads": 1, "torch": "2.13", "python": "3.11"}
 BEFORE = Figures(val_loss=3.0, train_loss=2.0, tokens_per_s=1000.0, machine=HERE)
@@ -20,6 +21,12 @@ BEFORE = Figures(val_loss=3.0, train_loss=2.0, tokens_per_s=1000.0, machine=HERE
 
 def verdicts(now: Figures, tolerance_percent: float = 5.0) -> dict[str, str]:
     return {row.figure: row.verdict for row in compare(now, BEFORE, tolerance_percent)}
+
+
+def write_rows(check: SmokeCheck, rows: list[dict[str, float]]) -> None:
+    with CsvWriter(check.run_path / "training.csv", TRAINING_COLUMNS) as table:
+        for row in rows:
+            table.write(**(dict.fromkeys(TRAINING_COLUMNS) | row))
 
 
 def test_only_what_is_worse_beyond_the_tolerance_is_worse() -> None:
@@ -83,8 +90,10 @@ def test_lost_and_repeated_steps_are_found(tmp_path: Path, monkeypatch: pytest.M
     check = SmokeCheck(tmp_path, "cpu")
     check.run_path.mkdir()
     for steps, whole in (([1, 2, 3, 4], True), ([1, 2, 4], False), ([1, 2, 3, 3, 4], False), ([1, 2, 3], False)):
-        (check.run_path / "training.csv").write_text("\n".join(["step", *map(str, steps)]) + "\n", encoding="utf-8")
+        write_rows(check, [{"step": step} for step in steps])
         assert (check._rows_are_whole() is None) == whole
+    (check.run_path / "training.csv").unlink()
+    assert "training.csv is missing" in (check._rows_are_whole() or "")
 
 
 def test_the_figures_leave_out_the_slow_first_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,8 +102,7 @@ def test_the_figures_leave_out_the_slow_first_steps(tmp_path: Path, monkeypatch:
     check = SmokeCheck(tmp_path, "cpu")
     check.run_path.mkdir()
     speeds = [1, 1, 100, 101, 102, 1, 1, 103, 104, 105]
-    rows = [f"{step},{step / 10},{speed}" for step, speed in enumerate(speeds, start=1)]
-    (check.run_path / "training.csv").write_text("\n".join(["step,loss,tokens_per_s", *rows]), encoding="utf-8")
+    write_rows(check, [{"step": i, "loss": i / 10, "tokens_per_s": speed} for i, speed in enumerate(speeds, start=1)])
     (check.run_path / "metrics.json").write_text('{"val_loss": 2.5}', encoding="utf-8")
     (check.run_path / "env.json").write_text('{"num_threads": 1}', encoding="utf-8")
     figures = check.figures()

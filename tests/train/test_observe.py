@@ -15,8 +15,8 @@ from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from nsa.train.observe.compare import COMPARISON_COLUMNS, compare_runs
-from nsa.train.observe.csv_log import HEALTH_COLUMNS, TRAINING_COLUMNS, VALIDATION_COLUMNS, CsvWriter, read_csv
-from nsa.train.observe.curves import column, draw_curves, running_mean
+from nsa.train.observe.csv_log import HEALTH_COLUMNS, TRAINING_COLUMNS, VALIDATION_COLUMNS, CsvWriter, column, read_csv
+from nsa.train.observe.curves import draw_curves, running_mean
 from nsa.train.observe.progress import Progress, log_line, percentiles_ms
 from nsa.train.observe.recorder import EvalRecord, Recorder, StepRecord
 from nsa.train.run_folder import RunFolder

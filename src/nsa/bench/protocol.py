@@ -1,7 +1,7 @@
 """The one benchmark protocol: warm up, take turns, report medians, and write what was measured with where it was.
 
     rows = [...]                                  # frozen dataclasses, their fields are the columns
-    write_results(rows, Path("benchmarks/results/prefill_cpu.csv"), settings, command)
+    write_results(rows, Path("benchmarks/results/prefill_cpu.csv"), settings, command, device)
     print_table(rows, "Prefill")
 
 Candidates that are compared run in alternation, so that a busy machine slows all alike. Beside each CSV stands a JSON
@@ -13,7 +13,6 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
-import os
 import platform
 import statistics
 import time
@@ -26,6 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from nsa import __version__
+from nsa.train.observe.environment import cpu_name, num_cpus
 
 Steps = Mapping[str, Callable[[], object]]
 
@@ -73,8 +73,8 @@ def median_ms(candidates: Mapping[str, Steps], device: torch.device, warmup: int
 def environment(device: torch.device) -> dict[str, Any]:
     """Device, threads and versions of this process."""
     facts: dict[str, Any] = {
-        "device": processor_name() if device.type == "cpu" else torch.cuda.get_device_name(device),
-        "num_cpus": os.cpu_count(),
+        "device": cpu_name() if device.type == "cpu" else torch.cuda.get_device_name(device),
+        "num_cpus": num_cpus(),
         "num_threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -83,13 +83,6 @@ def environment(device: torch.device) -> dict[str, Any]:
     if device.type == "cuda":
         facts["cuda"] = torch.version.cuda
     return facts
-
-
-def processor_name() -> str:
-    """The processor's model name, or its architecture where the system does not tell."""
-    info = Path("/proc/cpuinfo")
-    names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
-    return names[0].partition(":")[2].strip() if names else platform.machine()
 
 
 def write_results(rows: Sequence[Any], path: Path, settings: Any, command: str, device: torch.device) -> None:

@@ -10,9 +10,7 @@ resumed, its evaluation, its text, its health. About a minute on one core.
 
 from __future__ import annotations
 
-import csv
 import json
-import os
 import subprocess
 import sys
 import time
@@ -27,7 +25,8 @@ import yaml
 
 from nsa.bench.protocol import environment
 from nsa.train.doctor import check_kernels, kernel_line
-from nsa.train.run_folder import RunFolder
+from nsa.train.observe.csv_log import TRAINING_COLUMNS, Row, column, read_csv
+from nsa.train.run_folder import RunFolder, write_json
 from nsa.train.stop import ask_to_halt
 
 STEPS = 120
@@ -92,6 +91,7 @@ class SmokeCheck:
     def __init__(self, folder: Path, device: str) -> None:
         self.folder, self.device = folder, device
         self.config_path, self.run_path = folder / "smoke.yaml", folder / "smoke"
+        self.run_folder = RunFolder(self.run_path)
 
     def run(self) -> Iterator[StepResult]:
         """Every step in order; ends with the first that fails."""
@@ -116,13 +116,13 @@ class SmokeCheck:
     def figures(self) -> Figures:
         """The figures of the finished run."""
         rows = self._rows()
-        speeds = [float(row["tokens_per_s"]) for row in rows]
+        speeds = column(rows, "tokens_per_s")
         steady = speeds[SLOW_STEPS:HALT_AFTER_STEPS] + speeds[HALT_AFTER_STEPS + SLOW_STEPS :]
-        metrics = json.loads((self.run_path / "metrics.json").read_text(encoding="utf-8"))
-        env = json.loads((self.run_path / "env.json").read_text(encoding="utf-8"))
+        metrics = json.loads(self.run_folder.metrics_json.read_text(encoding="utf-8"))
+        env = json.loads(self.run_folder.env_json.read_text(encoding="utf-8"))
         return Figures(
             val_loss=metrics["val_loss"],
-            train_loss=mean(float(row["loss"]) for row in rows[-LAST_STEPS:]),
+            train_loss=mean(column(rows[-LAST_STEPS:], "loss")),
             tokens_per_s=median(steady),
             machine=environment(torch.device(self.device)) | {"num_threads": env["num_threads"]},
         )
@@ -138,10 +138,12 @@ class SmokeCheck:
             process = subprocess.Popen(_command_line("train", str(self.config_path)), stdout=out, stderr=out)
             try:
                 deadline_s = time.monotonic() + TIMEOUT_S
-                while process.poll() is None and len(self._rows()) < HALT_AFTER_STEPS and time.monotonic() < deadline_s:
+                while (
+                    process.poll() is None and self._steps_done() < HALT_AFTER_STEPS and time.monotonic() < deadline_s
+                ):
                     time.sleep(0.1)
                 if process.poll() is None:  # not by `nsa halt`: a fast machine would be done before it has started
-                    ask_to_halt(RunFolder(self.run_path).halt, "smoke check")
+                    ask_to_halt(self.run_folder.halt, "smoke check")
                 code = process.wait(timeout=TIMEOUT_S)
             except subprocess.TimeoutExpired:
                 return f"`nsa train` did not stop within {TIMEOUT_S:.0f} s after it was asked to"
@@ -151,7 +153,10 @@ class SmokeCheck:
         return None if code == 3 else f"`nsa train` ended with {code}, not 3 (stopped): {_tail(log.read_text())}"
 
     def _rows_are_whole(self) -> str | None:
-        steps = [int(row["step"]) for row in self._rows()]
+        try:
+            steps = [row["step"] for row in self._rows()]
+        except ValueError as error:
+            return str(error)
         if steps != list(range(1, STEPS + 1)):
             return f"training.csv holds {len(steps)} steps, {steps[:1]} to {steps[-1:]}, not each of 1 to {STEPS} once"
         return None
@@ -170,12 +175,12 @@ class SmokeCheck:
             return None
         return f"`nsa {words[0]}` ended with {done.returncode}, not {expected}: {_tail(done.stderr or done.stdout)}"
 
-    def _rows(self) -> list[dict[str, str]]:
-        table = self.run_path / "training.csv"
-        if not table.is_file():
-            return []
-        with table.open(encoding="utf-8", newline="") as file:
-            return list(csv.DictReader(file))
+    def _steps_done(self) -> int:
+        """Optimizer steps that the living run's status tells of; 0 before there is one."""
+        return self.run_folder.read_status()["step"] if self.run_folder.status_json.is_file() else 0
+
+    def _rows(self) -> list[Row]:
+        return read_csv(self.run_folder.training_csv, TRAINING_COLUMNS)
 
 
 def smoke_config(folder: Path, device: str) -> dict[str, Any]:
@@ -247,9 +252,7 @@ def read_baseline(path: Path) -> Figures:
 def write_baseline(path: Path, figures: Figures) -> None:
     """Write the figures to a file, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(json.dumps(asdict(figures), indent=2) + "\n", encoding="utf-8")
-    os.replace(part, path)
+    write_json(path, asdict(figures))
 
 
 def _command_line(*words: str) -> list[str]:

@@ -17,6 +17,8 @@ from nsa.data.documents import Source
 from nsa.data.errors import DataError
 from nsa.data.progress import Progress
 
+SAMPLED_NAMES = 10_000  # names that a pattern which matches nothing is compared with
+
 
 def name_hash(name: str) -> float:
     """A number in [0, 1) that depends on the name alone, whatever else the corpus holds."""
@@ -96,6 +98,3 @@ def _matching(names: Iterable[str], patterns: Sequence[str]) -> set[str]:
                 f'held-out pattern "{pattern}" matches none of the {num_names} documents; nearest: {nearest}'
             )
     return exact.union(*(matched[pattern] for pattern in patterns if pattern not in exact))
-
-
-SAMPLED_NAMES = 10_000  # names that a pattern which matches nothing is compared with

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from pyarrow.parquet import ParquetFile
 
 OPEN_FILES = 32
+STRING_TYPES = ("string", "large_string")
 
 
 class ParquetInput(NamedTuple):
@@ -130,7 +131,7 @@ class ParquetBlocks(FileBlocks):
         where = f"{source.place}, row group {group.row_group} (rows from {group.first_row})"
         with self._read_lock:
             file = self._file(group.file)
-            named = "id" in file.schema_arrow.names and str(file.schema_arrow.field("id").type) in _STRINGS
+            named = "id" in file.schema_arrow.names and str(file.schema_arrow.field("id").type) in STRING_TYPES
             present = [column for column in columns if column == "text" or named]
             table = self._guarded(
                 where, lambda: file.read_row_group(group.row_group, columns=present) if present else None
@@ -174,9 +175,6 @@ class ParquetBlocks(FileBlocks):
             raise DataError(
                 f"{where} is damaged, cut off or no Parquet: {error}; write or download it again"
             ) from error
-
-
-_STRINGS = ("string", "large_string")
 
 
 def _open(place: Any) -> ParquetFile:

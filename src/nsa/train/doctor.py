@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import platform
 import shutil
 import sys
@@ -27,7 +26,7 @@ from torch import Tensor
 
 from nsa import BlockGeometry, mean_pool, nsa_attention
 from nsa.ops.routing import choose_backend
-from nsa.train.observe.environment import PACKAGES, cpu_name, package_version
+from nsa.train.observe.environment import PACKAGES, cpu_name, num_cpus, package_version
 from nsa.train.preflight.machine import GIB, ram_gib
 
 PYTHON = (3, 11)
@@ -97,7 +96,7 @@ def diagnose(folder: Path = Path("."), *, hub_timeout_s: float = HUB_TIMEOUT_S) 
         "versions": _versions(),
         "cpu": {
             "name": cpu_name(),
-            "cores": num_cores(),
+            "cores": num_cpus(),
             "torch threads": torch.get_num_threads(),
             "memory_gib": round(ram_gib(), 1),
         },
@@ -106,8 +105,7 @@ def diagnose(folder: Path = Path("."), *, hub_timeout_s: float = HUB_TIMEOUT_S) 
         "processes": processes(),
         "hub": hub(hub_timeout_s),
     }
-    problems = [*_version_problems()]
-    problems += [f"{kernel_line(check)}" for check in kernels if check.problem]
+    problems = [*_version_problems(), *(kernel_line(check) for check in kernels if check.problem)]
     if disk_gib < MIN_DISK_GIB:
         problems.append(f"{disk_gib:.2f} GiB of disk are free at {folder.absolute()}; free at least {MIN_DISK_GIB:g}")
     return Diagnosis(facts, kernels, tuple(problems), tuple(_remarks(facts)))
@@ -205,11 +203,6 @@ def hub(timeout_s: float) -> dict[str, Any]:
     if answer is not None and token:
         login = f"as {answer['name']}" if "name" in answer else "the stored token is not valid; run `hf auth login`"
     return {"endpoint": constants.ENDPOINT, "reachable": problem or "yes", "login": login}
-
-
-def num_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _get(url: str, token: str | None, timeout_s: float) -> tuple[dict[str, Any] | None, str | None]:

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from nsa.train.observe.csv_log import TRAINING_COLUMNS, VALIDATION_COLUMNS, read_csv
-from nsa.train.observe.curves import column, held_out, running_mean
+from nsa.train.observe.csv_log import TRAINING_COLUMNS, VALIDATION_COLUMNS, column, read_csv
+from nsa.train.observe.curves import held_out, running_mean
 from nsa.train.run_folder import RunFolder
 
 COMPARISON_COLUMNS = ("run", "step", "tokens", "train_loss", "val_loss", "val_bits_per_byte")

@@ -3,12 +3,13 @@
 with CsvWriter(folder / "training.csv", TRAINING_COLUMNS) as writer:
     writer.write(step=1, tokens=4096, loss=5.5, ...)
 rows = read_csv(folder / "training.csv", TRAINING_COLUMNS)
-losses = [row["loss"] for row in rows]
+losses = column(rows, "loss")
 """
 
 from __future__ import annotations
 
 import csv
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -90,6 +91,11 @@ def read_csv(path: Path, columns: Sequence[str]) -> list[Row]:
     if not path.is_file():
         raise ValueError(f"{path} is missing; is this a run folder?")
     return [row for _, row in _read_lines(path, columns)]
+
+
+def column(rows: Sequence[Row], name: str) -> list[float]:
+    """One column of a table; an empty cell is NaN."""
+    return [math.nan if (value := row[name]) is None else value for row in rows]
 
 
 def _read_lines(path: Path, columns: Sequence[str]) -> list[tuple[str, Row]]:

@@ -13,7 +13,7 @@ from statistics import fmean
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from nsa.train.observe.csv_log import HEALTH_COLUMNS, TRAINING_COLUMNS, VALIDATION_COLUMNS, Row, read_csv
+from nsa.train.observe.csv_log import HEALTH_COLUMNS, TRAINING_COLUMNS, VALIDATION_COLUMNS, Row, column, read_csv
 from nsa.train.observe.thresholds import Thresholds
 from nsa.train.run_folder import RunFolder
 
@@ -76,11 +76,6 @@ def _draw_gates(axes: Axes, health: Sequence[Row]) -> None:
     entropies.set_ylim(0, 1.15)  # ln 3 = 1.099 when all branches weigh the same
     entropies.set_ylabel("nats", color="tab:gray")
     entropies.legend(loc="lower left", fontsize="small")
-
-
-def column(rows: Sequence[Row], name: str) -> list[float]:
-    """One column of a table; an empty cell is NaN, which leaves a gap in a line."""
-    return [math.nan if (value := row[name]) is None else value for row in rows]
 
 
 def held_out(validation: Sequence[Row]) -> tuple[list[float], list[float]]:

@@ -89,15 +89,14 @@ def judge_run(run: Path, thresholds: Thresholds) -> list[Finding]:
 
 def judge_gate(gate: GateStatistics, thresholds: Thresholds) -> list[str]:
     """What of a gate is outside its thresholds, in words."""
-    limits = thresholds
     found = []
     # Written so that NaN is outside.
-    if not gate.entropy_mean_nats > limits.gate_entropy_mean_nats:
-        found.append(f"mean entropy {gate.entropy_mean_nats:.3f} nats, at least {limits.gate_entropy_mean_nats:g}")
-    if not gate.max_mean < limits.gate_max_mean:
-        found.append(f"mean maximum {gate.max_mean:.3f}, at most {limits.gate_max_mean:g}")
-    if not gate.collapse_share <= limits.gate_collapse_share:
-        found.append(f"{gate.collapse_share:.1%} of them collapsed, at most {limits.gate_collapse_share:.1%}")
+    if not gate.entropy_mean_nats > thresholds.gate_entropy_mean_nats:
+        found.append(f"mean entropy {gate.entropy_mean_nats:.3f} nats, at least {thresholds.gate_entropy_mean_nats:g}")
+    if not gate.max_mean < thresholds.gate_max_mean:
+        found.append(f"mean maximum {gate.max_mean:.3f}, at most {thresholds.gate_max_mean:g}")
+    if not gate.collapse_share <= thresholds.gate_collapse_share:
+        found.append(f"{gate.collapse_share:.1%} of them collapsed, at most {thresholds.gate_collapse_share:.1%}")
     return found
 
 

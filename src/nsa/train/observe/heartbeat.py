@@ -31,7 +31,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from nsa.inspect import GateStatistics, SelectionStatistics
 from nsa.train.observe.progress import percentiles_ms
 
-Phase = Literal["startup", "preflight", "fetch", "step", "evaluate", "checkpoint", "sample", "finish", "ended"]
+Phase = Literal["startup", "fetch", "step", "evaluate", "checkpoint", "sample", "finish", "ended"]
 """What the main thread is at; "ended" is in the last line of a process that closed its heartbeat."""
 
 GIB = 2**30

@@ -1,6 +1,6 @@
 """Windows of steps in which a run records more: torch.profiler's trace, and the history of device memory.
 
-    with StepWindows(run, config.observe, rank=0, device=device) as windows:
+    with StepWindows(run, rank=0, device=device, profile_steps=(20, 22)) as windows:
         for step in range(1, 100):
             with windows.at(step):
                 train_step()
