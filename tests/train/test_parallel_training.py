@@ -67,7 +67,7 @@ def sparse(trainer):
     labels[1][:] = labels[3][:] = -100
     labels[1][0, 3] = 7
     batches = [DeviceBatch(x, y, None) for x, y in zip(rows, labels)]
-    trainer._batches = iter(batches[trainer.parallel.rank::trainer.parallel.world_size])
+    trainer.batches = iter(batches[trainer.parallel.rank::trainer.parallel.world_size])
     record = trainer.train_step()[0]
     return record.loss, record.grad_norm
 

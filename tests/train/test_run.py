@@ -187,7 +187,7 @@ def test_the_loss_weighs_every_valid_label_of_the_step_alike(tiny) -> None:
         by_token.append(-log_probabilities.gather(-1, chosen).squeeze(-1)[batch.labels >= 0])
     mean = torch.cat(by_token).mean()
     gradients = torch.autograd.grad(mean, list(trainer.model.parameters()))
-    trainer._batches = iter([full, sparse])
+    trainer.batches = iter([full, sparse])
     record, _ = trainer.train_step()
     assert record.loss == pytest.approx(mean.item(), rel=1e-5)
     assert record.grad_norm == pytest.approx(torch.cat([g.flatten() for g in gradients]).norm().item(), rel=1e-5)
@@ -201,7 +201,7 @@ def test_random_bytes_are_never_predicted_better_than_their_entropy(tiny) -> Non
         guards={"entropy_floor_nats": math.log(256)},
     )
     trainer = Trainer(config)
-    trainer._batches = random_bytes(0)
+    trainer.batches = random_bytes(0)
     steps = [trainer.train_step()[0].loss for _ in range(40)]
     assert steps[0] == pytest.approx(math.log(259), abs=0.1)
     assert min(steps) > math.log(256) - 0.02
@@ -213,7 +213,7 @@ def test_a_model_that_sees_its_labels_is_an_error(tiny) -> None:
         train={"steps": 200}, optim={"warmup_steps": 2, "lr": 1e-2}, guards={"entropy_floor_nats": math.log(256)}
     )
     trainer, folder = prepare(config)
-    trainer._batches = (Rows(batch.labels, batch.labels) for batch in random_bytes(0))
+    trainer.batches = (Rows(batch.labels, batch.labels) for batch in random_bytes(0))
     with pytest.raises(TrainingError, match=r"below the data's floor of 5\.5452"):
         train(trainer, folder)
     status = folder.read_status()

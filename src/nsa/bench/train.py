@@ -194,7 +194,7 @@ def _candidate(name: str, config: RunConfig, bench: TrainBench, parallel: Parall
     held = torch.cuda.memory_allocated(parallel.device) if on_cuda else 0
     trainer = Trainer(config, parallel)
     if bench.documents == "rows":
-        trainer._batches = map(_rows_as_documents, trainer._batches)
+        trainer.batches = map(_rows_as_documents, trainer.batches)
     kernel = fastest_kernel(config, parallel.device) if name == "full_attention" else ""
     candidate = _Candidate(name, trainer, kernel, 0)
     if on_cuda:
@@ -212,9 +212,8 @@ def fastest_kernel(config: RunConfig, device: torch.device) -> str:
     if device.type != "cuda":
         return ""
     model, rows, length = config.model, config.train.micro_batch_rows, config.train.sequence_length
-    head_dim = model.head_dim or model.hidden_size // model.num_attention_heads
-    sizes = [(model.num_attention_heads, head_dim), (model.num_key_value_heads, head_dim)]
-    sizes.append((model.num_key_value_heads, model.value_head_dim or head_dim))
+    (key_size, value_size), groups = model.head_sizes, model.num_key_value_heads
+    sizes = [(model.num_attention_heads, key_size), (groups, key_size), (groups, value_size)]
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
     tensors = [torch.randn(rows, heads, length, size, device=device, dtype=dtype) for heads, size in sizes]
     q, k, v = (x.requires_grad_() for x in tensors)

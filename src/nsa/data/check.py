@@ -13,7 +13,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -21,7 +21,7 @@ from nsa.data.config import DataConfig
 from nsa.data.corpus import open_corpus
 from nsa.data.loader import build_eval_batches
 from nsa.data.packing import IGNORED_LABEL
-from nsa.data.prefetch import build_prefetcher
+from nsa.data.prefetch import Prefetcher, build_prefetcher
 from nsa.data.tokenizers import load_tokenizer
 
 
@@ -101,23 +101,12 @@ def check_data(
     heldout = build_eval_batches(config, **sizes, rows_per_batch=rows_per_batch) if corpus.heldout else None
     start_s = time.perf_counter()
     loader = build_prefetcher(config, **sizes, rows_per_batch=rows_per_batch, seed=seed)
-    batch = next(loader)
+    next(loader)
     first_batch_s = time.perf_counter() - start_s
-    waits_s: list[float] = []
-    num_padding = num_pieces = 0
-    seen: set[int] = set()
-    start_s = time.perf_counter()
-    for done in range(1, num_batches + 1):
-        batch = next(loader)
-        waits_s.append(loader.last_wait_s)
-        num_padding += int((batch.labels == IGNORED_LABEL).sum())
-        num_pieces += len(batch.cu_seqlens) - 1
-        seen.update(np.unique(batch.document_ids.numpy()).tolist())
-        advance(done)
-    wall_s = time.perf_counter() - start_s
+    taken = _take(loader, num_batches, advance)
     epochs = loader.epoch
     loader.close()
-    tokens = num_batches * batch.input_ids.numel()
+    tokens = num_batches * rows_per_batch * sequence_length
     window_tokens_per_s = loader.loader.prepared_tokens / loader.loader.prepare_s
     return DataCheck(
         index=corpus.index(),
@@ -131,18 +120,43 @@ def check_data(
         first_batch_s=first_batch_s,
         num_batches=num_batches,
         tokens=tokens,
-        wall_s=wall_s,
-        tokens_per_s=min(window_tokens_per_s, tokens / wall_s),
+        wall_s=taken.wall_s,
+        tokens_per_s=min(window_tokens_per_s, tokens / taken.wall_s),
         window_tokens_per_s=window_tokens_per_s,
-        batch_tokens_per_s=tokens / wall_s,
-        fetch_p50_ms=1000 * float(np.percentile(waits_s, 50)),
-        fetch_p95_ms=1000 * float(np.percentile(waits_s, 95)),
-        fetch_max_ms=1000 * max(waits_s),
+        batch_tokens_per_s=tokens / taken.wall_s,
+        fetch_p50_ms=1000 * float(np.percentile(taken.waits_s, 50)),
+        fetch_p95_ms=1000 * float(np.percentile(taken.waits_s, 95)),
+        fetch_max_ms=1000 * max(taken.waits_s),
         epochs=epochs,
         epoch_tokens=loader.loader.epoch_tokens,
-        padding_share=num_padding / tokens,
-        num_documents_seen=len(seen - {-1}),
-        pieces_per_row=num_pieces / (num_batches * rows_per_batch),
+        padding_share=taken.num_padding / tokens,
+        num_documents_seen=len(taken.documents),
+        pieces_per_row=taken.num_pieces / (num_batches * rows_per_batch),
         num_cpus=os.cpu_count() or 1,
         load_1min=load_1min,
     )
+
+
+class _Taken(NamedTuple):
+    """What was seen of the batches that were timed."""
+
+    wall_s: float
+    waits_s: list[float]
+    num_padding: int
+    num_pieces: int
+    documents: set[int]
+
+
+def _take(loader: Prefetcher, num_batches: int, advance: Callable[[int], None]) -> _Taken:
+    waits_s: list[float] = []
+    num_padding = num_pieces = 0
+    documents: set[int] = set()
+    start_s = time.perf_counter()
+    for done in range(1, num_batches + 1):
+        batch = next(loader)
+        waits_s.append(loader.last_wait_s)
+        num_padding += int((batch.labels == IGNORED_LABEL).sum())
+        num_pieces += len(batch.cu_seqlens) - 1
+        documents.update(np.unique(batch.document_ids.numpy()).tolist())
+        advance(done)
+    return _Taken(time.perf_counter() - start_s, waits_s, num_padding, num_pieces, documents - {-1})

@@ -132,6 +132,12 @@ class ModelSection(Section):
         return self
 
     @property
+    def head_sizes(self) -> tuple[int, int]:
+        """Sizes of a query or key head and of a value head, where they are not given too."""
+        size = self.head_dim or self.hidden_size // self.num_attention_heads
+        return size, self.value_head_dim or size
+
+    @property
     def geometry(self) -> BlockGeometry:
         """The block sizes and counts as one value."""
         return BlockGeometry(**{name: getattr(self, name) for name in BlockGeometry.__dataclass_fields__})

@@ -57,6 +57,7 @@ class Trainer:
         train_s: seconds of those steps.
         evaluations: all held-out results so far.
         start_s: `time.perf_counter()` when the run began.
+        batches: what training steps take their micro-batches from; the loader, unless put in its place.
         on_phase: told "fetch" and "step" as a training step gets there.
     """
 
@@ -97,7 +98,7 @@ class Trainer:
             pin_memory_for=parallel.device,
         )
         self.held_out = build_eval_batches(config.data, **rows, rows_per_batch=config.eval.rows)
-        self._batches: Iterator[TokenBatch] = iter(self.loader)
+        self.batches: Iterator[TokenBatch] = iter(self.loader)
 
     def _guards(self) -> GuardSection:
         """The configured guards, with the floor of the data itself where it is known and none is given."""
@@ -220,7 +221,7 @@ class Trainer:
             ValueError: the state belongs to other data.
         """
         self.loader.load_state_dict(state["loader"])
-        self._batches = iter(self.loader)
+        self.batches = iter(self.loader)
         self.guard.load_state_dict(state["guard"])
         self.step, self.tokens, self.train_s = state["step"], state["tokens"], state["train_s"]
         self.losses = list(state["losses"])
@@ -273,7 +274,7 @@ class Trainer:
         batches, waits_s = [], []
         for _ in range(count):
             start_s = time.perf_counter()
-            batches.append(next(self._batches))
+            batches.append(next(self.batches))
             waits_s.append(time.perf_counter() - start_s)
         return batches, waits_s
 

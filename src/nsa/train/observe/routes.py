@@ -50,10 +50,10 @@ def routes(model: ModelSection, device: torch.device, precision: Literal["fp32",
     """
     if "nsa" not in model.layer_types:
         return []
-    key_size = model.head_dim or model.hidden_size // model.num_attention_heads
+    key_size, value_size = model.head_sizes
     sizes = dict.fromkeys(ATTENTION_STAGES, key_size)
     if model.compression == "mean":
-        sizes = {"mean of keys": key_size, "mean of values": model.value_head_dim or key_size, **sizes}
+        sizes = {"mean of keys": key_size, "mean of values": value_size, **sizes}
     return [_route(stage, size, model, device, precision) for stage, size in sizes.items()]
 
 

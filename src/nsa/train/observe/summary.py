@@ -59,11 +59,11 @@ def kernel_values(trainer: Trainer) -> dict[str, Any] | None:
     config, model = trainer.config, trainer.config.model
     if "nsa" not in model.layer_types:
         return None
-    size = model.head_dim or model.hidden_size // model.num_attention_heads
+    key_size, value_size = model.head_sizes
     tokens = config.train.micro_batch_rows * config.train.sequence_length
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
     heads = (model.num_attention_heads, model.num_key_value_heads, model.num_key_value_heads)
-    sizes = (size, size, model.value_head_dim or size)
+    sizes = (key_size, key_size, value_size)
     one = torch.empty(1, dtype=dtype, device=trainer.device)
     q, k, v = (one.expand(1, tokens, count, size) for count, size in zip(heads, sizes, strict=True))
     bounds = torch.empty(config.train.micro_batch_rows + 1, dtype=torch.int32, device=trainer.device)

@@ -66,7 +66,7 @@ def _probe_model(config: RunConfig, device: torch.device) -> nn.Module:
     kinds = tuple(dict.fromkeys(model.layer_types))
     on_cpu = device.type == "cpu"
     changes = {
-        "head_dim": model.head_dim or model.hidden_size // model.num_attention_heads,
+        "head_dim": model.head_sizes[0],
         "hidden_size": min(model.hidden_size, 64),
         "intermediate_size": min(model.intermediate_size, 64),
         "num_hidden_layers": len(kinds),
