@@ -11,6 +11,7 @@ from nsa.cli import main
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+DOCUMENTS = ["README.md", "CONTRIBUTING.md", *sorted(str(p) for p in (ROOT / "docs").glob("*.md"))]
 PYTHON = [text for language, text in BLOCKS if language == "python"]
 COMMANDS = [line[2:] for language, text in BLOCKS if language == "console" for line in text.splitlines()]
 
@@ -61,13 +62,19 @@ def test_the_readme_has_blocks_to_run():
     assert len(COMMANDS) >= 3
 
 
-@pytest.mark.parametrize(
-    "document", ["README.md", "CONTRIBUTING.md", *sorted(str(p) for p in (ROOT / "docs").glob("*.md"))]
-)
+@pytest.mark.parametrize("document", DOCUMENTS)
 def test_links_lead_somewhere(document):
     path = ROOT / document
     for target in re.findall(r"\]\(([^)#]+)\)", path.read_text(encoding="utf-8")):
         assert target.startswith("https://") or (path.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_tables_are_whole(document):
+    tables = re.findall(r"(?:^\|.*\n)+", (ROOT / document).read_text(encoding="utf-8"), flags=re.MULTILINE)
+    for _, rule, *rows in (table.splitlines() for table in tables):
+        assert re.fullmatch(r"[-| ]+", rule), rule
+        assert {row.replace("\\|", "").count("|") for row in rows} <= {rule.count("|")}, rule
 
 
 def test_paths_named_in_backticks_exist():

@@ -286,16 +286,27 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _fits(self) -> RunConfig:
-        piece = self.train.micro_batch_rows * self.train.sequence_length
-        if self.train.batch_tokens % piece:
-            raise ValueError(
-                f"train.batch_tokens {self.train.batch_tokens} must be a multiple of train.micro_batch_rows "
-                f"{self.train.micro_batch_rows} * train.sequence_length {self.train.sequence_length} = {piece}; "
-                f"the next one is {-(-self.train.batch_tokens // piece) * piece}"
-            )
+        self.micro_batches_of_each(1)
         return self
+
+    def micro_batches_of_each(self, world_size: int) -> int:
+        """Forward and backward passes of one optimizer step in each of `world_size` processes.
+
+        Raises:
+            ValueError: the tokens of a step cannot be shared evenly.
+        """
+        train = self.train
+        piece = world_size * train.micro_batch_rows * train.sequence_length
+        if train.batch_tokens % piece:
+            processes = f"{world_size} processes * " if world_size > 1 else ""
+            raise ValueError(
+                f"train.batch_tokens {train.batch_tokens} must be a multiple of {processes}train.micro_batch_rows "
+                f"{train.micro_batch_rows} * train.sequence_length {train.sequence_length} = {piece}; the next one is "
+                f"{-(-train.batch_tokens // piece) * piece}"
+            )
+        return train.batch_tokens // piece
 
     @property
     def num_micro_batches(self) -> int:
         """Forward and backward passes of one optimizer step, those of all processes together."""
-        return self.train.batch_tokens // (self.train.micro_batch_rows * self.train.sequence_length)
+        return self.micro_batches_of_each(1)

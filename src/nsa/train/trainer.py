@@ -66,7 +66,7 @@ class Trainer:
         self.config = config
         self.parallel = parallel or one_process(config.run.device)
         self.device = self.parallel.device
-        self.num_micro_batches = _own_micro_batches(config, self.parallel.world_size)
+        self.num_micro_batches = config.micro_batches_of_each(self.parallel.world_size)
         if config.run.num_threads is not None:
             torch.set_num_threads(config.run.num_threads)
         torch.manual_seed(config.run.seed)
@@ -311,19 +311,6 @@ class Trainer:
             step_s=step_s,
             fetch_s=sum(waits_s),
         )
-
-
-def _own_micro_batches(config: RunConfig, world_size: int) -> int:
-    """Micro-batches of one rank in a step."""
-    train = config.train
-    if config.num_micro_batches % world_size:
-        piece = train.micro_batch_rows * train.sequence_length * world_size
-        raise ValueError(
-            f"train.batch_tokens {train.batch_tokens} must be a multiple of {world_size} processes * "
-            f"train.micro_batch_rows {train.micro_batch_rows} * train.sequence_length {train.sequence_length} = "
-            f"{piece}; the next one is {-(-train.batch_tokens // piece) * piece}; or use fewer rows"
-        )
-    return config.num_micro_batches // world_size
 
 
 def _document_lengths(batch: TokenBatch) -> Tensor:

@@ -149,16 +149,11 @@ def backend(plan: Plan) -> Iterator[Finding]:
 
 
 def batch(plan: Plan) -> Iterator[Finding]:
-    train = plan.config.train
-    piece = train.micro_batch_rows * train.sequence_length * plan.world_size
-    if train.batch_tokens % piece:
-        yield Finding(
-            "batch-not-divisible",
-            "error",
-            f"train.batch_tokens {train.batch_tokens:,} is no multiple of {plan.world_size} processes * "
-            f"micro_batch_rows {train.micro_batch_rows} * sequence_length {train.sequence_length} = {piece:,}",
-            f"set train.batch_tokens to {-(-train.batch_tokens // piece) * piece}, or micro_batch_rows lower",
-        )
+    try:
+        plan.config.micro_batches_of_each(plan.world_size)
+    except ValueError as error:
+        remedy = "set train.batch_tokens to that, or lower train.micro_batch_rows"
+        yield Finding("batch-not-divisible", "error", str(error), remedy)
 
 
 def memory(plan: Plan) -> Iterator[Finding]:
