@@ -77,6 +77,15 @@ def test_tables_are_whole(document):
         assert {row.replace("\\|", "").count("|") for row in rows} <= {rule.count("|")}, rule
 
 
+def test_every_file_is_in_the_reading_order_of_its_folder():
+    orders = [p for p in (ROOT / "src").rglob("__init__.py") if "Reading order:" in p.read_text(encoding="utf-8")]
+    assert len(orders) >= 7
+    for order in orders:
+        docstring = order.read_text(encoding="utf-8").split('"""')[1]
+        files = {path.stem for path in order.parent.glob("*.py")} - {"__init__"}
+        assert files <= set(re.findall(r"\w+", docstring)), order
+
+
 def test_paths_named_in_backticks_exist():
     for document in ("README.md", "CONTRIBUTING.md"):
         for path in re.findall(r"`((?:src|tests|configs|docs|examples)/[\w./]+)`", (ROOT / document).read_text()):

@@ -13,6 +13,7 @@ import nsa
 from nsa.cli import COMMANDS, main
 
 SOURCE = Path(nsa.__file__).parent
+ROOT = Path(__file__).parents[2]
 
 
 def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
@@ -56,9 +57,10 @@ def test_help_needs_no_heavy_import() -> None:
 
 def test_no_environment_variable_is_read_but_those_of_torchrun() -> None:
     readers = re.compile(r"\benviron\b|\bgetenv\b|\benvironb\b")
-    found = [str(path.relative_to(SOURCE)) for path in SOURCE.rglob("*.py") if readers.search(path.read_text())]
-    assert found == ["train/parallel.py"]
-    text = (SOURCE / found[0]).read_text()
+    files = [path for folder in (SOURCE, ROOT / "examples") for path in folder.rglob("*.py")]
+    found = [path for path in files if readers.search(path.read_text(encoding="utf-8"))]
+    assert found == [SOURCE / "train" / "parallel.py"]
+    text = found[0].read_text(encoding="utf-8")
     assert len(readers.findall(text)) == 1
     assert (
         'os.environ.get(name, default)) for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))'

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -65,6 +66,13 @@ def test_a_run_leaves_every_file(finished: Path) -> None:
     } <= files
     assert not [name for name in files if ".part" in name]
     assert newest_checkpoint(finished).name == "step_000006"
+
+
+def test_the_guide_lists_all_that_a_run_leaves(finished: Path) -> None:
+    guide = (Path(__file__).parents[2] / "docs" / "operations.md").read_text(encoding="utf-8")
+    table = guide.split("## The run folder\n")[1].split("\n## ")[0]
+    left = {path.name + "/" * path.is_dir() for path in finished.iterdir()}
+    assert left <= set(re.findall(r"`([^`]+)`", table))
 
 
 def test_the_stored_config_is_the_whole_config_of_the_run(finished: Path, module_tiny) -> None:

@@ -1,8 +1,10 @@
 """Text to packed training rows and exact evaluation batches.
 
-Reading order: `config.py` (what can be set), `sources.py` (documents, from files, the Hub or drawn), `heldout.py` and
-`corpus.py` (which of them are trained on), `tokenizers.py`, `packing.py` and `windows.py` (documents to rows),
-`loader.py` (the stream), `prefetch.py` (the stream made ahead). docs/data.md is the guide.
+Reading order: `config.py` (what can be set), `sources.py` (documents: in memory, `documents.py`, or by `blocks.py`;
+from `files.py`, `jsonl.py`, `parquet.py`, `hub.py` or `synthetic.py`), `heldout.py` and `corpus.py` (which of them are
+trained on), `tokenizers.py`, `packing.py` and `windows.py` (documents to rows), `loader.py` (the stream), `prefetch.py`
+(the stream made ahead, by `background.py`), `eval_batches.py`; `check.py` runs the loader alone. `errors.py` and
+`progress.py` are what it says. docs/data.md is the guide.
 """
 
 from nsa.data.config import DataConfig

@@ -1,1 +1,1 @@
-
+"""How good a model is: `loss.py` (what training lowers too), `perplexity.py` on held-out documents, `samples.py`."""

@@ -1,7 +1,8 @@
 """The folder of one run: what lies where, and writes that are either whole or absent.
 
-runs/NAME/  config.yaml env.json status.json training.csv val.csv health.csv metrics.json
-            heartbeat_rank0.jsonl stacks_rank0.txt curves.png report.md tb/ samples/before.txt samples/after.txt
+runs/NAME/  config.yaml env.json preflight.json data_index.json status.json metrics.json
+            training.csv val.csv health.csv tb/ heartbeat_rank0.jsonl stacks_rank0.txt profile/
+            curves.png report.md samples/before.txt samples/after.txt
             checkpoints/step_000500/ ... checkpoints/latest -> step_000500
             run.lock, and HALT when someone asks the run to stop
 """
@@ -56,7 +57,7 @@ class RunFolder:
         data_index: dict[str, Any],
         preflight: dict[str, Any] | None = None,
     ) -> RunFolder:
-        """Make the folder with `config.yaml`, `env.json`, `data_index.json` and `status.json`, and lock it.
+        """Make the folder with what is known before the first step, and lock it.
 
         Args:
             preflight: for `preflight.json`; the findings that it lets pass stand in every `status.json` from now on.

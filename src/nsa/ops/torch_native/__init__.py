@@ -2,8 +2,8 @@
 
 Each function here is one operator of `nsa.ops.registry`. It takes the operator's arguments and hands the work to a
 kernel that knows batches only; packed input is cut into batches of documents of similar length first
-(`documents.by_document`). Reading order: `tiles` (the one attention loop), `masks` (what the branches see), `selected`
-and `select`, then `documents`.
+(`documents.by_document`). Reading order: `tiles` (the one attention loop) with `products`, `masks` (what the branches
+see), `selected` and `blockwise` (its two routes), `select`, `pool`, `decode`, then `documents`.
 
 Legend: B batch, T queries, S keys, H query heads, K key/value groups, R = H/K heads of a group, D head size.
 
