@@ -9,7 +9,7 @@ import pyarrow.parquet
 import pytest
 
 from corpus_files import NAMES, TEXTS, write_jsonl, write_parquet
-from nsa.data import DataConfig, DataError, Documents, jsonl, open_source
+from nsa.data import DataConfig, DataError, Documents, jsonl, open_source, parquet
 from nsa.data.blocks import BlockSource
 
 WRITERS = {"parquet": write_parquet, "jsonl": write_jsonl}
@@ -177,6 +177,26 @@ def test_a_parquet_file_without_text_or_rows_is_refused(tmp_path: Path) -> None:
         opened("parquet", path)
     with pytest.raises(DataError, match=r"a\.parquet has no rows"):
         opened("parquet", write_parquet(path, [], None))
+
+
+def test_a_column_that_is_there_twice_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    for names in (["text", "text", "id"], ["text", "id", "id"]):
+        columns = [pyarrow.array(["a"]) for _ in names]
+        pyarrow.parquet.write_table(pyarrow.Table.from_arrays(columns, names=names), path)
+        with pytest.raises(DataError, match=rf'a\.parquet has several columns "{names[1]}"; rename all but one'):
+            opened("parquet", path)
+
+
+def test_a_parquet_file_that_may_not_be_read_is_not_called_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def closed(place: object) -> None:
+        raise PermissionError(f"Failed to open {place}")
+
+    monkeypatch.setattr(parquet, "_open", closed)  # root may read everything
+    with pytest.raises(DataError, match=r"a\.parquet may not be read; give this user the right"):
+        opened("parquet", write_parquet(tmp_path / "a.parquet", TEXTS, NAMES))
 
 
 def test_a_parquet_file_that_vanishes_is_named(tmp_path: Path) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import doctest
+import errno
 import importlib
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -77,7 +79,14 @@ def test_the_fingerprint_changes_with_any_name_or_text(tmp_path: Path) -> None:
         ),
         ("jsonl", b'["text"]\n', r"bad\.x:1 has a list but"),
         ("jsonl", b'{"text": null}\n', r'bad\.x:1: "text" is a NoneType, not a string'),
-        ("jsonl", b'{"text": "\\ud800"}\n', r"bad\.x:1: .*surrogate"),
+        ("jsonl", b'{"text": "\\ud800"}\n', r"bad\.x:1: \"text\" has half of a surrogate"),
+        ("jsonl", b'{"text": "a", "id": "\\ud800"}\n', r"bad\.x:1: \"id\" has half of a surrogate"),
+        (
+            "jsonl",
+            b'{"text": "a"}\n{"text": "b", "n": ' + b"9" * 5000 + b"}\n",
+            r"bad\.x:2 is JSON that Python does not",
+        ),
+        ("jsonl", b"[" * 100_000, r"bad\.x:1 is JSON that Python does not read"),
     ],
 )
 def test_malformed_files_are_named_with_line_and_remedy(
@@ -97,6 +106,34 @@ def test_missing_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "folder.txt").mkdir()
     with pytest.raises(DataError, match=r"folder\.txt cannot be read"):
         read("text", tmp_path / "*.txt")
+
+
+def test_a_folder_holds_what_is_linked_into_it_and_what_lies_in_folders_called_like_files(tmp_path: Path) -> None:
+    for folder in ("corpus/a.txt", "elsewhere"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "one.txt").write_text(folder, encoding="utf-8")
+    (tmp_path / "corpus" / "linked").symlink_to(tmp_path / "elsewhere")
+    assert read("text", tmp_path / "corpus") == {"a.txt/one.txt": "corpus/a.txt", "linked/one.txt": "elsewhere"}
+    (tmp_path / "corpus" / "linked" / "round").symlink_to(tmp_path / "corpus")
+    with pytest.raises(DataError, match=r"linked/round is a link to .*corpus, which .* holds already; remove the link"):
+        read("text", tmp_path / "corpus")
+
+
+def test_a_folder_that_may_not_be_read_is_an_error_and_not_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.txt").write_text("a", encoding="utf-8")
+    (tmp_path / "closed").mkdir()
+    scandir = os.scandir
+
+    def closed(path: str) -> object:
+        if Path(path).name == "closed":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", closed)  # root may read everything
+    with pytest.raises(DataError, match=r"closed cannot be read: Permission denied"):
+        read("text", tmp_path)
 
 
 def test_a_file_given_twice_is_refused(tmp_path: Path) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import glob
+import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from nsa.data.errors import DataError
@@ -16,7 +17,7 @@ def find_files(paths: Sequence[str], suffix: str) -> list[tuple[str, Path]]:
     for entry in paths:
         path = Path(entry).expanduser()
         if path.is_dir():
-            files = [(file.relative_to(path).as_posix(), file) for file in sorted(path.rglob(f"*{suffix}"))]
+            files = [(file.relative_to(path).as_posix(), file) for file in sorted(_inside(path, suffix))]
             missing = f"the folder {path} has no *{suffix} file"
         elif path.is_file():
             files, missing = [(path.name, path)], ""
@@ -30,6 +31,21 @@ def find_files(paths: Sequence[str], suffix: str) -> list[tuple[str, Path]]:
         if count > 1:
             raise DataError(f"{file} is given {count} times in data.paths; each file may be read once")
     return found
+
+
+def _inside(folder: Path, suffix: str) -> Iterator[Path]:
+    """Files of a folder and of all below it, linked ones too; `Path.rglob` passes over those and over closed ones."""
+
+    def stop(error: OSError) -> None:
+        raise unreadable(error.filename, error) from error
+
+    seen: set[str] = set()
+    for place, _, names in os.walk(folder, onerror=stop, followlinks=True):
+        real = os.path.realpath(place)
+        if real in seen:
+            raise DataError(f"{place} is a link to {real}, which {folder} holds already; remove the link")
+        seen.add(real)
+        yield from (Path(place, name) for name in names if name.endswith(suffix))
 
 
 def read_bytes(path: Path) -> bytes:

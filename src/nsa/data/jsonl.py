@@ -134,21 +134,24 @@ def _parse_line(line: str, where: str) -> dict[str, object]:
         raise DataError(
             f"{where} is not JSON ({error.msg} at column {error.colno}); repair or remove the line"
         ) from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, lists in lists in lists
+        raise DataError(f"{where} is JSON that Python does not read ({error}); repair or remove the line") from error
     if not isinstance(row, dict) or "text" not in row:
         keys = f"the keys {sorted(row)}" if isinstance(row, dict) else f"a {type(row).__name__}"
         raise DataError(f'{where} has {keys} but must be an object with "text"; rename the field or remove the line')
     if not isinstance(row["text"], str):
         raise DataError(f'{where}: "text" is a {type(row["text"]).__name__}, not a string; repair or remove the line')
-    if not _encodable(row["text"]):
-        raise DataError(
-            f'{where}: "text" has half of a surrogate pair, which is no character; repair or remove the line'
-        )
+    for key in ("text", "id"):
+        if not _encodable(row.get(key)):
+            raise DataError(
+                f'{where}: "{key}" has half of a surrogate pair, which is no character; repair or remove the line'
+            )
     return row
 
 
-def _encodable(text: str) -> bool:
+def _encodable(value: object) -> bool:
     try:
-        text.encode()
+        _ = isinstance(value, str) and value.encode()
     except UnicodeEncodeError:
         return False
     return True

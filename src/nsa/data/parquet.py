@@ -104,6 +104,9 @@ class ParquetBlocks(FileBlocks):
         import pyarrow
 
         source, file = self._inputs[number], self._file(number)
+        for column in ("text", "id"):
+            if file.schema_arrow.names.count(column) > 1:
+                raise DataError(f'{source.place} has several columns "{column}"; rename all but one')
         kind = file.schema_arrow.field("text").type if "text" in file.schema_arrow.names else None
         if kind is None or not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
             raise DataError(
@@ -169,6 +172,8 @@ class ParquetBlocks(FileBlocks):
             return read()
         except FileNotFoundError as error:
             raise DataError(f"{where} is not there any more; put the file back") from error
+        except PermissionError as error:
+            raise DataError(f"{where} may not be read; give this user the right to read it") from error
         except HTTPError as error:
             raise DataError(f"{where} does not come: {error}; mend the connection and resume") from error
         except (OSError, ArrowException, UnicodeDecodeError) as error:
