@@ -52,6 +52,11 @@ def test_a_sound_run_has_no_findings() -> None:
         ("no-checkpoints", "error", plan(train={**LONG, "checkpoint_every_steps": 50_000})),
         ("checkpoints-too-rare", "error", plan(train=LONG, facts={"speed": Speed(8.0, "")})),
         ("checkpoints-too-rare", "warning", plan(train={"steps": 1000}, facts={"speed": Speed(8.0, "")})),
+        (
+            "checkpoints-too-rare",
+            "warning",
+            plan(train={"steps": 1000, "checkpoint_every_steps": 0}, facts={"speed": Speed(8.0, "")}),
+        ),
         ("disk-too-small", "error", plan(facts={"disk_needed_gib": 3.0, "disk_free_gib": 2.9})),
         ("fp32-on-bf16-gpu", "error", plan(GPU)),
         ("bf16-on-cpu", "warning", plan(train={"precision": "bf16"})),
@@ -119,6 +124,8 @@ def test_a_used_run_folder_is_found_on_this_machine_only(tmp_path: Path) -> None
 def test_the_remedies_of_numbers_are_right() -> None:
     rare = check(plan(train=LONG, facts={"speed": Speed(8.0, "")}))[0]
     assert "set train.checkpoint_every_steps to 225 or less" in rare.remedy  # half an hour
+    last_only = plan(train={"steps": 1000, "checkpoint_every_steps": 3000}, facts={"speed": Speed(9.0, "")})
+    assert check(last_only)[0].message.startswith("1,000 steps between checkpoints are about 2.5 hours")
     uneven = check(plan(train={"batch_tokens": 24576}, facts={"world_size": 2}))[0]
     assert uneven.message.endswith("the next one is 32768")
 

@@ -85,6 +85,7 @@ def run_folder(plan: Plan) -> Iterator[Finding]:
 def checkpoints(plan: Plan) -> Iterator[Finding]:
     train = plan.config.train
     every = train.checkpoint_every_steps
+    between = min(every or train.steps, train.steps)  # the last step writes one in any case
     if plan.is_long and not 0 < every < train.steps:
         yield Finding(
             "no-checkpoints",
@@ -92,13 +93,13 @@ def checkpoints(plan: Plan) -> Iterator[Finding]:
             f"{train.steps:,} steps with train.checkpoint_every_steps {every} write no checkpoint before the last step",
             f"set train.checkpoint_every_steps, for example {max(1, train.steps // 50)}",
         )
-    elif plan.speed and every and min(every, train.steps) * plan.speed.step_s > MAX_LOST_HOURS * 3600:
-        hours = every * plan.speed.step_s / 3600
+    elif plan.speed and between * plan.speed.step_s > MAX_LOST_HOURS * 3600:
+        hours = between * plan.speed.step_s / 3600
         steps = max(1, int(MAX_LOST_HOURS * 1800 / plan.speed.step_s))
         yield Finding(
             "checkpoints-too-rare",
             "error" if plan.is_long else "warning",
-            f"{every:,} steps between checkpoints are about {hours:.1f} hours, which a crash would lose",
+            f"{between:,} steps between checkpoints are about {hours:.1f} hours, which a crash would lose",
             f"set train.checkpoint_every_steps to {steps} or less",
         )
 
