@@ -2,7 +2,7 @@
 
 Each command is one line in `COMMANDS` and one module here with `main(arguments) -> exit code`; the module is imported
 only when its command runs, so that `nsa --help` is quick. Exit codes: 0 done, 1 the work failed, 2 bad input, 3 stopped
-on request after a checkpoint.
+on request after a checkpoint, 130 interrupted (Ctrl-C) otherwise.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ from __future__ import annotations
 import difflib
 import importlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from nsa import __version__
 
-EXIT_DONE, EXIT_FAILED, EXIT_USAGE, EXIT_STOPPED = 0, 1, 2, 3
+EXIT_DONE, EXIT_FAILED, EXIT_USAGE, EXIT_STOPPED, EXIT_INTERRUPTED = 0, 1, 2, 3, 130
 
 # Command name -> (module with `main`, one line of help).
 COMMANDS = {
@@ -44,12 +44,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"nsa {__version__}")
         return EXIT_DONE
     if name not in COMMANDS:
-        near = difflib.get_close_matches(name, COMMANDS, n=1)
-        hint = f"did you mean `nsa {near[0]}`?" if near else f"choose one of {', '.join(COMMANDS)}"
-        print(f"nsa: unknown command {name!r}; {hint}", file=sys.stderr)
-        return EXIT_USAGE
+        return unknown("nsa", "command", name, COMMANDS)
     module, _ = COMMANDS[name]
-    return importlib.import_module(module).main(rest)
+    try:
+        return importlib.import_module(module).main(rest)
+    except KeyboardInterrupt as interrupt:
+        print("\n  ".join([f"nsa {name}: interrupted", *getattr(interrupt, "__notes__", [])]), file=sys.stderr)
+        return EXIT_INTERRUPTED
 
 
 def usage() -> str:
@@ -60,6 +61,14 @@ def usage() -> str:
         "usage: nsa [--version] COMMAND ...\n\nNative Sparse Attention: train, look into and use models.\n\ncommands:\n"
     )
     return head + "\n".join(lines) + "\n\n`nsa COMMAND --help` explains one command."
+
+
+def unknown(program: str, what: str, name: str, known: Collection[str]) -> int:
+    """Print a name that `program` does not know with the nearest that it does, and return the exit code for it."""
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean `{program} {near[0]}`?" if near else f"choose one of {', '.join(known)}"
+    print(f"{program}: unknown {what} {name!r}; {hint}", file=sys.stderr)
+    return EXIT_USAGE
 
 
 def fail(command: str, error: Exception) -> int:

@@ -7,10 +7,8 @@ and, where there is a picture of them, `draw(rows, settings, path)`. `nsa bench 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import importlib
 import shlex
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,7 @@ import torch
 import tyro
 
 from nsa.bench.protocol import print_table, write_results
-from nsa.cli import EXIT_DONE, EXIT_USAGE, fail
+from nsa.cli import EXIT_DONE, EXIT_USAGE, fail, unknown
 
 # Kind -> (module, settings, function, one line of help).
 KINDS = {
@@ -37,10 +35,7 @@ def main(arguments: Sequence[str]) -> int:
         return EXIT_DONE if arguments else EXIT_USAGE
     kind, *rest = arguments
     if kind not in KINDS:
-        near = difflib.get_close_matches(kind, KINDS, n=1)
-        hint = f"did you mean `nsa bench {near[0]}`?" if near else f"choose one of {', '.join(KINDS)}"
-        print(f"nsa bench: unknown benchmark {kind!r}; {hint}", file=sys.stderr)
-        return EXIT_USAGE
+        return unknown("nsa bench", "benchmark", kind, KINDS)
     settings_type, measure = load(kind)
     given: Any = tyro.cli(arguments_of(settings_type), prog=f"nsa bench {kind}", args=rest, use_underscores=True)
     try:
@@ -82,6 +77,6 @@ def arguments_of(settings_type: type) -> type:
 
 def usage() -> str:
     """The text of `nsa bench --help`."""
-    lines = [f"  {kind:<10}{summary}" for kind, (*_, summary) in KINDS.items()]
+    lines = [f"  {kind:<10} {summary}" for kind, (*_, summary) in KINDS.items()]
     head = "usage: nsa bench KIND ...\n\nMeasure on this machine, print a table, write a CSV.\n\nkinds:\n"
     return head + "\n".join(lines) + "\n\n`nsa bench KIND --help` lists the settings."

@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from nsa.cli import EXIT_DONE, EXIT_USAGE, fail
 from nsa.data.check import DataCheck, check_data
+from nsa.train.config import RunConfig
 from nsa.train.load_config import load_config
 
 PROG = "nsa data check CONFIG"
@@ -55,7 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _check(config, num_batches: int) -> DataCheck:
+def _check(config: RunConfig, num_batches: int) -> DataCheck:
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("opening, first window", total=num_batches)

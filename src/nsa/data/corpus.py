@@ -8,7 +8,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import cached_property
 from typing import Any
@@ -95,7 +95,7 @@ class Corpus:
         return split_documents(self.source, self.heldout)
 
     @cached_property
-    def _rule(self) -> Any:
+    def _rule(self) -> Callable[[str], bool]:
         assert isinstance(self.source, BlockSource)
         return heldout_rule(self.source, self.heldout)
 
@@ -177,7 +177,9 @@ class PickedDocuments:
         return self.texts[index]
 
 
-def _pick(source: BlockSource, held_out: Any, tokenizer: Tokenizer, max_tokens: int | None) -> PickedDocuments:
+def _pick(
+    source: BlockSource, held_out: Callable[[str], bool], tokenizer: Tokenizer, max_tokens: int | None
+) -> PickedDocuments:
     """Held-out documents from blocks that are spread over the source, until they have `max_tokens`."""
     count = min(source.num_blocks, EVAL_BLOCKS)
     order = range(count)
