@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -63,6 +65,28 @@ def test_a_step_that_fails_ends_with_code_1_and_keeps_the_folder(
     assert "FAILED a step" in out
     assert "it broke" in out
     assert (tmp_path / "check").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"val_loss": None}, "val_loss is None, not a positive number"),
+        ({"val_loss": "3.0"}, "val_loss is '3.0', not a positive number"),
+        ({"train_loss": 0}, "train_loss is 0, not a positive number"),
+        ({"tokens_per_s": float("nan")}, "tokens_per_s is nan, not a positive number"),
+        ({"machine": []}, "machine is [], not an object"),
+        ({"more": 1}, "unexpected keyword argument 'more'"),
+    ],
+)
+def test_a_damaged_baseline_is_refused_before_anything_is_run(
+    change: dict[str, object], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    monkeypatch.setattr(SmokeCheck, "run", lambda self: pytest.fail("ran with a damaged baseline"))
+    path = tmp_path / "damaged.json"
+    path.write_text(json.dumps(asdict(FIGURES) | change), encoding="utf-8")
+    assert main(["smoke", "--device", "cpu", "--baseline", str(path)]) == 2
+    assert f"{path} cannot be used: " in (error := capsys.readouterr().err)
+    assert words in error
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ resumed, its evaluation, its text, its health. About a minute on one core.
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 import time
@@ -34,6 +35,7 @@ HALT_AFTER_STEPS = 50
 LAST_STEPS = 20  # whose mean is the training loss
 SLOW_STEPS = 5  # first ones, after the start and after resuming, that no speed is taken from
 TIMEOUT_S = 600.0
+COMPARED = {"val_loss": False, "train_loss": False, "tokens_per_s": True}  # figure -> whether larger is better
 SAME_MACHINE = ("device", "num_threads", "torch")  # tokens per second are compared only where these agree
 
 
@@ -219,7 +221,7 @@ def smoke_config(folder: Path, device: str) -> dict[str, Any]:
 def compare(now: Figures, baseline: Figures | None, tolerance_percent: float) -> list[ComparedRow]:
     """Each figure beside the baseline's; speed only where the machine is the same."""
     rows = []
-    for name, larger_is_better in (("val_loss", False), ("train_loss", False), ("tokens_per_s", True)):
+    for name, larger_is_better in COMPARED.items():
         value = getattr(now, name)
         comparable = baseline is not None and (name != "tokens_per_s" or same_machine(now, baseline))
         before = getattr(baseline, name) if comparable else None
@@ -244,9 +246,21 @@ def read_baseline(path: Path) -> Figures:
         ValueError: it cannot be read or holds something else.
     """
     try:
-        return Figures(**json.loads(path.read_text(encoding="utf-8")))
+        figures = Figures(**json.loads(path.read_text(encoding="utf-8")))
+        _check_values(figures)
     except (OSError, ValueError, TypeError) as error:
         raise ValueError(f"the baseline {path} cannot be used: {error}; --update_baseline writes a new one") from error
+    return figures
+
+
+def _check_values(figures: Figures) -> None:
+    """A baseline that is wrong is found before a minute's work, and not compared as if it were right."""
+    for name in COMPARED:
+        value = getattr(figures, name)
+        if not isinstance(value, int | float) or not 0 < value < math.inf:
+            raise ValueError(f"{name} is {value!r}, not a positive number")
+    if not isinstance(figures.machine, dict):
+        raise ValueError(f"machine is {figures.machine!r}, not an object")
 
 
 def write_baseline(path: Path, figures: Figures) -> None:
