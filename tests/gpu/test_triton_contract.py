@@ -34,7 +34,7 @@ def step(*tensors: Tensor, cu: Tensor | None = None, geometry: BlockGeometry = S
 
 def test_auto_chooses_triton_on_the_gpu_and_says_why():
     q = inputs()[0]
-    assert explain_backend(q, SMALL) == ("triton", "torch.bfloat16 on a CUDA device")
+    assert explain_backend("auto", q) == ("triton", "torch.bfloat16 on a CUDA device")
 
 
 @pytest.mark.parametrize(
@@ -47,7 +47,7 @@ def test_auto_chooses_triton_on_the_gpu_and_says_why():
 )
 def test_what_triton_cannot_run_is_an_error_that_says_so(change, message):
     with pytest.raises(ValueError, match=message):
-        choose_backend("triton", change(inputs()[0]), SMALL)
+        choose_backend("triton", change(inputs()[0]))
 
 
 def test_repeated_calls_agree_bit_for_bit_whatever_lay_in_memory():

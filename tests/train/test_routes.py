@@ -46,7 +46,7 @@ def test_on_a_gpu_whatever_is_not_a_kernel_is_a_fallback(monkeypatch: pytest.Mon
     empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *sizes, device, **options: empty(*sizes, **options))
 
-    def explain(probe: torch.Tensor, geometry: object) -> tuple[str, str]:
+    def explain(backend: str, probe: torch.Tensor) -> tuple[str, str]:
         return ("torch", "head too large") if probe.shape[-1] > 256 else ("triton", "on a CUDA device")
 
     monkeypatch.setattr(module, "explain_backend", explain)

@@ -21,29 +21,29 @@ MAX_TRITON_HEAD_SIZE = 256
 HAS_TRITON = importlib.util.find_spec("triton") is not None  # looked up, not imported
 
 
-def choose_backend(backend: str, x: Tensor, geometry: BlockGeometry) -> str:
+def choose_backend(backend: str, x: Tensor) -> str:
     """The backend for tensors like `x`; "auto" resolves, a name stands or raises.
 
     Raises:
         ValueError: an unknown name, or a backend that cannot run `x`, with those that can.
     """
+    return explain_backend(backend, x)[0]
+
+
+def explain_backend(backend: str, x: Tensor) -> tuple[str, str]:
+    """What `choose_backend` chooses, and why.
+
+    Raises:
+        ValueError: as `choose_backend`.
+    """
     if backend == "auto":
-        return explain_backend(x, geometry)[0]
+        problem = _why_not_triton(x)
+        return ("torch", f"triton cannot run: {problem}") if problem else ("triton", f"{x.dtype} on a CUDA device")
     if backend not in BACKENDS:
         raise ValueError(f"backend {backend!r} is unknown; choose 'auto' or one of {', '.join(map(repr, BACKENDS))}")
-    if backend == "triton":
-        reason = _why_not_triton(x)
-        if reason:
-            raise ValueError(f"backend 'triton' cannot run here: {reason}; use backend='torch' or 'auto'")
-    return backend
-
-
-def explain_backend(x: Tensor, geometry: BlockGeometry) -> tuple[str, str]:
-    """What "auto" chooses for tensors like `x`, and why."""
-    reason = _why_not_triton(x)
-    if reason is None:
-        return "triton", f"{x.dtype} on a CUDA device"
-    return "torch", f"triton cannot run: {reason}"
+    if backend == "triton" and (problem := _why_not_triton(x)):
+        raise ValueError(f"backend 'triton' cannot run here: {problem}; use backend='torch' or 'auto'")
+    return backend, "asked for"
 
 
 @dataclass(frozen=True)
@@ -102,8 +102,7 @@ def routing_report(
     Raises:
         ValueError: a backend asked for by name cannot run here.
     """
-    chosen, reason = explain_backend(q, geometry) if backend == "auto" else (backend, "asked for")
-    choose_backend(chosen, q, geometry)
+    chosen, reason = explain_backend(backend, q)
     versions = {"torch": str(torch.__version__)}
     if chosen == "triton":
         kernels = importlib.import_module("nsa.ops.triton.report").kernels

@@ -34,6 +34,7 @@ def check_floating(**tensors: Tensor) -> None:
 
 
 def check_heads(q: Tensor, k: Tensor, k_name: str = "k") -> None:
+    """Query heads `[.., H, Dk]` that divide into groups, one for each key head, of one head size."""
     num_heads, num_kv_heads = q.shape[2], k.shape[2]
     if num_kv_heads == 0 or num_heads % num_kv_heads:
         raise ValueError(
@@ -59,6 +60,7 @@ def check_keys(q: Tensor, k: Tensor, v: Tensor, names: tuple[str, str] = ("k", "
 
 
 def check_length(name: str, x: Tensor, expected: int, why: str) -> None:
+    """`why` says where the expected number of tokens comes from."""
     if x.shape[1] != expected:
         raise ValueError(f"{name} has {x.shape[1]} tokens, expected {expected}: {why}")
 

@@ -117,7 +117,7 @@ def check_kernels() -> Iterator[KernelCheck]:
     for device in devices:
         for backend in ("reference", "torch", "triton"):
             try:
-                choose_backend(backend, torch.empty(1, device=device), GEOMETRY)
+                choose_backend(backend, torch.empty(1, device=device))
             except ValueError:
                 continue
             for dtype in (torch.float32,) if device.type == "cpu" else (torch.float32, torch.bfloat16):

@@ -12,7 +12,7 @@ from typing import Literal
 
 import torch
 
-from nsa.ops.routing import choose_backend, explain_backend
+from nsa.ops.routing import explain_backend
 from nsa.train.config import ModelSection
 
 ATTENTION_STAGES = ("compressed attention", "choice of blocks", "selected attention", "window attention", "gated sum")
@@ -69,9 +69,6 @@ def describe_routes(found: Sequence[Route]) -> str:
 def _route(stage: str, size: int, model: ModelSection, device: torch.device, precision: str) -> Route:
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     probe = torch.empty(1, size, dtype=dtype, device=device)
-    if model.attention_backend == "auto":
-        backend, reason = explain_backend(probe, model.geometry)
-    else:
-        backend, reason = choose_backend(model.attention_backend, probe, model.geometry), "asked for"
+    backend, reason = explain_backend(model.attention_backend, probe)
     is_fallback = model.attention_backend == "auto" and device.type == "cuda" and backend != "triton"
     return Route(stage, backend, reason, str(device), str(dtype).removeprefix("torch."), size, is_fallback)
