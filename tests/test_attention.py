@@ -73,6 +73,17 @@ def test_ragged_rows_decode_like_rows_alone(options, backend):
         torch.testing.assert_close(torch.cat(got[row]), full[row, : position[row]])
 
 
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+@pytest.mark.parametrize("compression", ["mean", "conv", "mlp"])
+@pytest.mark.parametrize("bounds", [[0, 4], [0, 7], [0, 2, 7], [0, 3, 8]])
+def test_packed_documents_may_be_shorter_together_than_a_compressed_block(bounds, compression, backend):
+    module, x = layer(backend, compression=compression), torch.randn(1, bounds[-1], 48)
+    alone = torch.cat([module(x[:, start:stop]) for start, stop in itertools.pairwise(bounds)], dim=1)
+    packed = module(x, cu_seqlens=torch.tensor(bounds, dtype=torch.int32))
+    torch.testing.assert_close(packed, alone)
+    packed.sum().backward()
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("backend", ["reference", "torch"])
 @pytest.mark.parametrize("options", OPTIONS, ids=str)

@@ -76,7 +76,7 @@ class BlockGeometry:
 
     def max_num_compressed(self, total: int) -> int:
         """The most compressed tokens that documents of `total` tokens together can have, however they are cut."""
-        return total // self.compress_stride
+        return 0 if total < self.compress_block_size else total // self.compress_stride
 
     def num_select_blocks(self, length: int) -> int:
         """Selection blocks that a document of `length` tokens is cut into, the last one possibly short."""
