@@ -50,6 +50,19 @@ def test_without_a_command_the_usage_is_shown_as_an_error(capsys: pytest.Capture
     assert "usage: nsa" in capsys.readouterr().out
 
 
+def test_an_interrupted_command_says_so_without_a_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*arguments: object) -> None:
+        error = KeyboardInterrupt()
+        error.add_note("rank 0, after step 3")
+        raise error
+
+    monkeypatch.setattr("nsa.cli.halt.main", interrupted)
+    assert main(["halt", "runs/NAME"]) == 130
+    assert capsys.readouterr().err == "nsa halt: interrupted\n  rank 0, after step 3\n"
+
+
 def test_help_needs_no_heavy_import() -> None:
     code = "import sys; from nsa.cli import main; main(['--help']); sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, env={"PYTHONPATH": str(SOURCE.parent)}, timeout=60)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,7 @@ from nsa.train.checkpoint import newest_checkpoint
 from nsa.train.config import RunConfig
 from nsa.train.load_config import load_config
 from nsa.train.observe.csv_log import TRAINING_COLUMNS, VALIDATION_COLUMNS, read_csv
+from nsa.train.preflight.report import examine_resume
 from nsa.train.resume import ALLOWED, changed_keys, prepare_resume, resumed_config
 from nsa.train.run import Outcome, prepare, train
 from nsa.train.trainer import Trainer
@@ -239,6 +241,72 @@ def test_a_halt_file_stops_a_run_with_its_reason_and_the_next_goes_on(
     assert newest_checkpoint(folder.path).name == "step_000004"
     resume(folder.path)
     assert table(folder.path) == table(whole)
+
+
+@pytest.mark.parametrize("text", [None, "", '{"sta', "[]"])
+def test_a_run_goes_on_without_the_small_files_that_a_crash_took(tiny, text: str | None) -> None:
+    folder = train(*prepare(tiny(train=STEPS))).folder
+    for path in (folder.status_json, folder.env_json, folder.data_index_json, folder.preflight_json):
+        path.unlink() if text is None else path.write_text(text)
+    for path in (folder.training_csv, folder.val_csv, folder.samples / "before.txt", folder.samples / "after.txt"):
+        path.unlink()
+    folder.samples.rmdir()
+    assert resume(folder.path, "--train.steps", "9").metrics["step"] == 9
+    assert (folder.read_status()["state"], folder.read_status()["step"]) == ("finished", 9)
+    assert [row["step"] for row in table(folder.path)] == [9]
+    assert json.loads(folder.data_index_json.read_text())["held_out_documents"]
+    assert json.loads(folder.env_json.read_text())["resumed"][0]["step"] == 8
+    assert "after step 9 of 9" in folder.report_md.read_text()
+
+
+@pytest.mark.parametrize("name", ["training.csv", "val.csv", "health.csv", "heartbeat_rank0.jsonl"])
+def test_a_damaged_table_is_named_before_anything_is_done(tiny, name: str) -> None:
+    folder = train(*prepare(tiny(train=STEPS))).folder
+    path = folder.path / name
+    path.write_text(path.read_text() + "garbage\n")
+    before = {file: file.read_bytes() for file in folder.path.rglob("*") if file.is_file()}
+    with pytest.raises(ValueError, match=rf"{name}, line \d+.*; correct that line, or move .*{name} away"):
+        resume(folder.path, "--train.steps", "9")
+    assert {file: file.read_bytes() for file in folder.path.rglob("*") if file.is_file()} == before
+
+
+def test_a_run_whose_checkpoints_were_removed_does_not_begin_again_over_its_tables(tiny) -> None:
+    folder = train(*prepare(tiny(train=STEPS))).folder
+    shutil.rmtree(folder.checkpoints)
+    before = table(folder.path)
+    with pytest.raises(ValueError, match=r"was finished after step 8, but .* holds no checkpoint; restore"):
+        resume(folder.path, "--train.steps", "9")
+    assert table(folder.path) == before
+
+
+def test_a_full_disk_refuses_to_go_on_unless_old_checkpoints_make_room(tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = train(*prepare(tiny(train=STEPS))).folder
+    size = sum(file.stat().st_size for file in folder.checkpoints.rglob("*") if file.is_file())
+    monkeypatch.setattr("nsa.train.preflight.report._free_gib", lambda path: 0.0)
+    assert not examine_resume(load_config(folder.config_yaml), folder.path).refused_by
+    with pytest.raises(ValueError, match=r"(?s)disk-too-small: the checkpoints take up to .*--preflight.allow disk"):
+        resume(
+            folder.path, "--train.steps", "9", "--train.keep_checkpoints", "50", "--train.checkpoint_every_steps", "1"
+        )
+    assert size == sum(file.stat().st_size for file in folder.checkpoints.rglob("*") if file.is_file())
+    shutil.rmtree(folder.checkpoints / "step_000003")
+    shutil.rmtree(folder.checkpoints / "step_000006")
+    with pytest.raises(ValueError, match="disk-too-small"):
+        resume(folder.path, "--train.steps", "9")
+    assert resume(folder.path, "--train.steps", "9", "--preflight.allow", "disk-too-small").metrics["step"] == 9
+
+
+def test_a_long_rest_without_checkpoints_is_refused(tiny) -> None:
+    folder = train(*prepare(tiny(train=STEPS))).folder
+    with pytest.raises(ValueError, match="no-checkpoints"):
+        resume(folder.path, "--train.steps", "9000", "--train.checkpoint_every_steps", "0")
+
+
+def test_a_compiled_rest_follows_the_same_losses(whole: Path, tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = run_until(tiny(train=STEPS), 4, monkeypatch, "stop")
+    resume(folder, "--train.compile", "True")
+    losses, expected = ([row["loss"] for row in table(path)] for path in (folder, whole))
+    assert losses == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_trainer_goes_on_with_its_guards(tiny) -> None:

@@ -306,7 +306,9 @@ def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint(
     assert newest_checkpoint(folder.path).name == "step_000002"
     assert len(losses(folder.path)) == 2
     assert folder.curves_png.is_file()
-    assert f"stopped by {number.name} at step 2" in folder.report_md.read_text()
+    report = folder.report_md.read_text()
+    assert f"was stopped by {number.name} after step 2 of 6" in report
+    assert "nats per token, after step 0 |" in report  # of the last evaluation, before the stop
 
 
 def test_a_run_without_progress_ends_early(tiny) -> None:

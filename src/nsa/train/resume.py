@@ -9,7 +9,6 @@ its first checkpoint begins again. The stored config is used; what may be change
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,10 +18,13 @@ from typing import Any, TypeVar
 from nsa.train.checkpoint_load import choose_checkpoint
 from nsa.train.config import RunConfig
 from nsa.train.load_config import dump_config, load_config, override_config
+from nsa.train.observe.csv_log import HEALTH_COLUMNS, TRAINING_COLUMNS, VALIDATION_COLUMNS, read_csv
 from nsa.train.observe.environment import snapshot
-from nsa.train.observe.summary import describe
+from nsa.train.observe.heartbeat import heartbeat_files, read_heartbeats
+from nsa.train.observe.summary import data_index, describe
 from nsa.train.parallel import Parallel, one_process
-from nsa.train.run_folder import RunFolder, write_json, write_text
+from nsa.train.preflight.report import examine_resume
+from nsa.train.run_folder import RunFolder, read_json, write_json, write_text
 from nsa.train.stop import clear_stale_halt
 from nsa.train.trainer import Trainer
 
@@ -97,7 +99,8 @@ def prepare_resume(
         parallel: this process among those of the run; one process unless given.
 
     Raises:
-        ValueError: there is nothing to resume, another process still runs, or an override is not allowed.
+        ValueError: there is nothing to resume, another process still runs, an override is not allowed, or preflight
+            refuses, as for a full disk.
         CheckpointError: the checkpoint does not fit the model of the config.
     """
     stored, config = resumed_config(run, overrides)
@@ -177,7 +180,7 @@ def _prepare_locked(
     parallel: Parallel,
     say: Callable[[str], object],
 ) -> tuple[Trainer, RunFolder]:
-    before = on_main(parallel, folder.read_status)
+    before = on_main(parallel, lambda: _look_into(folder, config, parallel))
     trainer = Trainer(config, parallel)
     say(f"checking the checkpoints in {folder.checkpoints}")
     checkpoint, damaged = on_main(parallel, lambda: choose_checkpoint(folder.checkpoints))
@@ -190,6 +193,12 @@ def _prepare_locked(
             f"{folder.path} has finished its {config.train.steps} steps; to go on, give more: --train.steps "
             f"{2 * config.train.steps}"
         )
+    if checkpoint is None and before.get("state") in ("finished", "stopped") and before.get("step"):
+        raise ValueError(
+            f"{folder.path} was {before['state']} after step {before['step']}, but {folder.checkpoints} holds no "
+            f"checkpoint; restore one from a copy, or begin anew: nsa train {folder.config_yaml} --run.name "
+            f"{config.run.name}-2"
+        )
     count = ((before.get("resumed_from") or {}).get("count") or 0) + 1
     changed = changed_keys(stored, config)
     source = checkpoint and checkpoint.name
@@ -197,16 +206,49 @@ def _prepare_locked(
     say(describe(trainer))
     say(_announcement(folder, resumed))
     env = snapshot(trainer.device, command)
-    if note := on_main(parallel, lambda: _record(folder, config, resumed, env)):
+    if note := on_main(parallel, lambda: _record(folder, trainer, resumed, env)):
         say(f"note: {note}")
     return trainer, folder
 
 
-def _record(folder: RunFolder, config: RunConfig, resumed: ResumedFrom, env: dict[str, Any]) -> str | None:
-    """Write config, environment and status of the resumed run; returns a line about a stale HALT file."""
+def _look_into(folder: RunFolder, config: RunConfig, parallel: Parallel) -> dict[str, Any]:
+    """What `status.json` says, {} where it is lost; raises `ValueError` for what would end the run later on.
+
+    Tables and beats are read again when the run ends: one that cannot be read must not cost the report then.
+    """
+    examine_resume(config, folder.path, world_size=parallel.world_size).raise_if_refused()
+    tables = {
+        folder.training_csv: TRAINING_COLUMNS,
+        folder.val_csv: VALIDATION_COLUMNS,
+        folder.health_csv: HEALTH_COLUMNS,
+    }
+    for path, columns in tables.items():
+        if path.is_file():
+            _readable(path, lambda path=path, columns=columns: read_csv(path, columns))
+    for path in heartbeat_files(folder.path).values():
+        _readable(path, lambda path=path: read_heartbeats(path))
+    return read_json(folder.status_json) or {}
+
+
+def _readable(path: Path, read: Callable[[], object]) -> None:
+    try:
+        read()
+    except ValueError as error:
+        raise ValueError(f"{error}; correct that line, or move {path} away, and a new one is begun") from None
+
+
+def _record(folder: RunFolder, trainer: Trainer, resumed: ResumedFrom, env: dict[str, Any]) -> str | None:
+    """Write config, environment and status of the resumed run, and what of the folder was lost.
+
+    Returns:
+        A line about a stale HALT file, or None.
+    """
     note = clear_stale_halt(folder.halt)
-    write_text(folder.config_yaml, dump_config(config))
-    first = json.loads(folder.env_json.read_text(encoding="utf-8"))
+    write_text(folder.config_yaml, dump_config(trainer.config))
+    folder.samples.mkdir(exist_ok=True)
+    if read_json(folder.data_index_json) is None:
+        write_json(folder.data_index_json, data_index(trainer))
+    first = read_json(folder.env_json) or env
     now = {name: value for name, value in env.items() if first.get(name) != value}
     write_json(folder.env_json, {**first, "resumed": [*first.get("resumed", []), {**vars(resumed), **now}]})
     folder.begin_again(step=resumed.step, resumed_from=vars(resumed))

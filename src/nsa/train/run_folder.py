@@ -87,7 +87,7 @@ class RunFolder:
             reason: why it stopped or failed.
             rank: the rank that was asked to stop, or that failed first.
         """
-        before = self._status_or_empty()
+        before = read_json(self.status_json) or {}
         if before.get("state") != "failed":
             self._put_status(state, step, reason, rank, before.get("resumed_from"))
 
@@ -96,25 +96,26 @@ class RunFolder:
         self._put_status("running", step, None, None, resumed_from)
 
     def read_status(self) -> dict[str, Any]:
-        """The contents of `status.json`."""
-        return json.loads(self.status_json.read_text(encoding="utf-8"))
+        """The contents of `status.json`.
+
+        Raises:
+            ValueError: it is missing or damaged.
+        """
+        status = read_json(self.status_json)
+        if status is None or not {"state", "step", "unix_time_s"} <= status.keys():
+            raise ValueError(f"{self.status_json} is missing or damaged; `nsa resume {self.path}` writes a new one")
+        return status
 
     def overridden(self) -> list[str]:
         """Names of the errors of preflight that the config lets pass."""
-        if not self.preflight_json.is_file():
-            return []
-        findings = json.loads(self.preflight_json.read_text(encoding="utf-8"))["findings"]
+        findings = (read_json(self.preflight_json) or {}).get("findings", [])
         return [finding["code"] for finding in findings if finding["allowed"]]
-
-    def _status_or_empty(self) -> dict[str, Any]:
-        return self.read_status() if self.status_json.is_file() else {}
 
     def _put_status(
         self, state: State, step: int, reason: str | None, rank: int | None, resumed_from: dict[str, Any] | None
     ) -> None:
         values = {"state": state, "step": step, "reason": reason, "rank": rank, "resumed_from": resumed_from}
-        if self.data_index_json.is_file():
-            index = json.loads(self.data_index_json.read_text(encoding="utf-8"))
+        if (index := read_json(self.data_index_json)) is not None:
             values["data"] = index.get("description")
         values["preflight_overridden"] = self.overridden()
         write_json(self.status_json, {**values, "unix_time_s": time.time()})
@@ -167,6 +168,15 @@ def write_text(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")  # several ranks may write one file
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The object in a JSON file, or None where that is missing or damaged, as after a loss of power."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
+    return values if isinstance(values, dict) else None
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:

@@ -17,9 +17,9 @@ def write_report(folder: RunFolder, config: RunConfig, metrics: dict[str, Any]) 
     """Write `report.md` from the contents of `metrics.json`, `env.json` and the samples."""
     env = json.loads(folder.env_json.read_text(encoding="utf-8"))
     index = json.loads(folder.data_index_json.read_text(encoding="utf-8"))
-    ended = f"stopped by {metrics['stopped_by']} at step {metrics['step']}" if metrics["stopped_by"] else "finished"
+    ended = f"was stopped by {metrics['stopped_by']}" if metrics["stopped_by"] else "finished"
     sections = [
-        f"# Run {config.run.name}\n\nThis run {ended} of {config.train.steps} steps.",
+        f"# Run {config.run.name}\n\nThis run {ended} after step {metrics['step']} of {config.train.steps}.",
         f"**{index['description']}.**" if index["replaced_because"] else "",
         _overridden(folder),
         "## Results\n\n" + table(results(metrics)),
@@ -51,12 +51,12 @@ def results(metrics: dict[str, Any]) -> dict[str, str]:
         "parameters": f"{metrics['num_parameters']:,}",
         "held-out loss, untrained": untrained + untrained_warning(metrics),
         "training loss at the end": "none" if metrics["train_loss"] is None else f"{metrics['train_loss']:.4f}",
-        "held-out loss": f"{metrics['val_loss']:.4f} nats per token",
+        "held-out loss": f"{metrics['val_loss']:.4f} nats per token, after step {metrics['val_step']}",
         "held-out perplexity": f"{metrics['val_ppl']:.3f}",
         "held-out bits per byte": f"{metrics['val_bits_per_byte']:.4f}",
         "skipped steps": f"{metrics['num_skipped_steps']}",
         "health": "; ".join(metrics["findings"]) or "healthy",
-        "time": f"{metrics['wall_s']:.1f} s, {metrics['train_s']:.1f} s of them in training steps",
+        "time": f"{metrics['wall_s']:.1f} s since the last start; {metrics['train_s']:.1f} s in all training steps",
         "training tokens per second": "none" if not metrics["tokens_per_s"] else f"{metrics['tokens_per_s']:,.0f}",
     }
 

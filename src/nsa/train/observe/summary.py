@@ -99,6 +99,7 @@ def final_metrics(trainer: Trainer, stopped_by: str | None) -> dict[str, Any]:
         "log_vocab_size": math.log(trainer.tokenizer.vocab_size),
         "untrained_val_loss": first.val_loss,
         "train_loss": sum(tail) / len(tail) if tail else None,
+        "val_step": last.step,
         **{name: value for name, value in asdict(last).items() if name != "step"},
         "best_val_loss": min(record.val_loss for record in trainer.evaluations),
         "num_skipped_steps": trainer.guard.num_skipped,

@@ -130,8 +130,36 @@ def examine(config: RunConfig, *, machine: Machine | None = None, world_size: in
             plan = _add_time(plan, findings)
     if thorough and tokenizer is not None and plan.is_here:
         findings += check_data(config, tokenizer, world_size)
-    allowed = set(config.preflight.allow)
-    findings = [replace(f, allowed=f.code in allowed and f.level == "error") for f in [*findings, *check(plan)]]
+    return _report(plan, [*findings, *check(plan)], start_s)
+
+
+def examine_resume(config: RunConfig, run: Path, *, world_size: int = 1) -> Report:
+    """Check a run before it goes on, in well under a second: the device, the disk, and what else the config tells.
+
+    Args:
+        config: of the run, with what is changed.
+        run: its folder, whose checkpoints give their room to the coming ones.
+        world_size: processes of the run.
+    """
+    start_s = time.perf_counter()
+    findings: list[Finding] = []
+    config = config.model_copy(
+        update={"run": config.run.model_copy(update={"folder": str(run.parent), "name": run.name})}
+    )
+    plan = Plan(config, _machine_of(config, findings), world_size)
+    tokenizer = _tokenizer(config, findings)
+    plan = _size(plan, tokenizer.vocab_size if tokenizer else None, findings)
+    if plan.disk_free_gib is not None:
+        old = sum(path.stat().st_size for path in (run / "checkpoints").rglob("*") if path.is_file())
+        plan = replace(plan, disk_free_gib=plan.disk_free_gib + old / estimate.GIB)
+    findings += [finding for finding in check(plan) if finding.code != "run-folder-used"]
+    return _report(plan, findings, start_s)
+
+
+def _report(plan: Plan, findings: list[Finding], start_s: float) -> Report:
+    """Findings, those that the config overrides marked, errors first."""
+    allowed = set(plan.config.preflight.allow)
+    findings = [replace(f, allowed=f.code in allowed and f.level == "error") for f in findings]
     findings.sort(key=lambda finding: LEVELS.index(finding.level))
     return Report(plan, tuple(findings), time.perf_counter() - start_s)
 
