@@ -223,7 +223,7 @@ def schedule(plan: Plan) -> Iterator[Finding]:
 
 def evaluation(plan: Plan) -> Iterator[Finding]:
     config = plan.config
-    if config.eval.every_steps > config.train.steps:
+    if config.eval.every_steps >= config.train.steps > 1:
         yield Finding(
             "no-evaluation",
             "error" if plan.is_long else "info",
