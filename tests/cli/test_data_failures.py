@@ -18,7 +18,7 @@ from corpus_files import write_jsonl
 from nsa.cli import main
 
 PATIENCE_S = 120.0
-ENDLESS = ["--train.steps", "1000000", "--eval.every_steps", "1000000"]
+ENDLESS = ["--train.steps", "1000000", "--eval.every_steps", "500000"]
 
 
 @pytest.fixture
