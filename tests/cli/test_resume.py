@@ -115,6 +115,14 @@ def test_mistakes_end_with_code_2_and_change_nothing(
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
 
+def test_halt_names_a_damaged_status_and_the_way_around_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "status.json").write_text('{"sta')
+    assert main(["halt", str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert f"{tmp_path}/status.json is missing or damaged" in said
+    assert f"touch {tmp_path}/HALT" in said
+
+
 def test_help_names_what_may_be_changed(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["resume", "--help"]) == 0
     assert "--train.steps" in capsys.readouterr().out

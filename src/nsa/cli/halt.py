@@ -22,7 +22,10 @@ def main(arguments: Sequence[str]) -> int:
     folder = RunFolder(Path(arguments[0]))
     if not folder.status_json.is_file():
         return fail("halt", ValueError(f"{folder.path} is no run folder: it holds no status.json"))
-    status = folder.read_status()
+    try:
+        status = folder.read_status()
+    except ValueError as error:
+        return fail("halt", ValueError(f"{error}; to stop it all the same: touch {folder.halt}"))
     if status["state"] != "running":
         return fail("halt", ValueError(f"{folder.path} is {status['state']} at step {status['step']}; nothing to halt"))
     ask_to_halt(folder.halt, " ".join(arguments[1:]))
