@@ -240,7 +240,7 @@ def test_a_drop_in_throughput_is_seen_by_the_watch_and_halts_nothing(
 
         trainer.Trainer._backward = slow_down
     """
-    process = start(fault, "--eval.every_steps", "100000", "--train.checkpoint_every_steps", "1000")
+    process = start(fault, "--eval.every_steps", "50000", "--train.checkpoint_every_steps", "1000")
     wait_for(lambda: step_of(run) > 60, process)
     window = ["--thresholds.throughput_window_s", "4", "--thresholds.throughput_min_beats", "4"]
     drop = ["--thresholds.throughput_drop", "0.5"]
