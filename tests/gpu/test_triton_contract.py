@@ -37,6 +37,11 @@ def test_auto_chooses_triton_on_the_gpu_and_says_why():
     assert explain_backend("auto", q) == ("triton", "torch.bfloat16 on a CUDA device")
 
 
+def test_auto_looks_at_the_values_head_size_too():
+    q = inputs()[0]
+    assert choose_backend("auto", q, q.repeat(1, 1, 1, 5)) == "torch"
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

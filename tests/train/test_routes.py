@@ -51,8 +51,8 @@ def test_on_a_gpu_whatever_is_not_a_kernel_is_a_fallback(monkeypatch: pytest.Mon
 
     monkeypatch.setattr(module, "explain_backend", explain)
     found = routes(ModelSection(head_dim=64, value_head_dim=512), torch.device("cuda"), "bf16")
-    assert [route.stage for route in found if route.is_fallback] == ["mean of values"]
-    assert "mean of values: torch (head too large); compressed attention: triton" in describe_routes(found)
+    assert [route.stage for route in found if not route.is_fallback] == ["mean of keys"]
+    assert "mean of keys: triton (on a CUDA device); mean of values: torch (head too large)" in describe_routes(found)
 
 
 def test_a_run_keeps_the_report_and_prints_it(tiny, capsys: pytest.CaptureFixture) -> None:

@@ -83,8 +83,8 @@ def nsa_attention(
     """
     k_win, v_win = k if k_win is None else k_win, v if v_win is None else v_win
     _check_branches(q, k, v, k_cmp, v_cmp, k_win, v_win, gates)
-    if not return_aux and choose_backend(backend, q) == "triton":
-        scale, backend = _resolve(q, cu_seqlens, 0, scale, backend)
+    if not return_aux and choose_backend(backend, q, v) == "triton":
+        scale, backend = _resolve(q, v, cu_seqlens, 0, scale, backend)
         check.check_compressed(k_cmp, q.shape[1], geometry, cu_seqlens)
         for name, x in (("k", k), ("k_win", k_win)):
             check.check_length(name, x, q.shape[1], "one for each query")
@@ -175,7 +175,7 @@ def compressed_attention(
         out `[B, T, H, Dv]`, zero where nothing is visible, and the natural log-sum-exp `[B, T, H]`, there -inf.
     """
     check.check_keys(q, k_cmp, v_cmp, ("k_cmp", "v_cmp"))
-    scale, backend = _resolve(q, cu_seqlens, q_start, scale, backend)
+    scale, backend = _resolve(q, v_cmp, cu_seqlens, q_start, scale, backend)
     check.check_compressed(k_cmp, q_start + q.shape[1], geometry, cu_seqlens)
     if backend == "reference":
         return reference.compressed_attention(q, k_cmp, v_cmp, geometry, cu_seqlens, q_start, scale)
@@ -205,7 +205,7 @@ def select_blocks(
         int32 `[B, T, Hkv, n]`, ascending block indices of the query's document, padded with -1.
     """
     check.check_keys(q, k_cmp, k_cmp, ("k_cmp", "k_cmp"))
-    scale, backend = _resolve(q, cu_seqlens, q_start, scale, backend)
+    scale, backend = _resolve(q, k_cmp, cu_seqlens, q_start, scale, backend)
     check.check_compressed(k_cmp, q_start + q.shape[1], geometry, cu_seqlens)
     if lse.shape != q.shape[:3]:
         raise ValueError(f"lse must be {list(q.shape[:3])} (B, T, H), not {list(lse.shape)}")
@@ -237,7 +237,7 @@ def selected_attention(
         out `[B, T, H, Dv]` and the natural log-sum-exp `[B, T, H]`.
     """
     check.check_keys(q, k, v)
-    scale, backend = _resolve(q, cu_seqlens, q_start, scale, backend)
+    scale, backend = _resolve(q, v, cu_seqlens, q_start, scale, backend)
     check.check_length("k", k, q_start + q.shape[1], "one for each position up to the last query's")
     check.check_tensor("block_indices", block_indices, "B T Hkv n")
     expected = (*q.shape[:2], k.shape[2], geometry.num_selected_blocks)
@@ -273,7 +273,7 @@ def window_attention(
         out `[B, T, H, Dv]` and the natural log-sum-exp `[B, T, H]`.
     """
     check.check_keys(q, k, v)
-    scale, backend = _resolve(q, cu_seqlens, q_start, scale, backend)
+    scale, backend = _resolve(q, v, cu_seqlens, q_start, scale, backend)
     check.check_length("k", k, q_start + q.shape[1] - k_start, "positions k_start to the last query's")
     if not 0 <= k_start <= max(0, q_start - geometry.window_size + 1):
         raise ValueError(
@@ -287,13 +287,13 @@ def window_attention(
 
 
 def _resolve(
-    q: Tensor, cu_seqlens: Tensor | None, q_start: int, scale: float | None, backend: str
+    q: Tensor, v: Tensor, cu_seqlens: Tensor | None, q_start: int, scale: float | None, backend: str
 ) -> tuple[float, str]:
     """The scale and backend of a call, after the checks that all stages share."""
     check.check_cu_seqlens(cu_seqlens, q)
     if q_start < 0 or (q_start and cu_seqlens is not None):
         raise ValueError(f"q_start {q_start} must be 0 for packed input and never negative")
-    return q.shape[-1] ** -0.5 if scale is None else float(scale), choose_backend(backend, q)
+    return q.shape[-1] ** -0.5 if scale is None else float(scale), choose_backend(backend, q, v)
 
 
 class DecodeAux(NamedTuple):
@@ -340,7 +340,7 @@ def nsa_decode(
             f"{list(q.shape)}; pass the view that the append of these tokens returned"
         )
     is_step = q.shape[1] == 1 and min(cache_view.num_new) == 1
-    scale, backend = _resolve(q, None, 0, scale, "torch" if is_step and backend == "auto" else backend)
+    scale, backend = _resolve(q, cache_view.v, None, 0, scale, "torch" if is_step and backend == "auto" else backend)
     if is_step and backend == "torch":
         outs, block_indices = decode_step(q, cache_view, geometry, scale)
     else:

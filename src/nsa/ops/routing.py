@@ -21,27 +21,30 @@ MAX_TRITON_HEAD_SIZE = 256
 HAS_TRITON = importlib.util.find_spec("triton") is not None  # looked up, not imported
 
 
-def choose_backend(backend: str, x: Tensor) -> str:
+def choose_backend(backend: str, x: Tensor, *others: Tensor) -> str:
     """The backend for tensors like `x`; "auto" resolves, a name stands or raises.
+
+    Args:
+        others: more tensors of the same dtype and device, whose head sizes must fit too.
 
     Raises:
         ValueError: an unknown name, or a backend that cannot run `x`, with those that can.
     """
-    return explain_backend(backend, x)[0]
+    return explain_backend(backend, x, *others)[0]
 
 
-def explain_backend(backend: str, x: Tensor) -> tuple[str, str]:
+def explain_backend(backend: str, x: Tensor, *others: Tensor) -> tuple[str, str]:
     """What `choose_backend` chooses, and why.
 
     Raises:
         ValueError: as `choose_backend`.
     """
     if backend == "auto":
-        problem = _why_not_triton(x)
+        problem = _why_not_triton(x, *others)
         return ("torch", f"triton cannot run: {problem}") if problem else ("triton", f"{x.dtype} on a CUDA device")
     if backend not in BACKENDS:
         raise ValueError(f"backend {backend!r} is unknown; choose 'auto' or one of {', '.join(map(repr, BACKENDS))}")
-    if backend == "triton" and (problem := _why_not_triton(x)):
+    if backend == "triton" and (problem := _why_not_triton(x, *others)):
         raise ValueError(f"backend 'triton' cannot run here: {problem}; use backend='torch' or 'auto'")
     return backend, "asked for"
 
@@ -102,7 +105,7 @@ def routing_report(
     Raises:
         ValueError: a backend asked for by name cannot run here.
     """
-    chosen, reason = explain_backend(backend, q)
+    chosen, reason = explain_backend(backend, q, v)
     versions = {"torch": str(torch.__version__)}
     if chosen == "triton":
         kernels = importlib.import_module("nsa.ops.triton.report").kernels
@@ -116,13 +119,14 @@ def routing_report(
     return RoutingReport(chosen, reason, device, versions, stages)
 
 
-def _why_not_triton(x: Tensor) -> str | None:
+def _why_not_triton(x: Tensor, *others: Tensor) -> str | None:
     if x.device.type != "cuda":
         return f"it needs a CUDA device of compute capability 8.0 or newer, not {x.device.type!r}"
     if x.dtype not in TRITON_DTYPES:
         return f"it takes fp16, bf16 and fp32, not {x.dtype}"
-    if x.shape[-1] > MAX_TRITON_HEAD_SIZE:
-        return f"it takes head sizes up to {MAX_TRITON_HEAD_SIZE}, not {x.shape[-1]}"
+    widest = max(tensor.shape[-1] for tensor in (x, *others))
+    if widest > MAX_TRITON_HEAD_SIZE:
+        return f"it takes head sizes up to {MAX_TRITON_HEAD_SIZE}, not {widest}"
     if not HAS_TRITON:
         return "the package triton is not installed"
     capability = torch.cuda.get_device_capability(x.device)

@@ -51,7 +51,8 @@ def routes(model: ModelSection, device: torch.device, precision: Literal["fp32",
     if "nsa" not in model.layer_types:
         return []
     key_size, value_size = model.head_sizes
-    sizes = dict.fromkeys(ATTENTION_STAGES, key_size)
+    # The operator is one call, so that its widest head decides.
+    sizes = dict.fromkeys(ATTENTION_STAGES, max(key_size, value_size))
     if model.compression == "mean":
         sizes = {"mean of keys": key_size, "mean of values": value_size, **sizes}
     return [_route(stage, size, model, device, precision) for stage, size in sizes.items()]
