@@ -12,6 +12,7 @@ CONFIGS = Path(__file__).parent.parent / "configs"
 # Name -> (machine, parameters in millions, rows of so many tokens, longest run in hours).
 EXPECTED = {
     "train_showcase": (None, (0.5, 3), 512, 1.0),
+    "train_copy": (None, (0.05, 0.5), 136, 1.0),
     "track_a": ("h200", (5, 15), 1024, 1.0),
     "track_b": ("h200", (20, 40), 8192, 2.0),
     "nsa_125m": ("h200", (110, 130), 2048, 5.0),
@@ -53,7 +54,7 @@ def test_the_long_run_is_guarded():
     assert config.train.early_stop_evals
 
 
-@pytest.mark.parametrize("name", [name for name in EXPECTED if name != "train_showcase"])
+@pytest.mark.parametrize("name", [name for name, (gpu, *_) in EXPECTED.items() if gpu])
 def test_the_configs_for_gpus_can_be_shared_among_four(name):
     train = load_config(CONFIGS / f"{name}.yaml").train
     assert train.batch_tokens % (4 * train.micro_batch_rows * train.sequence_length) == 0
