@@ -22,6 +22,7 @@ KERNELS = {
 }  # fmt: skip
 DENSE_KERNELS = {"dense_forward_kernel", "dense_key_kernel", "dense_query_kernel"}
 HOPPER_KERNELS = {"hopper_forward_kernel", "hopper_key_kernel", "hopper_query_kernel"}
+GATHER_KERNELS = {"hopper_select_kernel"}
 LAYOUT_KERNELS = {"_compressed_bounds", "_spread"}
 MATRIX_KERNELS = {
     "score_kernel", "select_forward_kernel", "select_backward_kernel", "forced_forward_kernel", "union_forward_kernel",
@@ -58,11 +59,12 @@ def compiled(architecture: int, dtype: str, group_size: int, head_dim: int, pack
     ],
 )
 def test_all_kernels_compile_within_shared_memory(architecture, dtype, group_size, head_dim, packed, hopper, tmp_path):
-    """Hopper's own kernels serve group sizes that divide 64, all other shapes and architectures have the others."""
+    """Hopper's own dense kernels serve group sizes that divide 64, its gathering ones any."""
     kernels = compiled(architecture, dtype, group_size, head_dim, packed, tmp_path)
     dense = HOPPER_KERNELS | {"_pack_rows_kernel"} if hopper else DENSE_KERNELS
-    assert {kernel["kernel"] for kernel in kernels} == KERNELS | dense | (LAYOUT_KERNELS if packed else set())
+    gather = GATHER_KERNELS if architecture == 90 else set()
+    assert {kernel["kernel"] for kernel in kernels} == KERNELS | dense | gather | (LAYOUT_KERNELS if packed else set())
     assert max(kernel["shared_bytes"] for kernel in kernels) <= LIMITS[architecture]
     if architecture == 90:
-        expected = MATRIX_KERNELS | dense - {"_pack_rows_kernel"}
+        expected = MATRIX_KERNELS | gather | dense - {"_pack_rows_kernel"}
         assert {kernel["kernel"] for kernel in kernels if kernel["wgmma"]} == expected

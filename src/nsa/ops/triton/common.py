@@ -222,3 +222,12 @@ def hopper_serves(q: Tensor, k: Tensor, v: Tensor) -> bool:
     size, group_size = q.shape[3], q.shape[2] // k.shape[2]
     shape_fits = size == v.shape[3] and size in (64, 128) and 64 % group_size == 0
     return HOPPER_IS_TESTED and is_hopper(q) and q.dtype in (torch.float16, torch.bfloat16) and shape_fits
+
+
+def hopper_gathers(q: Tensor, k: Tensor, v: Tensor, block: int) -> bool:
+    """Whether `hopper_select` takes these fitting tensors and selection blocks of `block` tokens, of any group size.
+
+    False while HOPPER_IS_TESTED is.
+    """
+    shape_fits = q.shape[3] == v.shape[3] and q.shape[3] in (64, 128) and block == 64
+    return HOPPER_IS_TESTED and is_hopper(q) and q.dtype in (torch.float16, torch.bfloat16) and shape_fits

@@ -201,6 +201,19 @@ def item_kernel(
     tl.store(item_ptr + 2, tl.minimum(entry + item_entries, end), mask=item < bound)
 
 
+@triton.jit
+def item_keys(
+    entries_ptr, entry, block, doc_ptr, base_ptr,
+    SLOTS: tl.constexpr, RATIO: tl.constexpr, BLOCK: tl.constexpr, PACKED: tl.constexpr,
+):  # fmt: skip
+    """First key of an item's (sub-)block of BLOCK tokens."""
+    start = block * BLOCK
+    if PACKED:
+        t = tl.load(entries_ptr + entry) // SLOTS
+        start = tl.load(doc_ptr + t) + (block - tl.load(base_ptr + t) * RATIO) * BLOCK
+    return start
+
+
 def invert(
     block_indices: Tensor, geometry: BlockGeometry, layout: Layout | None, num_keys: int, q_start: int = 0,
     peel: bool = False,

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from nsa.geometry import BlockGeometry
 from nsa.ops.triton import dense_bwd, dense_fwd, score_topk, select_bwd, select_fwd, select_union
-from nsa.ops.triton.common import KEY_SIZES, VALUE_SIZES, has_large_shared_memory, hopper_serves
+from nsa.ops.triton.common import KEY_SIZES, VALUE_SIZES, has_large_shared_memory, hopper_gathers, hopper_serves
 
 HOPPER = "a Hopper GPU, heads of 64 or 128, a group size that divides 64"
 HOPPER_STAGES = (("forward", "forward"), ("backward, keys", "key"), ("backward, queries", "query"))
@@ -49,8 +49,10 @@ def kernels(q: Tensor, k: Tensor, v: Tensor, geometry: BlockGeometry, num_docs: 
         found.append(Kernel(f"{stage} backward, queries", "dense_query", by_query, fits))
     found.append(Kernel("choice of blocks", "score, choice", score_topk.score_tile(q, group, large), fits))
     union = select_union.union_pays(*reckoned, select_union.FORWARD_RATIO)
-    how = "union, union_forward" if union else "forced_forward, select_forward, select_reduce"
-    tile = forward if union else select_fwd.select_tile(*size)
+    gathers = not union and hopper_gathers(q, k, v, geometry.select_block_size)
+    how = f"forced_forward, {'hopper_select' if gathers else 'select_forward'}, select_reduce"
+    how = "union, union_forward" if union else how
+    tile = forward if union else {} if gathers else select_fwd.select_tile(*size)
     found.append(Kernel("selected forward and gated sum", how, tile, _why(union)))
     union = select_union.union_pays(*reckoned, select_union.BACKWARD_RATIO)
     how = "union, union_query, " if union else ""

@@ -22,8 +22,8 @@ from torch import Tensor
 from nsa.geometry import BlockGeometry
 from nsa.ops.triton.common import LOG2E, Layout, dot_precision, has_large_shared_memory, key_tail
 from nsa.ops.triton.dense_bwd import Rows
-from nsa.ops.triton.invert import cut_chunks, invert, plan
-from nsa.ops.triton.select_fwd import REDUCE_ELEMENTS, item_keys
+from nsa.ops.triton.invert import cut_chunks, invert, item_keys, plan
+from nsa.ops.triton.select_fwd import REDUCE_ELEMENTS
 
 SCRATCH_BYTES = 768 * 2**20
 ITEM_ROWS = 4096

@@ -23,8 +23,17 @@ import triton.language as tl
 from torch import Tensor
 
 from nsa.geometry import BlockGeometry
-from nsa.ops.triton.common import LN2, LOG2E, Layout, dot_precision, has_large_shared_memory, key_tail
-from nsa.ops.triton.invert import cut_chunks, invert, plan
+from nsa.ops.triton.common import (
+    LN2,
+    LOG2E,
+    Layout,
+    dot_precision,
+    has_large_shared_memory,
+    hopper_gathers,
+    key_tail,
+)
+from nsa.ops.triton.hopper_select import hopper_select, range_tokens
+from nsa.ops.triton.invert import cut_chunks, invert, item_keys, plan
 
 SCRATCH_BYTES = 768 * 2**20
 ITEM_ROWS = 1024
@@ -50,19 +59,6 @@ def select_tile(q: Tensor, head_dim: int, value_head_dim: int, large: bool) -> d
     if widest > 128:
         return {"BLOCK_M": 64, "num_warps": 8 if widest > 192 else 4, "num_stages": 1}
     return {"BLOCK_M": 64, "num_warps": 4, "num_stages": 1, "maxnreg": 128}  # four programs a multiprocessor
-
-
-@triton.jit
-def item_keys(
-    entries_ptr, entry, block, doc_ptr, base_ptr,
-    SLOTS: tl.constexpr, RATIO: tl.constexpr, BLOCK: tl.constexpr, PACKED: tl.constexpr,
-):  # fmt: skip
-    """First key of an item's (sub-)block of BLOCK tokens."""
-    start = block * BLOCK
-    if PACKED:
-        t = tl.load(entries_ptr + entry) // SLOTS
-        start = tl.load(doc_ptr + t) + (block - tl.load(base_ptr + t) * RATIO) * BLOCK
-    return start
 
 
 @triton.jit(do_not_specialize=["T", "S", "q_start", "head_start", "token_start", "num_tokens", "bound"])
@@ -227,6 +223,7 @@ def select_forward(
     if out.numel() == 0:
         return out, lse
     init, local = (geometry.num_init_blocks, geometry.num_local_blocks) if forced else (0, 0)
+    gathers = forced is not None and tile is None and hopper_gathers(q, k, v, geometry.select_block_size)
     tile = tile or select_tile(q, Dk, Dv, has_large_shared_memory(q))
     block_indices = block_indices.contiguous()
     inversion = invert(block_indices, geometry, layout, S, q_start, peel=forced is not None)
@@ -237,16 +234,22 @@ def select_forward(
              "PACKED": layout is not None}  # fmt: skip
     item_entries = max(1, item_rows // G)
     token_bytes = chunk_token_bytes(G * max(free, 1) * (Dv * q.element_size() + 4), H * Dk, scratch_bytes)
-    chunks = cut_chunks(B * Hkv, T, token_bytes, inversion.segment, scratch_bytes)
+    granule = inversion.segment
+    if gathers:
+        granule = range_tokens(inversion.ends.shape[1], G, inversion.segment, scratch_bytes // token_bytes)
+    chunks = cut_chunks(B * Hkv, T, token_bytes, granule, scratch_bytes)
     most = max((c.head_end - c.head) * (c.token_end - c.token) for c in chunks)
     part = q.new_empty(most * G * free, Dv)
     part_lse = q.new_empty(most * G * free, dtype=torch.float32)
-    items = plan(inversion, T, max(c.token_end - c.token for c in chunks), item_entries)
+    range_size = granule if gathers else max(c.token_end - c.token for c in chunks)
+    items = plan(inversion, T, range_size, item_entries)
     bound = items.table.shape[2]
     for chunk in chunks:
         heads, tokens = chunk.head_end - chunk.head, chunk.token_end - chunk.token
-        table = items.table[chunk.token // items.range_tokens, chunk.head : chunk.head_end]
-        if free:
+        if free and gathers:
+            hopper_select(q, k, v, part, part_lse, inversion, items, chunk, layout, init * ratio, free, scale)
+        elif free:
+            table = items.table[chunk.token // items.range_tokens, chunk.head : chunk.head_end]
             select_forward_kernel[(bound, heads)](
                 q, k, v, part, part_lse, inversion.entries, table, *documents,
                 scale * LOG2E, T, S, q_start, chunk.head, chunk.token, tokens, bound,
