@@ -1,0 +1,141 @@
+"""Run the Gluon kernels for Hopper in the emulator against the reference; prints one JSON line for each case and seed.
+
+    PYTHONPATH=src:tests python tests/ops/gluon_cases.py             # all cases, with their seeds
+    PYTHONPATH=src:tests python tests/ops/gluon_cases.py packed 7    # cases whose names hold a word, with one seed
+
+Plain kernels around them run in the emulator too.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from nsa.geometry import BlockGeometry
+from nsa.ops import reference, triton as backend
+from nsa.ops.triton import common, dense_bwd, hopper_bwd, hopper_fwd
+from ops.gluon_emulator import emulate
+
+SMALL = BlockGeometry(8, 4, 16, 4, 1, 2, 24)
+WIDE = BlockGeometry(8, 4, 16, 4, 1, 2, 150)
+
+# name -> batch, tokens, heads, groups, head size, geometry, document bounds, q_start, k_start, dtype, multiprocessors,
+# branches
+CASES = {
+    "batch of two, two groups": (2, 75, 8, 2, 64, SMALL, None, 0, 0, "bfloat16", 2, "cw"),
+    "many steps": (1, 230, 4, 1, 64, WIDE, None, 0, 0, "float16", 1, "w"),
+    "one head a group": (1, 201, 1, 1, 64, SMALL, None, 0, 0, "float16", 1, "cw"),
+    "head size 128": (1, 70, 16, 1, 128, SMALL, None, 0, 0, "bfloat16", 2, "cw"),
+    "rows in two splits": (1, 90, 16, 1, 64, SMALL, None, 0, 0, "float16", 3, "c"),
+    "packed, empty and short documents": (1, 120, 4, 1, 64, SMALL, [0, 0, 51, 51, 54, 120], 0, 0, "float16", 1, "cw"),
+    "rows after the last document": (1, 61, 8, 1, 64, SMALL, [0, 43], 0, 0, "bfloat16", 2, "cw"),
+    "whole tiles after the last document": (1, 200, 4, 2, 64, WIDE, [0, 19], 0, 0, "float16", 3, "cw"),
+    "chunk of a prefill": (1, 30, 8, 2, 64, SMALL, None, 150, 111, "float16", 1, "cw"),
+    "one token": (1, 1, 4, 1, 64, SMALL, None, 0, 0, "bfloat16", 1, "cw"),
+}  # fmt: skip
+SEEDS = range(3)
+
+
+def row_error(x: Tensor, expected: Tensor) -> float:
+    """The largest error of a row over the root mean square of the rows, or over 1e-2 where that is smaller."""
+    x, expected = x.double(), expected.detach().double()
+    finite = torch.isfinite(expected)
+    if not torch.equal(torch.isfinite(x), finite):
+        return float("inf")
+    if not finite.any():
+        return 0.0
+    difference, expected = torch.where(finite, x - expected, 0.0), torch.where(finite, expected, 0.0)
+    size = expected.norm(dim=-1).square().mean().sqrt().clamp(min=1e-2)
+    return float(difference.norm(dim=-1).max() / size)
+
+
+class Case:
+    """Inputs of one case and the comparison of each branch."""
+
+    def __init__(
+        self, B, T, H, Hkv, D, geometry, bounds, q_start, k_start, dtype, multiprocessors, branches
+    ) -> None:  # fmt: skip
+        torch.manual_seed(0)
+        self.cu = None if bounds is None else torch.tensor(bounds, dtype=torch.int32)
+        self.geometry, self.dtype, self.branches = geometry, getattr(torch, dtype), branches
+        self.q_start, self.k_start = q_start, k_start
+        S = q_start + T
+        pieces = [S] if bounds is None else [b - a for a, b in pairwise(bounds)]
+        N = sum(geometry.num_compressed(piece) for piece in pieces)
+        self.used = T if bounds is None else bounds[-1]
+        self.q = self.draw(B, T, H, D)
+        self.compressed = (self.draw(B, N, Hkv, D), self.draw(B, N, Hkv, D))
+        self.window = (self.draw(B, S - k_start, Hkv, D), self.draw(B, S - k_start, Hkv, D))
+        self.scale, self.errors = D**-0.5, {}
+        for module in (hopper_fwd, hopper_bwd, dense_bwd):
+            module.num_multiprocessors = lambda x: multiprocessors
+
+    def draw(self, *shape: int) -> Tensor:
+        return torch.randn(*shape).to(self.dtype)
+
+    def run(self) -> dict[str, float]:
+        if "c" in self.branches:
+            self.branch("compressed_attention", *self.compressed, (self.q_start, self.scale))
+        if "w" in self.branches:
+            self.branch("window_attention", *self.window, (self.q_start, self.k_start, self.scale))
+        return self.errors
+
+    def branch(self, name: str, k: Tensor, v: Tensor, numbers: tuple) -> None:
+        """Compare forward and backward."""
+        # Tokens after the last document are no part of the reference's input; compressed keys always belong to one.
+        window, used = name == "window_attention", self.used
+        lengths = [used, *[used if window and self.cu is not None else k.shape[1]] * 2]
+        inputs = (self.q, k, v)
+        exact = [x[:, :length].double().requires_grad_() for x, length in zip(inputs, lengths, strict=True)]
+        expected = getattr(reference, name)(*exact, self.geometry, self.cu, *numbers)
+        constants = (self.cu, self.geometry.as_tuple(), *numbers)
+        out, lse = getattr(backend, f"{name}_forward")(*inputs, *constants)
+        self.errors[f"{name} out"] = row_error(out[:, :used], expected[0])
+        self.errors[f"{name} lse"] = row_error(lse[:, :used], expected[1])
+        outside = [out[:, used:].abs().sum(), torch.isfinite(lse[:, used:]).sum()]
+
+        # The gradients of rows outside any document must not leak into the keys.
+        dout, dlse = self.draw(*out.shape), torch.where(torch.isfinite(lse), torch.randn(lse.shape), 0.0)
+        grads = getattr(backend, f"{name}_backward")(dout, dlse, *inputs, out, lse, *constants)
+        finite = torch.where(torch.isfinite(expected[1]), expected[1], 0.0)
+        loss = (expected[0] * dout[:, :used].double()).sum() + (finite * dlse[:, :used].double()).sum()
+        wanted = torch.autograd.grad(loss, exact, allow_unused=True, materialize_grads=True)
+        for x, y, length, label in zip(grads, wanted, lengths, ("dq", "dk", "dv"), strict=True):
+            self.errors[f"{name} {label}"] = row_error(x[:, :length], y)
+            outside.append(x[:, length:].abs().sum())
+        self.errors[f"{name} outside"] = float(sum(outside))
+        self.add_up(name, dout, inputs, out, lse, dlse, grads[0])
+
+    def add_up(
+        self, name: str, dout: Tensor, inputs: tuple[Tensor, ...], out: Tensor, lse: Tensor, dlse: Tensor, dq: Tensor
+    ) -> None:
+        """Compare a given dQ that is added to."""
+        window = self.geometry.window_size if name == "window_attention" else 0
+        layout = common.make_layout(self.cu, self.geometry, self.q.shape[1], inputs[1].shape[1])
+        rows = dense_bwd.Rows(lse, dense_bwd.make_delta(out, dout, dlse))
+        before = self.draw(*dq.shape)
+        expected = before.double() + dq.double()
+        numbers = (self.q_start, self.k_start if window else 0, self.scale)
+        mine = dense_bwd.dense_backward(dout, *inputs, rows, self.geometry, layout, window, *numbers, before)[0]
+        self.errors[f"{name} dq on top"] = row_error(mine, expected)
+
+
+def main(word: str = "", seed: str = "") -> None:
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)  # fills what is allocated with NaN
+    common.HOPPER_IS_TESTED, common.is_hopper = True, lambda x: True
+    for name, case in CASES.items():
+        for number in [int(seed)] if seed else SEEDS:
+            if word in name:
+                with emulate(number) as emulator:
+                    errors = Case(*case).run()
+                line = {"case": name, "seed": number, "dtype": case[9], "errors": errors}
+                print(json.dumps(line | {"kernels": sorted(emulator.launched)}), flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
