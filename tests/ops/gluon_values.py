@@ -80,9 +80,9 @@ def operate(symbol: str, a: Any, b: Any) -> Any:
     """`a symbol b` where at least one is a Value or a Pointer."""
     if isinstance(a, Pointer) or isinstance(b, Pointer):
         pointer, offset = (a, b) if isinstance(a, Pointer) else (b, a)
-        if symbol != "+" or isinstance(offset, Pointer):
-            raise EmulationError(f"{where_in_kernel()}: pointers are only added to, not {symbol}")
-        return pointer.shifted(offset)
+        if isinstance(offset, Pointer) or symbol not in "+-" or (symbol == "-" and pointer is b):
+            raise EmulationError(f"{where_in_kernel()}: '{symbol}' of a pointer is not emulated")
+        return pointer.shifted(offset if symbol == "+" else -offset)
     dtype = common_dtype(a, b)
     if symbol == "/" and not dtype.is_floating_point:
         dtype = torch.float32
@@ -245,7 +245,9 @@ class Tensor(Value):
     def shape(self) -> list[int]:
         return list(self.data.shape)
 
-    def to(self, dtype: torch.dtype) -> Tensor:
+    def to(self, dtype: torch.dtype, bitcast: bool = False) -> Tensor:
+        if bitcast:
+            return Tensor(self.data.view(dtype))
         if dtype in INT_LIMITS and self.data.numel():
             low, high = self.data.aminmax()
             check_range(int(low), int(high), dtype)
