@@ -32,7 +32,7 @@ from nsa.ops.triton.common import (
     hopper_gathers,
     key_tail,
 )
-from nsa.ops.triton.hopper_select import hopper_select, range_tokens
+from nsa.ops.triton.hopper_select_fwd import hopper_select, range_tokens
 from nsa.ops.triton.invert import cut_chunks, invert, item_keys, plan
 
 SCRATCH_BYTES = 768 * 2**20

@@ -42,7 +42,7 @@ RANGE_ROWS = 32  # rows of a range of tokens for each block there is: some 400 a
 
 
 @gluon.jit
-def _items_of_unit(unit, done, item_ptr, first_ptr, head_start, num_heads, range_start, num_ranges, bound, J):
+def items_of_unit(unit, done, item_ptr, first_ptr, head_start, num_heads, range_start, num_ranges, bound, J):
     """Where the items of a head and range lie, this program's first one and their number; `done` went before."""
     place = (range_start + unit % num_ranges) * num_heads + head_start + unit // num_ranges
     programs = gl.num_programs(0)
@@ -64,7 +64,7 @@ def _gather_partition(
     turn = 0
     step = 0
     for unit in range(num_units):
-        unit_ptr, first, num_items = _items_of_unit(
+        unit_ptr, first, num_items = items_of_unit(
             unit, done, item_ptr, first_ptr, head_start, num_heads, range_start, num_ranges, bound, J
         )
         head = head_start + unit // num_ranges
@@ -124,7 +124,7 @@ def _row_partition(
     turn = 0
     step = 0
     for unit in range(num_units):
-        unit_ptr, first, num_items = _items_of_unit(
+        unit_ptr, first, num_items = items_of_unit(
             unit, done, item_ptr, first_ptr, head_start, num_heads, range_start, num_ranges, bound, J
         )
         head_row = (unit // num_ranges).to(gl.int64) * num_tokens * (FREE * G)
