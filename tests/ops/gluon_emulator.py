@@ -19,8 +19,6 @@ from __future__ import annotations
 
 import itertools
 import linecache
-import random
-import threading
 import types
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -32,7 +30,9 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import ampere, hopper
 from triton.runtime.jit import JITFunction
 
+from ops.gluon_machine import Barrier, BarrierArray, Buffer, Program, Range, Schedule
 from ops.gluon_values import (
+    POISON,
     Anything,
     EmulationError,
     Language,
@@ -48,180 +48,26 @@ from ops.gluon_values import (
 SHARED_BYTES = 227 * 1024
 BARRIER_LAYOUT = Anything()
 
-
-class Stop(BaseException):
-    """Ends the thread of a partition after another one failed."""
+_running: list[Any] = []  # the program that runs, and its kernel's code
 
 
-class Schedule:
-    """Who goes on, and when pending operations complete.
-
-    Args:
-        seed: of all choices; also of the two below, anew for each program, where they are not given.
-        eagerness: how likely a pending operation completes at a synchronisation; 0 is as late as possible, 1 at once.
-        order: numbers of partitions; the first that can goes on. Empty for a random one.
-    """
-
-    def __init__(self, seed: int, eagerness: float | None = None, order: Sequence[int] | None = None) -> None:
-        self.random = random.Random(seed)
-        self.given = (eagerness, order)
-        self.start_program()
-
-    def start_program(self) -> None:
-        eagerness, order = self.given
-        self.eagerness = self.random.choice([0.0, 0.05, 0.3, 1.0]) if eagerness is None else eagerness
-        if order is None:
-            order = self.random.sample(range(8), 8) if self.random.random() < 0.5 else ()
-        self.order = order
-
-    def choose(self, ready: list[Agent]) -> Agent:
-        if len(ready) == 1:
-            return ready[0]
-        if self.order:
-            return min(ready, key=lambda agent: self.order.index(agent.number))
-        return self.random.choice(ready)
+def running() -> Program:
+    return _running[0]
 
 
-class Agent:
-    """A partition, or the whole program outside `warp_specialize`.
-
-    `known` has a bit for each access that happened before what this partition does next, and one for each access by
-    threads that a fence followed.
-    """
-
-    def __init__(self, number: int, name: str, num_warps: int, known: int) -> None:
-        self.number, self.name, self.num_warps, self.known = number, name, num_warps, known
-        self.products: list[Operation] = []
-        self.stores: list[Operation] = []
-        self.copies: list[Operation] = []
-        self.turn = threading.Lock()
-        self.turn.acquire()
-        self.waits: tuple[Barrier, int, int] | None = None  # barrier, parity, the phase that must be over
-        self.joins: list[Agent] = []
-        self.done = False
-
-    def ready(self) -> bool:
-        if self.done or not all(agent.done for agent in self.joins):
-            return False
-        return self.waits is None or self.waits[0].phase % 2 != self.waits[1]
-
-
-class Operation:
-    """Something that completes at some time after it was issued, once everything in `after` has."""
-
-    def __init__(self, run: Callable[[], None], access: int, after: Sequence[Operation] = ()) -> None:
-        self.run, self.access, self.after, self.done = run, access, after, False
-
-
-class Barrier:
-    """One mbarrier: a phase ends when all arrivals and all expected bytes have come."""
-
-    def __init__(self, program: Program, name: str) -> None:
-        self.program, self.name = program, name
-        self.count = self.pending = self.bytes = self.phase = 0
-        self.gathered = self.released = 0  # what those who arrived know, in this phase and up to the last one
-
-    def init(self, count: int) -> None:
-        if count < 1:
-            raise EmulationError(f"{where_in_kernel()}: a barrier for {count} arrivals")
-        self.count = self.pending = count
-        self.made = self.program.new_access("init of " + self.name, by_threads=True)
-        self.program.agent.known |= self.made
-
-    def check(self, known: int, by_engine: bool = False) -> None:
-        if self.count == 0 or not known & self.made:
-            raise EmulationError(f"{where_in_kernel()}: {self.name} was not initialised before")
-        if by_engine and not known & self.made << 1:
-            raise EmulationError(f"{where_in_kernel()}: no fence after the initialisation of {self.name}")
-
-    def arrive(self, count: int, known: int) -> None:
-        self.check(known)
-        self.pending -= count
-        self.gathered |= known
-        if self.pending < 0:
-            raise EmulationError(f"{where_in_kernel()}: more than {self.count} arrivals in a phase of {self.name}")
-        self.flip()
-
-    def expect(self, num_bytes: int) -> None:
-        self.bytes += num_bytes
-
-    def complete_bytes(self, num_bytes: int, access: int, place: str) -> None:
-        self.bytes -= num_bytes
-        self.gathered |= access
-        if self.bytes < 0:
-            raise EmulationError(f"{place}: {-self.bytes} bytes more than {self.name} expects")
-        self.flip()
-
-    def flip(self) -> None:
-        if self.pending or self.bytes:
-            return
-        self.phase += 1
-        self.pending = self.count
-        self.released |= self.gathered
-        self.gathered = 0
-        for agent in self.program.agents:
-            if agent.waits is not None and agent.waits[0] is self and self.phase - agent.waits[2] > 1:
-                raise EmulationError(f"a phase of {self.name} passed while {agent.name} waited for the one before")
-
-    def __str__(self) -> str:
-        return (
-            f"{self.name} (phase {self.phase}, {self.pending} of {self.count} arrivals and {self.bytes} bytes to come)"
-        )
-
-
-class Region:
-    """The last write and the reads after it of a range of a buffer."""
-
-    def __init__(self, start: int, end: int) -> None:
-        self.start, self.end = start, end
-        self.write = self.reads = 0
-
-
-class Buffer:
-    """One allocation of shared memory, with NaN in it."""
-
-    def __init__(self, program: Program, name: str, dtype: torch.dtype, shape: list[int]) -> None:
-        self.program, self.name = program, name
-        self.data = torch.full(shape, float("nan") if dtype.is_floating_point else 123456789, dtype=dtype)
-        self.regions: list[Region] = []
-
-    def access(self, start: int, end: int, writes: bool, by_threads: bool) -> int:
-        """Record an access by the running partition; raise if one that conflicts may not have ended."""
-        program, known = self.program, self.program.agent.known
-        what = f"{'writes' if writes else 'reads'} {self.name}"
-        access = program.new_access(what, by_threads and writes)
-        mine, written = None, False
-        for region in self.regions:
-            if region.end <= start or end <= region.start:
-                continue
-            written |= region.write != 0
-            unknown = (region.write | (region.reads if writes else 0)) & ~known
-            if unknown:
-                raise EmulationError(f"race: {program.describe(access)} while {program.describe(unknown)}")
-            if not by_threads and region.write & program.by_threads and not known & region.write << 1:
-                raise EmulationError(
-                    f"no fence between {program.describe(region.write)} and {program.describe(access)}"
-                )
-            if (region.start, region.end) == (start, end):
-                mine = region
-        if not writes and not written:
-            raise EmulationError(f"{program.describe(access)}, where nothing was written")
-        if mine is None:
-            mine = Region(start, end)
-            self.regions.append(mine)
-        if writes:
-            self.regions = [r for r in self.regions if r is mine or r.start < start or r.end > end]
-            mine.write, mine.reads = access, 0
-        else:
-            mine.reads |= access
-        return access
+def name_of_allocation() -> str:
+    """The variable that the kernel gives what is allocated, as far as its source line tells."""
+    place = where_in_kernel(_running[1])
+    file, line = _running[1].co_filename, int(place.rpartition(":")[2])
+    name = linecache.getline(file, line).partition("=")[0].strip()
+    return name if name.isidentifier() else place
 
 
 class SharedMemory:
-    """A view of a buffer; `start` and `end` are the range of its elements."""
+    """A view of a buffer."""
 
-    def __init__(self, buffer: Buffer, data: torch.Tensor, start: int, end: int) -> None:
-        self.buffer, self.data, self.start, self.end = buffer, data, start, end
+    def __init__(self, buffer: Buffer, data: torch.Tensor, where: Range) -> None:
+        self.buffer, self.data, self.where = buffer, data, where
 
     @property
     def dtype(self) -> torch.dtype:
@@ -236,17 +82,24 @@ class SharedMemory:
         if not 0 <= i < size or not self.data.is_contiguous():
             raise EmulationError(f"{where_in_kernel()}: index {i} of {size} of {self.buffer.name}")
         part = self.data[i]
-        start = self.start + i * part.numel()
-        return SharedMemory(self.buffer, part, start, start + part.numel())
+        start = self.where.start + i * part.numel()
+        return SharedMemory(self.buffer, part, Range(start, start + part.numel()))
+
+    def slice(self, start: int, length: int, dim: int = 0) -> SharedMemory:
+        """Some columns of a matrix."""
+        if dim != 1 or not self.data.is_contiguous() or not 0 <= start < start + length <= self.shape[1]:
+            raise EmulationError(f"{where_in_kernel()}: {length} from {start} of dimension {dim} of {self.shape}")
+        where = Range(self.where.start, self.where.end, self.shape[1], start, start + length)
+        return SharedMemory(self.buffer, self.data[:, start : start + length], where)
 
     def reshape(self, shape: Sequence[int]) -> SharedMemory:
-        return SharedMemory(self.buffer, self.data.view([int(n) for n in shape]), self.start, self.end)
+        return SharedMemory(self.buffer, self.data.view([int(n) for n in shape]), self.where)
 
     def permute(self, order: Sequence[int]) -> SharedMemory:
-        return SharedMemory(self.buffer, self.data.permute(tuple(order)), self.start, self.end)
+        return SharedMemory(self.buffer, self.data.permute(tuple(order)), self.where)
 
     def access(self, writes: bool, by_threads: bool) -> int:
-        return self.buffer.access(self.start, self.end, writes, by_threads)
+        return self.buffer.access(self.where, writes, by_threads)
 
     def load(self, layout: Any) -> Tensor:
         program = self.buffer.program
@@ -261,18 +114,6 @@ class SharedMemory:
             raise EmulationError(f"{where_in_kernel()}: {value.dtype} {value.shape} into {self.dtype} {self.shape}")
         program.agent.known |= self.access(writes=True, by_threads=True)
         self.data.copy_(value.data)
-
-
-class BarrierArray:
-    """Barriers in shared memory, `[number, 1]`."""
-
-    def __init__(self, program: Program, name: str, number: int) -> None:
-        self.barriers = [Barrier(program, f"{name}[{i}]") for i in range(number)]
-
-    def index(self, i: Any) -> Barrier:
-        if not 0 <= int(i) < len(self.barriers):
-            raise EmulationError(f"{where_in_kernel()}: barrier {i} of {len(self.barriers)}")
-        return self.barriers[int(i)]
 
 
 class Descriptor:
@@ -327,164 +168,6 @@ class Descriptor:
         target = torch.empty(self.block_shape, dtype=self.dtype)
         self.read([int(c) for c in coordinates], target, running().writer())
         return Tensor(target)
-
-
-class Program:
-    """One program of a launch."""
-
-    def __init__(
-        self, place: tuple[int, ...], grid: tuple[int, ...], number: int, warps: int, schedule: Schedule
-    ) -> None:
-        self.place, self.grid, self.number, self.schedule = place, grid, number, schedule
-        self.agent = Agent(0, "program", warps, 0)
-        self.agents = [self.agent]
-        self.pending: list[Operation] = []
-        self.barriers: list[BarrierArray] = []
-        self.accesses: list[tuple[str, str, str]] = []
-        self.by_threads = self.by_engines = 0
-        self.shared_bytes = 0
-        self.error: BaseException | None = None
-
-    def writer(self) -> int:
-        return 1 + self.number * 16 + self.agent.number
-
-    # What happened before what.
-
-    def new_access(self, what: str, by_threads: bool) -> int:
-        access = 1 << 2 * len(self.accesses)
-        self.accesses.append((self.agent.name, what, where_in_kernel()))
-        if by_threads:
-            self.by_threads |= access
-        return access
-
-    def describe(self, accesses: int) -> str:
-        agent, what, place = self.accesses[((accesses & -accesses).bit_length() - 1) // 2]
-        return f"{agent} {what} at {place}"
-
-    # Who goes on.
-
-    def synchronise(self) -> None:
-        """Let pending operations complete and other partitions run."""
-        schedule = self.schedule
-        if self.pending and schedule.eagerness:
-            for operation in list(self.pending):
-                if schedule.eagerness == 1 or schedule.random.random() < schedule.eagerness:
-                    self.complete(operation)
-        if len(self.agents) > 1:
-            self.hand_over()
-
-    def hand_over(self) -> None:
-        """Return when the running partition may go on, after others perhaps; at once if it has ended."""
-        me = self.agent
-        while not (ready := [agent for agent in self.agents if agent.ready()]):
-            if not self.pending:
-                waiting = [f"{a.name} waits for {a.waits[0]}, parity {a.waits[1]}" for a in self.agents if a.waits]
-                raise EmulationError("deadlock: " + "; ".join(waiting))
-            self.complete(self.schedule.random.choice(self.pending))
-        chosen = self.schedule.choose(ready)
-        if chosen is not me:
-            self.agent = chosen
-            chosen.turn.release()
-            if not me.done:
-                me.turn.acquire()
-        if self.error is not None and me.number:
-            raise Stop
-
-    def complete(self, operation: Operation) -> None:
-        if operation.done:
-            return
-        operation.done = True
-        for other in operation.after:
-            self.complete(other)
-        self.pending.remove(operation)
-        operation.run()
-
-    def issue(self, run: Callable[[], None], access: int, after: Sequence[Operation] = ()) -> Operation:
-        operation = Operation(run, access, after)
-        self.by_engines |= access
-        self.pending.append(operation)
-        self.synchronise()
-        return operation
-
-    def finish(self, operations: list[Operation], left: int) -> None:
-        """Wait for all but the last `left` of this partition's operations."""
-        num_done = max(len(operations) - left, 0)
-        for operation in operations[:num_done]:
-            self.complete(operation)
-            self.agent.known |= operation.access
-        del operations[:num_done]
-
-    # Partitions.
-
-    def specialize(self, work: Sequence[tuple[Callable, Sequence[Any]]], warps: Sequence[int]) -> None:
-        parent = self.agent
-        if parent.number:
-            raise EmulationError(f"{where_in_kernel()}: a partition starts partitions")
-        names = [function.__name__ for function, _ in work]
-        for number, name in enumerate(names, 1):
-            name = f"{name} ({number})" if names.count(name) > 1 else name
-            self.agents.append(Agent(number, name, warps[number - 1], parent.known))
-        parent.joins = self.agents[1:]
-        threads = [
-            threading.Thread(target=self.run_partition, args=(agent, *job), daemon=True)
-            for agent, job in zip(parent.joins, work, strict=True)
-        ]
-        for thread in threads:
-            thread.start()
-        try:
-            self.hand_over()
-        finally:
-            error = self.error
-            self.error = error or Stop()
-            for agent, thread in zip(parent.joins, threads, strict=True):
-                if not agent.done:
-                    agent.turn.release()
-                thread.join()
-        if error is not None:
-            raise error
-        self.error = None
-        for agent in parent.joins:
-            parent.known |= agent.known
-        self.agents, parent.joins = [parent], []
-
-    def run_partition(self, agent: Agent, function: Callable, arguments: Sequence[Any]) -> None:
-        agent.turn.acquire()
-        try:
-            if self.error is not None:
-                return
-            function(*arguments)
-            agent.done = True
-            self.hand_over()
-        except Stop:
-            pass
-        except BaseException as error:  # noqa: BLE001  (it is raised again by the thread that joins this one)
-            self.error = error
-            agent.done = True
-            self.agent = self.agents[0]
-            self.agent.turn.release()
-
-    def check_end(self) -> None:
-        lost = self.by_engines & ~self.agent.known
-        if lost:
-            raise EmulationError(f"the program ends before it knows that {self.describe(lost)}")
-        for barrier in itertools.chain.from_iterable(array.barriers for array in self.barriers):
-            if barrier.count == 0 or barrier.pending != barrier.count or barrier.bytes:
-                raise EmulationError(f"the program ends within a phase of {barrier}")
-
-
-_running: list[Any] = []  # the program that runs, and its kernel's code
-
-
-def running() -> Program:
-    return _running[0]
-
-
-def name_of_allocation() -> str:
-    """The variable that the kernel gives what is allocated, as far as its source line tells."""
-    place = where_in_kernel(_running[1])
-    file, line = _running[1].co_filename, int(place.rpartition(":")[2])
-    name = linecache.getline(file, line).partition("=")[0].strip()
-    return name if name.isidentifier() else place
 
 
 class Product:
@@ -643,19 +326,19 @@ class AsyncCopy:
         if smem.shape != pointer.shape or smem.dtype != pointer.memory.dtype:
             raise EmulationError(f"{where_in_kernel()}: {pointer.shape} into {smem.shape}")
         access = smem.access(writes=True, by_threads=True)
-        smem.data.fill_(float("nan"))
+        smem.data.fill_(float("nan") if smem.dtype.is_floating_point else POISON)
         values = pointer.memory.load(pointer.offset, mask, 0, program.writer())
         program.agent.copies.append(program.issue(lambda: smem.data.copy_(values), access))
 
     @staticmethod
     def mbarrier_arrive(barrier: Barrier, increment_count: bool = True) -> None:
-        """Every thread arrives when its copies are done."""
+        """Every thread arrives when its copies are done; its arrival stands for them alone, not for other writes."""
         program, agent = running(), running().agent
         barrier.check(agent.known)
         if increment_count:
             raise EmulationError(f"{where_in_kernel()}: increment_count=True is not emulated")
         copies, agent.copies = agent.copies, []
-        known = agent.known
+        known = barrier.made
         for copy in copies:
             known |= copy.access
         program.issue(lambda: barrier.arrive(32 * agent.num_warps, known), 0, after=copies)
@@ -706,7 +389,7 @@ class GluonLanguage(Language):
         program.shared_bytes += buffer.data.numel() * buffer.data.element_size()
         if program.shared_bytes > SHARED_BYTES:
             raise EmulationError(f"{where_in_kernel()}: {program.shared_bytes} bytes of shared memory")
-        return SharedMemory(buffer, buffer.data, 0, buffer.data.numel())
+        return SharedMemory(buffer, buffer.data, Range(0, buffer.data.numel()))
 
     @staticmethod
     def warp_specialize(

@@ -114,88 +114,23 @@ def raw(x: Any) -> Any:
 class Operators:
     """The operators that Values and Pointers share."""
 
-    def __add__(self, other: Any) -> Any:
-        return operate("+", self, other)
-
-    def __radd__(self, other: Any) -> Any:
-        return operate("+", other, self)
-
-    def __sub__(self, other: Any) -> Any:
-        return operate("-", self, other)
-
-    def __rsub__(self, other: Any) -> Any:
-        return operate("-", other, self)
-
-    def __mul__(self, other: Any) -> Any:
-        return operate("*", self, other)
-
-    def __rmul__(self, other: Any) -> Any:
-        return operate("*", other, self)
-
-    def __truediv__(self, other: Any) -> Any:
-        return operate("/", self, other)
-
-    def __rtruediv__(self, other: Any) -> Any:
-        return operate("/", other, self)
-
-    def __floordiv__(self, other: Any) -> Any:
-        return operate("//", self, other)
-
-    def __rfloordiv__(self, other: Any) -> Any:
-        return operate("//", other, self)
-
-    def __mod__(self, other: Any) -> Any:
-        return operate("%", self, other)
-
-    def __rmod__(self, other: Any) -> Any:
-        return operate("%", other, self)
-
-    def __and__(self, other: Any) -> Any:
-        return operate("&", self, other)
-
-    __rand__ = __and__
-
-    def __or__(self, other: Any) -> Any:
-        return operate("|", self, other)
-
-    __ror__ = __or__
-
-    def __xor__(self, other: Any) -> Any:
-        return operate("^", self, other)
-
-    __rxor__ = __xor__
-
-    def __lshift__(self, other: Any) -> Any:
-        return operate("<<", self, other)
-
-    def __rlshift__(self, other: Any) -> Any:
-        return operate("<<", other, self)
-
-    def __rshift__(self, other: Any) -> Any:
-        return operate(">>", self, other)
-
-    def __lt__(self, other: Any) -> Any:
-        return operate("<", self, other)
-
-    def __le__(self, other: Any) -> Any:
-        return operate("<=", self, other)
-
-    def __gt__(self, other: Any) -> Any:
-        return operate(">", self, other)
-
-    def __ge__(self, other: Any) -> Any:
-        return operate(">=", self, other)
-
-    def __eq__(self, other: Any) -> Any:
-        return operate("==", self, other)
-
-    def __ne__(self, other: Any) -> Any:
-        return operate("!=", self, other)
-
-    def __neg__(self) -> Any:
-        return operate("-", 0, self)
-
     __hash__ = None
+
+
+def _add_operators() -> None:
+    names = {
+        "+": "add", "-": "sub", "*": "mul", "/": "truediv", "//": "floordiv", "%": "mod", "&": "and", "|": "or",
+        "^": "xor", "<<": "lshift", ">>": "rshift", "<": "lt", "<=": "le", ">": "gt", ">=": "ge", "==": "eq",
+        "!=": "ne",
+    }  # fmt: skip
+    for symbol, name in names.items():
+        setattr(Operators, f"__{name}__", lambda self, other, symbol=symbol: operate(symbol, self, other))
+        if symbol not in COMPARISONS:
+            setattr(Operators, f"__r{name}__", lambda self, other, symbol=symbol: operate(symbol, other, self))
+    Operators.__neg__ = lambda self: operate("-", 0, self)
+
+
+_add_operators()
 
 
 class Value(Operators):
@@ -399,7 +334,9 @@ class Language:
     float16, bfloat16, float32, float64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
     range = staticmethod(emulated_range)
     static_range = staticmethod(lambda *bounds: range(*(int(x) for x in bounds)))
-    BlockedLayout = SliceLayout = DotOperandLayout = NVMMADistributedLayout = NVMMASharedLayout = Anything()
+    BlockedLayout = SliceLayout = DotOperandLayout = NVMMADistributedLayout = NVMMASharedLayout = (
+        SwizzledSharedLayout
+    ) = Anything()
     exp, exp2, log, log2 = (_elementwise(f) for f in (torch.exp, torch.exp2, torch.log, torch.log2))
     sqrt, abs = _elementwise(torch.sqrt), _elementwise(torch.abs)
 
