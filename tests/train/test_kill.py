@@ -27,7 +27,7 @@ TIMEOUT_S = 120
 # Stage -> what is killed when it is called for the checkpoint of step 4, and the step of the newest whole checkpoint.
 STAGES = {
     "a step": ("nsa.train.trainer.Trainer", "_backward", 2),
-    "staging": ("torch.distributed.checkpoint.staging.DefaultStager", "stage", 2),
+    "staging": ("torch.distributed.checkpoint.staging.BlockingAsyncStager", "stage", 2),
     "writing the parts": ("torch.distributed.checkpoint.filesystem", "_write_item", 2),
     "adding checksums": ("nsa.train.checkpoint_save.FileSum", "of", 2),
     "writing the model": ("nsa.train.checkpoint_save", "_read_weights", 2),

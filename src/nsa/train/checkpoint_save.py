@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.distributed.checkpoint.state_dict import get_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save
@@ -95,8 +95,8 @@ class Checkpointer:
         self.checkpoints, self.model, self.parallel, self.tokenizer = checkpoints, model, parallel, tokenizer
         self.config_yaml, self.keep, self.keep_every_steps = config_yaml, keep, keep_every_steps
         self.saved_step: int | None = None
-        on_cuda = parallel.device.type == "cuda"
-        self._stager = DefaultStager(StagingOptions(on_cuda, False, False, on_cuda))
+        # From a GPU into pinned memory, which is kept for the next checkpoint.
+        self._stager = BlockingAsyncStager(cache_staged_state_dict=parallel.device.type == "cuda")
         self._group = _group(parallel)
         self._in_flight: Future[Metadata] | None = None
         with torch.device("meta"):
@@ -192,7 +192,8 @@ class _Writer(FileSystemWriter):
     """DCP's writer of files, with each rank's random generators and checksums, and the commit at the end."""
 
     def __init__(self, temporary: Path, *, rank: int, random: dict[str, Any], publish: _Publication) -> None:
-        super().__init__(temporary / STATE)
+        # Nothing is copied from a GPU any more: 0 keeps the thread away from CUDA, where it would take device 0.
+        super().__init__(temporary / STATE, per_thread_copy_ahead=0)
         self.temporary, self.random_file, self.random, self.publish = temporary, random_file(rank), random, publish
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> TorchFuture[list[WriteResult]]:
