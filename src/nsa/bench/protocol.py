@@ -34,10 +34,11 @@ def timed_s(run: Callable[[], object], device: torch.device) -> float:
     """Seconds that `run` takes on its device: CUDA events there, the wall clock elsewhere."""
     if device.type == "cuda":
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        stream = torch.cuda.current_stream(device)
         torch.cuda.synchronize(device)
-        start.record()
+        start.record(stream)
         run()
-        end.record()
+        end.record(stream)
         end.synchronize()
         return start.elapsed_time(end) / 1000
     begin = time.perf_counter()

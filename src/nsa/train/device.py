@@ -12,6 +12,8 @@ import torch
 def choose_device(name: str) -> torch.device:
     """The device of a name; "auto" is CUDA where there is one, else the CPU.
 
+    CUDA without a number is the device that this process has taken (`torch.cuda.set_device`), with its number.
+
     Raises:
         ValueError: no such device here.
     """
@@ -23,8 +25,9 @@ def choose_device(name: str) -> torch.device:
         raise ValueError(f'the device {name!r} is unknown; use "auto", "cpu", "cuda" or "cuda:N"') from None
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"the device {name!r} is not here: {torch.cuda.device_count()} CUDA devices; use auto or cpu")
-    # With its number, which set_device asks for.
-    return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
 
 
 @contextmanager

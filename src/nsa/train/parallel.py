@@ -87,12 +87,12 @@ class Parallel:
 
 
 def one_process(device: str = "auto") -> Parallel:
-    """A run of this process alone.
+    """A run of this process alone, which takes the device.
 
     Raises:
         ValueError: the device is not here.
     """
-    return Parallel(0, 0, 1, choose_device(device), "none")
+    return Parallel(0, 0, 1, _take(choose_device(device)), "none")
 
 
 @contextmanager
@@ -114,11 +114,8 @@ def setup_parallel(device: str = "auto", mode: str = "auto", *, timeout_s: float
         yield one_process(device)
         return
     chosen = _mode(mode, world_size)
-    target = _device_of_rank(device, local_rank)
-    on_cuda = target.type == "cuda"
-    if on_cuda:
-        torch.cuda.set_device(target)
-    backend = "cpu:gloo,cuda:nccl" if on_cuda else "gloo"
+    target = _take(_device_of_rank(device, local_rank))
+    backend = "cpu:gloo,cuda:nccl" if target.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
     parallel = Parallel(rank, local_rank, world_size, target, chosen)
     try:
@@ -149,7 +146,7 @@ def _device_of_rank(name: str, local_rank: int) -> torch.device:
     device = choose_device(name)
     if device.type != "cuda":
         return device
-    if device.index is not None:
+    if ":" in name:
         raise ValueError(f"run.device {name!r} is one GPU for several processes; use cuda: each rank takes its own")
     if local_rank >= torch.cuda.device_count():
         raise ValueError(
@@ -157,6 +154,13 @@ def _device_of_rank(name: str, local_rank: int) -> torch.device:
             f"start torchrun with --nproc-per-node {torch.cuda.device_count()}, or use run.device cpu"
         )
     return torch.device("cuda", local_rank)
+
+
+def _take(device: torch.device) -> torch.device:
+    """Make this device the one of CUDA calls that name none, so that nothing of this process lands on another GPU."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
 
 
 def distribute(loss: NextTokenLoss, parallel: Parallel, precision: Literal["fp32", "bf16"]) -> nn.Module:
