@@ -33,6 +33,7 @@ from nsa.eval.loss import NextTokenLoss
 from nsa.eval.perplexity import DeviceBatch
 from nsa.train.config import RunConfig
 from nsa.train.guards import TrainingError
+from nsa.train.model import compile_layers
 from nsa.train.trainer import Trainer
 
 def own(model):
@@ -84,8 +85,21 @@ def damaged(trainer):
         seen.append(all(torch.equal(a, b) for a, b in zip(before, own(trainer.model))))
     return seen
 
+def uncut(trainer):
+    graphs = []
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+    torch.distributed._DEFAULT_FIRST_BUCKET_BYTES = 0  # a bucket of DDP is full after its first weight
+    trainer_module.compile_layers = functools.partial(compile_layers, backend=backend)
+    config = trainer.config.model_copy(update={"train": trainer.config.train.model_copy(update={"compile": True})})
+    Trainer(config, trainer.parallel).train_step()
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    return len(graphs)
+
 def compiled(trainer):
-    trainer_module.compile_layers = functools.partial(trainer_module.compile_layers, backend="eager")
+    trainer_module.compile_layers = functools.partial(compile_layers, backend="eager")
     trainer_module.NextTokenLoss = lambda model, compiled: NextTokenLoss(model, max_logits=259 * 40)
     changed = {"compile": True, "activation_checkpointing": "selective"}
     config = trainer.config.model_copy(update={"train": trainer.config.train.model_copy(update=changed)})
@@ -95,7 +109,7 @@ def compiled(trainer):
 
 with setup_parallel("cpu", given["train"]["parallel"], timeout_s=120) as parallel:
     config = RunConfig.model_validate(given)
-    report({part.__name__: part(Trainer(config, parallel)) for part in (curve, sparse, damaged, compiled)})
+    report({part.__name__: part(Trainer(config, parallel)) for part in (curve, sparse, damaged, uncut, compiled)})
 """
 PARTS = BODY[: BODY.index("with setup_parallel")]
 
@@ -186,6 +200,10 @@ def test_compiled_and_recomputed_layers_and_a_loss_in_chunks_follow_the_same_cur
         losses, num_graphs = rank["compiled"]
         assert losses == pytest.approx(alone["curve"]["losses"][:3], rel=1e-5)
         assert num_graphs == 1
+
+
+def test_alike_layers_are_one_graph_wherever_ddp_cuts_its_buckets(together: dict[str, Any]) -> None:
+    assert [rank["uncut"] for rank in together["ranks"]] == [1, 1]
 
 
 def test_tokens_that_do_not_divide_among_the_ranks_are_refused(values: Callable[..., dict[str, Any]]) -> None:
