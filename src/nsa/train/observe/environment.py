@@ -67,6 +67,8 @@ def _git(folder: Path, *arguments: str) -> str:
 
 def package_version(package: str) -> str | None:
     """The installed version of a distribution, or None."""
+    if package == "torch":
+        return torch.__version__  # also says what it was built for, which the distribution's version may leave out
     try:
         return version(package)
     except PackageNotFoundError:
