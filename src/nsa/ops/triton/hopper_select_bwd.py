@@ -37,7 +37,7 @@ from nsa.ops.triton.invert import Chunk, Inversion, Items, item_keys
 ROWS = gl.constexpr(64)  # rows of a tile
 PARTS = gl.constexpr(2)  # groups of four warps
 BLOCK = gl.constexpr(64)  # keys of a block
-STAGES = gl.constexpr(4)  # tiles in flight
+STAGES = gl.constexpr(4)  # tiles in flight; a multiple of PARTS, so that a group waits for every use of its places
 
 
 @gluon.jit
@@ -161,7 +161,7 @@ def _row_partition(
             dk = gl.zeros([BLOCK, D], gl.float32, K_LAYOUT)
             dv = gl.zeros([BLOCK, D], gl.float32, K_LAYOUT)
             mbarrier.wait(k_full.index(buffer), turn // 2 & 1)
-            for tile in range(PART, num_tiles, PARTS):
+            for tile in range((PART + step) % PARTS, num_tiles, PARTS):
                 slot = (step + tile) % STAGES
                 q = q_smem.index(slot)
                 dout = dout_smem.index(slot)

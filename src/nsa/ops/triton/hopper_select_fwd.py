@@ -37,7 +37,7 @@ from nsa.ops.triton.invert import Chunk, Inversion, Items, item_keys
 ROWS = gl.constexpr(64)  # rows of a tile, as one wgmma takes
 GROUPS = gl.constexpr(3)  # groups of four warps
 BLOCK = gl.constexpr(64)  # keys of a block
-STAGES = gl.constexpr(6)  # tiles in flight
+STAGES = gl.constexpr(6)  # tiles in flight; a multiple of GROUPS, so that a group waits for every use of its places
 RANGE_ROWS = 32  # rows of a range of tokens for each block there is: some 400 a block that choose it
 
 
