@@ -30,7 +30,7 @@ def test_candidates_take_turns_and_their_steps_run_in_order():
 
 def test_the_warm_up_does_not_count_and_the_median_is_reported(monkeypatch):
     seconds = iter([100.0, 3.0, 1.0, 2.0])
-    monkeypatch.setattr(protocol, "timed_s", lambda run, device: next(seconds))
+    monkeypatch.setattr(protocol, "timed_s", lambda run, device, ahead: next(seconds))
     assert protocol.median_ms({"a": {"run": lambda: None}}, CPU, warmup=1, repeats=3)["a_run"] == 2000.0
 
 

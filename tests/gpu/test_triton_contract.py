@@ -8,7 +8,7 @@ from torch import Tensor
 
 from nsa import BlockGeometry, mean_pool, nsa_attention
 from nsa.ops.routing import choose_backend, explain_backend
-from nsa.ops.triton import dense_fwd, hopper_bwd, hopper_fwd, select_fwd
+from nsa.ops.triton import dense_fwd, hopper_bwd, hopper_fwd, hopper_select_bwd, hopper_select_fwd, select_fwd
 
 SMALL = BlockGeometry(8, 4, 16, 4, 1, 2, 24)
 
@@ -55,13 +55,14 @@ def test_what_triton_cannot_run_is_an_error_that_says_so(change, message):
         choose_backend("triton", change(inputs()[0]))
 
 
-def test_repeated_calls_agree_bit_for_bit_whatever_lay_in_memory():
+@pytest.mark.parametrize("geometry", [SMALL, BlockGeometry(8, 4, 64, 5, 1, 2, 24)])  # the second gathers rows
+def test_repeated_calls_agree_bit_for_bit_whatever_lay_in_memory(geometry):
     tensors = inputs(T=1200)
     cu = torch.tensor([0, 300, 301, 1100], dtype=torch.int32, device="cuda")
-    first = step(*tensors, cu=cu)
+    first = step(*tensors, cu=cu, geometry=geometry)
     torch.use_deterministic_algorithms(True)  # fills new tensors with NaN
     try:
-        second = step(*tensors, cu=cu)
+        second = step(*tensors, cu=cu, geometry=geometry)
     finally:
         torch.use_deterministic_algorithms(False)
     for x, y in zip(first, second, strict=True):
@@ -154,17 +155,36 @@ def test_every_operator_passes_opcheck():
 
 
 def test_new_lengths_do_not_compile_new_kernels():
+    geometry = BlockGeometry(8, 4, 64, 4, 1, 2, 24)
     for T in (300, 301, 333):
-        step(*inputs(T=T))
+        step(*inputs(T=T), geometry=geometry)
     kernels = (
         dense_fwd.dense_forward_kernel, hopper_fwd.hopper_forward_kernel, hopper_bwd.hopper_key_kernel,
-        hopper_bwd.hopper_query_kernel, select_fwd.select_forward_kernel,
+        hopper_bwd.hopper_query_kernel, select_fwd.select_forward_kernel, hopper_select_fwd.hopper_select_kernel,
+        hopper_select_bwd.hopper_select_backward_kernel,
     )  # fmt: skip
     before = [sum(len(cache[0]) for cache in kernel.device_caches.values()) for kernel in kernels]
     for T in (310, 350, 384, 401, 512, 517):
-        step(*inputs(T=T))
+        step(*inputs(T=T), geometry=geometry)
     after = [sum(len(cache[0]) for cache in kernel.device_caches.values()) for kernel in kernels]
     assert all(y <= x + 1 for x, y in zip(before, after, strict=True)), (before, after)
+
+
+def test_out_of_memory_is_an_error_after_which_everything_works():
+    tensors = inputs(T=2000)
+    before = step(*tensors)
+    torch.cuda.empty_cache()
+    total = torch.cuda.get_device_properties(0).total_memory
+    large = inputs(T=100_000)
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 200 * 2**20) / total)
+    try:
+        with pytest.raises(torch.OutOfMemoryError):
+            step(*large)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    for x, y in zip(before, step(*tensors), strict=True):
+        assert torch.equal(x, y)
+    assert all(torch.isfinite(x).all() for x in step(*large))
 
 
 def test_memory_grows_with_the_length_not_with_its_square():

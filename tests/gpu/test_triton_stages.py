@@ -30,6 +30,12 @@ CASES = [
     (1, 500, 16, 1, 128, 128, SMALL, [0, 0, 1, 70, 133, 133, 140, 400, 500], 0, 0, torch.bfloat16),
     (2, 333, 8, 2, 128, 128, PAPER, None, 0, 0, torch.bfloat16),
     (1, 1500, 64, 4, 128, 128, PAPER, [0, 0, 31, 32, 700, 1500], 0, 0, torch.bfloat16),
+    # More blocks than a list has, so that rows are gathered: whole and cut items, group sizes of every kind.
+    (1, 2500, 16, 1, 128, 128, PAPER, None, 0, 0, torch.bfloat16),
+    (2, 1800, 8, 2, 128, 128, PAPER, None, 0, 0, torch.float16),
+    (1, 3000, 6, 1, 64, 64, PAPER, None, 0, 0, torch.bfloat16),
+    (1, 4000, 3, 1, 64, 64, PAPER, [0, 0, 1700, 1731, 3999], 0, 0, torch.bfloat16),
+    (1, 1400, 32, 1, 64, 64, PAPER, None, 0, 0, torch.bfloat16),
     (1, 77, 16, 1, 128, 128, PAPER, None, 900, 300, torch.float16),
     (1, 300, 8, 2, 64, 64, PAPER, [0, 100, 131, 300], 0, 0, torch.float32),
     (1, 90, 8, 2, 64, 64, SMALL, None, 133, 100, torch.float16),

@@ -4,9 +4,10 @@
 
 NSA is the whole operator; mean pooling of keys and values is included unless `--no_pool`. Dense is
 `scaled_dot_product_attention` with keys and values already repeated for all query heads, its best case. The two take
-turns. Peak memory is what a forward and backward needs beyond its inputs, measured in a process of its own (on the CPU
-from the kernel's high-water mark). `--alike 64` averages queries and keys over neighbouring tokens, so that neighbours
-choose alike, as in trained models. Beside the CSV goes a picture of the times and of how many times faster NSA is.
+turns; on a GPU their kernels count, not the launches, which the host makes ahead as in training. Peak memory is what a
+forward and backward needs beyond its inputs, measured in a process of its own (on the CPU from the kernel's high-water
+mark). `--alike 64` averages queries and keys over neighbouring tokens, so that neighbours choose alike, as in trained
+models. Beside the CSV goes a picture of the times and of how many times faster NSA is.
 
 CSV columns: `length` tokens; `nsa_forward_ms`, `nsa_backward_ms`, `nsa_total_ms` and likewise `dense_`; `speedup` is
 dense total over NSA total; `nsa_peak_gib`, `dense_peak_gib`; then forward and backward of each stage alone. What was
@@ -134,12 +135,12 @@ def _measure(bench: PrefillBench, length: int) -> PrefillRow:
     candidates: dict[str, Steps] = {"nsa": nsa_steps(bench, length)}
     if bench.dense:
         candidates["dense"] = dense_steps(bench, length)
-    values = median_ms(candidates, device, bench.warmup, bench.repeats)
+    values = median_ms(candidates, device, bench.warmup, bench.repeats, ahead=True)
     columns = {f"{name}_ms": value for name, value in values.items()}
     if bench.dense:
         columns["speedup"] = values["dense_total"] / values["nsa_total"]
     if bench.stages:
-        stage_values = median_ms(stage_steps(bench, length), device, bench.warmup, bench.repeats)
+        stage_values = median_ms(stage_steps(bench, length), device, bench.warmup, bench.repeats, ahead=True)
         columns |= {f"{name}_ms": ms for name, ms in stage_values.items() if not name.endswith("_total")}
     del candidates
     if bench.memory:

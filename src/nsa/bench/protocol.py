@@ -30,12 +30,22 @@ from nsa.train.observe.environment import cpu_name, num_cpus
 Steps = Mapping[str, Callable[[], object]]
 
 
-def timed_s(run: Callable[[], object], device: torch.device) -> float:
-    """Seconds that `run` takes on its device: CUDA events there, the wall clock elsewhere."""
+def timed_s(run: Callable[[], object], device: torch.device, ahead: bool = False) -> float:
+    """Seconds that `run` takes on its device: CUDA events there, the wall clock elsewhere.
+
+    Args:
+        ahead: give a CUDA device some 2 ms of other work first, which also empties its cache. Meanwhile the host issues
+            `run`, as it does in a training step, so that the kernels count and not their launches.
+    """
     if device.type == "cuda":
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         stream = torch.cuda.current_stream(device)
         torch.cuda.synchronize(device)
+        if ahead:
+            filler = torch.empty(2**28, dtype=torch.uint8, device=device)
+            for _ in range(32):
+                filler.zero_()
+            del filler
         start.record(stream)
         run()
         end.record(stream)
@@ -46,13 +56,16 @@ def timed_s(run: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - begin
 
 
-def median_ms(candidates: Mapping[str, Steps], device: torch.device, warmup: int, repeats: int) -> dict[str, float]:
+def median_ms(
+    candidates: Mapping[str, Steps], device: torch.device, warmup: int, repeats: int, ahead: bool = False
+) -> dict[str, float]:
     """Median milliseconds of every step, and of each candidate's steps together.
 
     Args:
         candidates: name -> steps that belong together and run in order, for example a forward and its backward. In
             each round every candidate runs once.
         warmup, repeats: rounds that do not count, and rounds that do.
+        ahead: as in `timed_s`.
 
     Returns:
         `{"candidate_step": ms, ..., "candidate_total": ms}`.
@@ -65,7 +78,7 @@ def median_ms(candidates: Mapping[str, Steps], device: torch.device, warmup: int
     seconds: dict[str, list[float]] = {}
     for _ in range(warmup + repeats):
         for name, steps in candidates.items():
-            taken = {step: timed_s(run, device) for step, run in steps.items()}
+            taken = {step: timed_s(run, device, ahead) for step, run in steps.items()}
             for step, value in (*taken.items(), ("total", sum(taken.values()))):
                 seconds.setdefault(f"{name}_{step}", []).append(value)
     return {name: 1000 * statistics.median(values[warmup:]) for name, values in seconds.items()}
