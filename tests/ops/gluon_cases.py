@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import sys
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -17,18 +18,21 @@ from torch import Tensor
 
 from nsa.geometry import BlockGeometry
 from nsa.ops import reference, triton as backend
-from nsa.ops.triton import common, dense_bwd, hopper_bwd, hopper_fwd
+from nsa.ops.triton import common, dense_bwd, select_bwd, select_fwd
 from ops.gluon_emulator import emulate
 
 SMALL = BlockGeometry(8, 4, 16, 4, 1, 2, 24)
 WIDE = BlockGeometry(8, 4, 16, 4, 1, 2, 150)
+EDGE = BlockGeometry(8, 4, 16, 4, 1, 2, 63)  # intervals end, and begin, where a step does
+BLOCKS = BlockGeometry(8, 4, 64, 5, 1, 1, 40)
 
 # name -> batch, tokens, heads, groups, head size, geometry, document bounds, q_start, k_start, dtype, multiprocessors,
-# branches
+# what runs: compressed and window branch, the whole operator, with scratch for few tokens at a time
 CASES = {
     "batch of two, two groups": (2, 75, 8, 2, 64, SMALL, None, 0, 0, "bfloat16", 2, "cw"),
     "many steps": (1, 230, 4, 1, 64, WIDE, None, 0, 0, "float16", 1, "w"),
-    "one head a group": (1, 201, 1, 1, 64, SMALL, None, 0, 0, "float16", 1, "cw"),
+    "one head a group": (1, 201, 1, 1, 64, EDGE, None, 0, 0, "float16", 1, "cw"),
+    "many heads a group, edges of steps": (1, 18, 32, 1, 64, EDGE, None, 256, 190, "float16", 2, "cw"),
     "head size 128": (1, 70, 16, 1, 128, SMALL, None, 0, 0, "bfloat16", 2, "cw"),
     "rows in two splits": (1, 90, 16, 1, 64, SMALL, None, 0, 0, "float16", 3, "c"),
     "packed, empty and short documents": (1, 120, 4, 1, 64, SMALL, [0, 0, 51, 51, 54, 120], 0, 0, "float16", 1, "cw"),
@@ -36,8 +40,13 @@ CASES = {
     "whole tiles after the last document": (1, 200, 4, 2, 64, WIDE, [0, 19], 0, 0, "float16", 3, "cw"),
     "chunk of a prefill": (1, 30, 8, 2, 64, SMALL, None, 150, 111, "float16", 1, "cw"),
     "one token": (1, 1, 4, 1, 64, SMALL, None, 0, 0, "bfloat16", 1, "cw"),
+    "whole": (1, 420, 8, 2, 64, BLOCKS, None, 0, 0, "float16", 3, "a"),
+    "whole, head size 128": (2, 330, 2, 1, 128, BLOCKS, None, 0, 0, "bfloat16", 1, "a"),
+    "whole, packed, five heads a group": (1, 450, 5, 1, 64, BLOCKS, [0, 0, 20, 440], 0, 0, "float16", 2, "ak"),
 }  # fmt: skip
 SEEDS = range(3)
+NAMES = ("q", "k", "v", "k_cmp", "v_cmp", "k_win", "v_win", "gates")
+MODULES = [module for name, module in sorted(sys.modules.items()) if name.startswith("nsa.ops.triton.")]
 
 
 def row_error(x: Tensor, expected: Tensor) -> float:
@@ -71,8 +80,11 @@ class Case:
         self.compressed = (self.draw(B, N, Hkv, D), self.draw(B, N, Hkv, D))
         self.window = (self.draw(B, S - k_start, Hkv, D), self.draw(B, S - k_start, Hkv, D))
         self.scale, self.errors = D**-0.5, {}
-        for module in (hopper_fwd, hopper_bwd, dense_bwd):
-            module.num_multiprocessors = lambda x: multiprocessors
+        self.numbers = (B, S, Hkv, N)
+        for module in MODULES:
+            if hasattr(module, "num_multiprocessors"):
+                module.num_multiprocessors = lambda x: multiprocessors
+        backend._union_pays = lambda *_: False
 
     def draw(self, *shape: int) -> Tensor:
         return torch.randn(*shape).to(self.dtype)
@@ -82,6 +94,8 @@ class Case:
             self.branch("compressed_attention", *self.compressed, (self.q_start, self.scale))
         if "w" in self.branches:
             self.branch("window_attention", *self.window, (self.q_start, self.k_start, self.scale))
+        if "a" in self.branches:
+            self.whole("k" in self.branches)
         return self.errors
 
     def branch(self, name: str, k: Tensor, v: Tensor, numbers: tuple) -> None:
@@ -122,6 +136,38 @@ class Case:
         numbers = (self.q_start, self.k_start if window else 0, self.scale)
         mine = dense_bwd.dense_backward(dout, *inputs, rows, self.geometry, layout, window, *numbers, before)[0]
         self.errors[f"{name} dq on top"] = row_error(mine, expected)
+
+    def whole(self, small_scratch: bool) -> None:
+        """Compare the whole operator with its branches by the reference, for the blocks that it chose."""
+        if small_scratch:
+            select_fwd.select_forward = partial(select_fwd.select_forward, scratch_bytes=2**18)
+            select_bwd.select_backward = partial(select_bwd.select_backward, scratch_bytes=2**18)
+        B, S, Hkv, N = self.numbers
+        D, used = self.q.shape[3], self.used
+        k, v = self.draw(B, S, Hkv, D), self.draw(B, S, Hkv, D)
+        inputs = (self.q, k, v, *self.compressed, *self.window, self.draw(*self.q.shape[:3], 3))
+        constants = (self.cu, self.geometry.as_tuple(), self.scale)
+        out, *saved = backend.attention_forward(*inputs, *constants)
+        dout = self.draw(*out.shape)
+        grads = backend.attention_backward(dout, *inputs, *saved, *constants)
+
+        lengths = [N if name.endswith("cmp") else used for name in NAMES]
+        exact = [x[:, :length].double().requires_grad_() for x, length in zip(inputs, lengths, strict=True)]
+        q, k, v, k_cmp, v_cmp, k_win, v_win, gates = exact
+        tail = (self.geometry, self.cu, 0)
+        branches = (
+            reference.compressed_attention(q, k_cmp, v_cmp, *tail, self.scale)[0],
+            reference.selected_attention(q, k, v, saved[-1][:, :used], *tail, self.scale)[0],
+            reference.window_attention(q, k_win, v_win, *tail, 0, self.scale)[0],
+        )
+        expected = sum(gates[..., i, None] * branch for i, branch in enumerate(branches))
+        self.errors["whole"] = row_error(out[:, :used], expected)
+        outside = [out[:, used:].abs().sum()]
+        wanted = torch.autograd.grad(expected, exact, dout[:, :used].double())
+        for name, x, y, length in zip(NAMES, grads, wanted, lengths, strict=True):
+            self.errors[f"whole d{name}"] = row_error(x[:, :length], y)
+            outside.append(x[:, length:].abs().sum())
+        self.errors["whole outside"] = float(sum(outside))
 
 
 def main(word: str = "", seed: str = "") -> None:

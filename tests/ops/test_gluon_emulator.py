@@ -14,8 +14,11 @@ pytest.importorskip("triton")
 
 PROGRAM = Path(__file__).with_name("gluon_cases.py")
 PATHS = [str(Path(__file__).parents[2] / "src"), str(Path(__file__).parents[1])]
-NUM_RUNS = 30
-HOPPER_KERNELS = {"hopper_forward_kernel", "hopper_key_kernel", "hopper_query_kernel"}
+NUM_CASES, NUM_SEEDS = 14, 3
+KERNELS = {
+    "hopper_forward_kernel", "hopper_key_kernel", "hopper_query_kernel", "hopper_select_kernel",
+    "hopper_select_backward_kernel",
+}  # fmt: skip
 
 
 def test_hopper_kernels_equal_the_reference_under_every_schedule():
@@ -25,13 +28,15 @@ def test_hopper_kernels_equal_the_reference_under_every_schedule():
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, check=False)
     assert run.returncode == 0, run.stderr[-3000:]
     lines = [json.loads(line) for line in run.stdout.splitlines()]
-    assert len(lines) == NUM_RUNS
-    assert all(set(line["kernels"]) >= HOPPER_KERNELS for line in lines)
-    # Each row's error: p, dS and the results are rounded to 11 or 8 bits. A wrong key in a row is of order 0.1.
+    assert len(lines) == NUM_CASES * NUM_SEEDS
+    assert set().union(*(line["kernels"] for line in lines)) >= KERNELS
+    # Of each row: what is multiplied and the results are rounded to 11 or 8 bits. One wrong key is of order 0.1.
     wrong = {
         f"{line['case']}: {name}": error
         for line in lines
         for name, error in line["errors"].items()
-        if not error < (2e-6 if name.endswith("lse") else 3e-3 if line["dtype"] == "float16" else 2e-2)
+        if not error < (2e-6 if name.endswith("lse") else 5e-3 if line["dtype"] == "float16" else 4e-2)
     }
     assert not wrong
+    # No order of partitions or programs changes a bit.
+    assert len({json.dumps([line["case"], line["errors"]]) for line in lines}) == NUM_CASES
