@@ -33,9 +33,9 @@ from nsa.geometry import BlockGeometry
 from nsa.ops.triton.common import LN2, LOG2E, Layout, key_interval, num_multiprocessors
 
 ROWS = gl.constexpr(64)  # rows of a group of four warps, as one wgmma takes
-GROUPS = gl.constexpr(3)  # groups of four warps
-KEYS = gl.constexpr(64)  # keys of a step
-STAGES = gl.constexpr(4)  # steps in flight
+# GROUPS groups of four warps, KEYS keys of a step, STAGES steps in flight; whether REGISTERS hold the queries, which
+# spares shared memory, whose bandwidth products are close to.
+TILE = {"GROUPS": 3, "KEYS": 64, "STAGES": 4, "REGISTERS": False}
 
 
 def describe_box(x: Tensor, tokens: int, heads: int) -> TensorDescriptor:
@@ -93,7 +93,7 @@ def _load_partition(
     q_desc, k_desc, v_desc, q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
     doc_ptr, cmp_ptr, T, S, q_start, k_start, num_tiles, heads,
     G: gl.constexpr, HKV: gl.constexpr, D: gl.constexpr, SIZE: gl.constexpr, STRIDE: gl.constexpr,
-    WINDOW: gl.constexpr, PACKED: gl.constexpr,
+    WINDOW: gl.constexpr, PACKED: gl.constexpr, GROUPS: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     step = 0
     for turn in range(num_rounds(num_tiles * heads)):
@@ -124,8 +124,9 @@ def _load_partition(
 
 @gluon.jit
 def _soften(
-    s, best, total, key_start, first, end, plain_first, plain_end, scale_log2, LEFT: gl.constexpr, LAYOUT: gl.constexpr
-):
+    s, best, total, key_start, first, end, plain_first, plain_end, scale_log2, LEFT: gl.constexpr, LAYOUT: gl.constexpr,
+    KEYS: gl.constexpr,
+):  # fmt: skip
     """One step of the online softmax, in base 2, and by how much the previous steps' results fade."""
     if (key_start < plain_first) | (key_start + KEYS > plain_end):
         key = key_start + gl.arange(0, KEYS, gl.SliceLayout(0, LAYOUT))
@@ -142,18 +143,21 @@ def _soften(
 
 @gluon.jit
 def _attend(
-    q, q_full, q_phase, k_smem, v_smem, k_full, k_empty, v_full, v_empty, step, tile_first, tile_end, first, end,
+    q_tile, q_full, q_phase, k_smem, v_smem, k_full, k_empty, v_full, v_empty, step, tile_first, tile_end, first, end,
     plain_first, plain_end, scale_log2, D: gl.constexpr, LEFT: gl.constexpr, S_LAYOUT: gl.constexpr,
-    O_LAYOUT: gl.constexpr,
+    O_LAYOUT: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """Sum of values, running maximum and sum of a group's rows, and the number of the next step."""
     P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, O_LAYOUT, 2)
-    dtype: gl.constexpr = q.dtype
+    dtype: gl.constexpr = q_tile.dtype
     none = gl.zeros([ROWS, KEYS], gl.float32, S_LAYOUT)
     acc = gl.zeros([ROWS, D], gl.float32, O_LAYOUT)
     best = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, S_LAYOUT))
     total = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, S_LAYOUT))
     mbarrier.wait(q_full, q_phase)
+    q = q_tile
+    if REGISTERS:
+        q = q_tile.load(gl.DotOperandLayout(0, S_LAYOUT, 2))
     slot = step % STAGES
     mbarrier.wait(k_full.index(slot), step // STAGES & 1)
     k = k_smem.index(slot).reshape([KEYS, D]).permute([1, 0])
@@ -161,7 +165,7 @@ def _attend(
     s = warpgroup_mma_wait(0, deps=[s])
     mbarrier.arrive(k_empty.index(slot), count=1)
     p, best, total, _fading = _soften(
-        s, best, total, tile_first, first, end, plain_first, plain_end, scale_log2, LEFT, S_LAYOUT
+        s, best, total, tile_first, first, end, plain_first, plain_end, scale_log2, LEFT, S_LAYOUT, KEYS
     )
     p = gl.convert_layout(p.to(dtype), P_LAYOUT)
     for key_start in range(tile_first + KEYS, tile_end, KEYS):
@@ -177,7 +181,7 @@ def _attend(
         s = warpgroup_mma_wait(1, deps=[s])
         mbarrier.arrive(k_empty.index(slot), count=1)
         fresh, best, total, decay = _soften(
-            s, best, total, key_start, first, end, plain_first, plain_end, scale_log2, LEFT, S_LAYOUT
+            s, best, total, key_start, first, end, plain_first, plain_end, scale_log2, LEFT, S_LAYOUT, KEYS
         )
         acc = warpgroup_mma_wait(0, deps=[acc])
         mbarrier.arrive(v_empty.index(old_slot), count=1)
@@ -195,7 +199,8 @@ def _row_partition(
     PART: gl.constexpr, out_desc, lse_ptr, q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
     doc_ptr, cmp_ptr, scale_log2, T, S, q_start, k_start, num_tiles, heads,
     G: gl.constexpr, HKV: gl.constexpr, D: gl.constexpr, SIZE: gl.constexpr, STRIDE: gl.constexpr,
-    WINDOW: gl.constexpr, PACKED: gl.constexpr, LN2: gl.constexpr,
+    WINDOW: gl.constexpr, PACKED: gl.constexpr, LN2: gl.constexpr, GROUPS: gl.constexpr, KEYS: gl.constexpr,
+    STAGES: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
     O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
@@ -217,6 +222,7 @@ def _row_partition(
         acc, best, total, step = _attend(
             q, q_full.index(place), turn // 2 & 1, k_smem, v_smem, k_full, k_empty, v_full, v_empty, step, tile_first,
             tile_end, first, end, plain_first, plain_end, scale_log2, D, PACKED or WINDOW > 0, S_LAYOUT, O_LAYOUT,
+            KEYS, STAGES, REGISTERS,
         )  # fmt: skip
 
         share = 1.0 / gl.where(total == 0.0, 1.0, total)
@@ -235,7 +241,8 @@ def _row_partition(
 def hopper_forward_kernel(
     q_desc, k_desc, v_desc, out_desc, lse_ptr, doc_ptr, cmp_ptr, scale_log2, T, S, q_start, k_start, num_tiles, heads,
     G: gl.constexpr, HKV: gl.constexpr, D: gl.constexpr, SIZE: gl.constexpr, STRIDE: gl.constexpr,
-    WINDOW: gl.constexpr, PACKED: gl.constexpr, LN2: gl.constexpr,
+    WINDOW: gl.constexpr, PACKED: gl.constexpr, LN2: gl.constexpr, GROUPS: gl.constexpr, KEYS: gl.constexpr,
+    STAGES: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     q_smem = gl.allocate_shared_memory(q_desc.dtype, [2 * GROUPS] + q_desc.block_shape, q_desc.layout)
     k_smem = gl.allocate_shared_memory(k_desc.dtype, [STAGES] + k_desc.block_shape, k_desc.layout)
@@ -247,44 +254,64 @@ def hopper_forward_kernel(
     v_full = make_barriers(STAGES, 1)
     v_empty = make_barriers(STAGES, GROUPS)
     fence_async_shared()
-    gl.warp_specialize([
-        (_row_partition, (
-            0, out_desc, lse_ptr, q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-            doc_ptr, cmp_ptr, scale_log2, T, S, q_start, k_start, num_tiles, heads,
-            G, HKV, D, SIZE, STRIDE, WINDOW, PACKED, LN2,
-        )),
-        (_row_partition, (
-            1, out_desc, lse_ptr, q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-            doc_ptr, cmp_ptr, scale_log2, T, S, q_start, k_start, num_tiles, heads,
-            G, HKV, D, SIZE, STRIDE, WINDOW, PACKED, LN2,
-        )),
-        (_row_partition, (
-            2, out_desc, lse_ptr, q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-            doc_ptr, cmp_ptr, scale_log2, T, S, q_start, k_start, num_tiles, heads,
-            G, HKV, D, SIZE, STRIDE, WINDOW, PACKED, LN2,
-        )),
-        (_load_partition, (
-            q_desc, k_desc, v_desc, q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-            doc_ptr, cmp_ptr, T, S, q_start, k_start, num_tiles, heads,
-            G, HKV, D, SIZE, STRIDE, WINDOW, PACKED,
-        )),
-    ], [4, 4, 1], [160, 160, 24])  # fmt: skip
+    if GROUPS == 3:
+        gl.warp_specialize([
+            (_row_partition, (
+                0, out_desc, lse_ptr, q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+                doc_ptr, cmp_ptr, scale_log2, T, S, q_start, k_start, num_tiles, heads,
+                G, HKV, D, SIZE, STRIDE, WINDOW, PACKED, LN2, GROUPS, KEYS, STAGES, REGISTERS,
+            )),
+            (_row_partition, (
+                1, out_desc, lse_ptr, q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+                doc_ptr, cmp_ptr, scale_log2, T, S, q_start, k_start, num_tiles, heads,
+                G, HKV, D, SIZE, STRIDE, WINDOW, PACKED, LN2, GROUPS, KEYS, STAGES, REGISTERS,
+            )),
+            (_row_partition, (
+                2, out_desc, lse_ptr, q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+                doc_ptr, cmp_ptr, scale_log2, T, S, q_start, k_start, num_tiles, heads,
+                G, HKV, D, SIZE, STRIDE, WINDOW, PACKED, LN2, GROUPS, KEYS, STAGES, REGISTERS,
+            )),
+            (_load_partition, (
+                q_desc, k_desc, v_desc, q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+                doc_ptr, cmp_ptr, T, S, q_start, k_start, num_tiles, heads,
+                G, HKV, D, SIZE, STRIDE, WINDOW, PACKED, GROUPS, KEYS, STAGES,
+            )),
+        ], [4, 4, 1], [160, 160, 24])  # fmt: skip
+    else:
+        gl.warp_specialize([
+            (_row_partition, (
+                0, out_desc, lse_ptr, q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+                doc_ptr, cmp_ptr, scale_log2, T, S, q_start, k_start, num_tiles, heads,
+                G, HKV, D, SIZE, STRIDE, WINDOW, PACKED, LN2, GROUPS, KEYS, STAGES, REGISTERS,
+            )),
+            (_row_partition, (
+                1, out_desc, lse_ptr, q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+                doc_ptr, cmp_ptr, scale_log2, T, S, q_start, k_start, num_tiles, heads,
+                G, HKV, D, SIZE, STRIDE, WINDOW, PACKED, LN2, GROUPS, KEYS, STAGES, REGISTERS,
+            )),
+            (_load_partition, (
+                q_desc, k_desc, v_desc, q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+                doc_ptr, cmp_ptr, T, S, q_start, k_start, num_tiles, heads,
+                G, HKV, D, SIZE, STRIDE, WINDOW, PACKED, GROUPS, KEYS, STAGES,
+            )),
+        ], [4, 1], [240, 24])  # fmt: skip
 
 
 def hopper_forward(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, geometry: BlockGeometry, layout: Layout | None,
-    window: int, q_start: int, k_start: int, scale: float,
+    window: int, q_start: int, k_start: int, scale: float, tile: dict[str, int] | None = None,
 ) -> None:  # fmt: skip
     """Write what `dense_forward` gives for tensors that `hopper_serves` takes."""
     B, T, H, D = q.shape
     S, Hkv = k.shape[1:3]
     G = H // Hkv
-    tokens = ROWS.value // G
+    tile = tile or TILE
+    tokens, keys = ROWS.value // G, tile["KEYS"]
     documents = (q, q) if layout is None else (layout.doc_start, layout.cmp_start)
-    num_tiles = triton.cdiv(T * G, GROUPS.value * ROWS.value)
+    num_tiles = triton.cdiv(T * G, tile["GROUPS"] * ROWS.value)
     hopper_forward_kernel[(min(num_multiprocessors(q), num_tiles * B * Hkv),)](
-        describe_box(q, tokens, G), describe_box(k, KEYS.value, 1), describe_box(v, KEYS.value, 1),
+        describe_box(q, tokens, G), describe_box(k, keys, 1), describe_box(v, keys, 1),
         describe_box(out, tokens, G), lse, *documents, scale * LOG2E, T, S, q_start, k_start, num_tiles, B * Hkv,
         G=G, HKV=Hkv, D=D, SIZE=geometry.compress_block_size, STRIDE=geometry.compress_stride,
-        WINDOW=window, PACKED=layout is not None, LN2=LN2, num_warps=4,
+        WINDOW=window, PACKED=layout is not None, LN2=LN2, num_warps=4, **tile,
     )  # fmt: skip
