@@ -85,6 +85,13 @@ def damaged(trainer):
         seen.append(all(torch.equal(a, b) for a, b in zip(before, own(trainer.model))))
     return seen
 
+def low(trainer):
+    config = trainer.config.model_copy(update={"train": trainer.config.train.model_copy(update={"precision": "bf16"})})
+    low = Trainer(config, trainer.parallel)
+    inputs = set()
+    low.model.model.layers[1].mlp.down_proj.register_forward_pre_hook(lambda module, args: inputs.add(args[0].dtype))
+    return [low.train_step()[0].loss for _ in range(3)], inputs, {w.dtype for w in own(low.model)}
+
 def uncut(trainer):
     graphs = []
     def backend(graph, inputs):
@@ -109,7 +116,7 @@ def compiled(trainer):
 
 with setup_parallel("cpu", given["train"]["parallel"], timeout_s=120) as parallel:
     config = RunConfig.model_validate(given)
-    report({part.__name__: part(Trainer(config, parallel)) for part in (curve, sparse, damaged, uncut, compiled)})
+    report({part.__name__: part(Trainer(config, parallel)) for part in (curve, sparse, damaged, low, uncut, compiled)})
 """
 PARTS = BODY[: BODY.index("with setup_parallel")]
 
@@ -200,6 +207,14 @@ def test_compiled_and_recomputed_layers_and_a_loss_in_chunks_follow_the_same_cur
         losses, num_graphs = rank["compiled"]
         assert losses == pytest.approx(alone["curve"]["losses"][:3], rel=1e-5)
         assert num_graphs == 1
+
+
+def test_bf16_computes_in_bf16_on_fp32_weights(alone: dict[str, Any], together: dict[str, Any]) -> None:
+    for rank in together["ranks"]:
+        losses, inputs, weights = rank["low"]
+        assert losses == pytest.approx(alone["curve"]["losses"][:3], rel=5e-3)
+        assert losses != alone["curve"]["losses"][:3]
+        assert (inputs, weights) == ({torch.bfloat16}, {torch.float32})
 
 
 def test_alike_layers_are_one_graph_wherever_ddp_cuts_its_buckets(together: dict[str, Any]) -> None:

@@ -80,7 +80,8 @@ class StepWindows:
     def _profile(self, name: str) -> Iterator[None]:
         on_cuda = self.device.type == "cuda"
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_cuda else [])]
-        with profile(activities=activities, record_shapes=True) as recorded:
+        # Without acc_events torch warns that events of other windows are lost; each has a profile of its own.
+        with profile(activities=activities, record_shapes=True, acc_events=True) as recorded:
             yield
         recorded.export_chrome_trace(str(self.folder / f"trace_{name}.json.gz"))
         sorting = "self_cuda_time_total" if on_cuda else "self_cpu_time_total"
