@@ -69,7 +69,7 @@ def test_repeated_calls_agree_bit_for_bit_whatever_lay_in_memory(geometry):
         assert torch.equal(x, y)
 
 
-@pytest.mark.parametrize("group_size", [4, 5])  # with Hopper's own kernels, and without
+@pytest.mark.parametrize("group_size", [4, 5])  # whole tokens fill a tile, or not
 @pytest.mark.parametrize(("T", "window"), [(200, 24), (900, 300)])  # the second has whole tiles of such tokens
 def test_tokens_after_the_last_document_give_zero_and_no_gradient(T, window, group_size):
     tensors = inputs(T=T, H=2 * group_size)

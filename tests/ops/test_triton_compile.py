@@ -21,8 +21,8 @@ KERNELS = {
     "gate_backward_kernel", "union_kernel", "union_forward_kernel", "union_query_kernel",
 }  # fmt: skip
 DENSE_KERNELS = {"dense_forward_kernel", "dense_key_kernel", "dense_query_kernel"}
-HOPPER_KERNELS = {"hopper_forward_kernel", "hopper_key_kernel", "hopper_query_kernel"}
-GATHER_KERNELS = {"hopper_select_kernel"}
+HOPPER_DENSE_KERNELS = {"hopper_forward_kernel", "hopper_key_kernel", "hopper_query_kernel"}
+HOPPER_SELECT_KERNELS = {"hopper_select_kernel", "hopper_select_backward_kernel"}
 LAYOUT_KERNELS = {"_compressed_bounds", "_spread"}
 MATRIX_KERNELS = {
     "score_kernel", "select_forward_kernel", "select_backward_kernel", "forced_forward_kernel", "union_forward_kernel",
@@ -49,22 +49,23 @@ def compiled(architecture: int, dtype: str, group_size: int, head_dim: int, pack
 
 
 @pytest.mark.parametrize(
-    ("architecture", "dtype", "group_size", "head_dim", "packed", "hopper"),
+    ("architecture", "dtype", "group_size", "head_dim", "packed"),
     [
-        (80, "float16", 4, 64, True, False),
-        (90, "bfloat16", 16, 128, False, True),
-        (90, "float16", 4, 64, True, True),
-        (90, "bfloat16", 5, 128, False, False),
-        (100, "bfloat16", 5, 64, True, False),
+        (80, "float16", 4, 64, True),
+        (90, "bfloat16", 16, 128, False),
+        (90, "float16", 4, 64, True),
+        (90, "bfloat16", 5, 128, False),
+        (90, "bfloat16", 4, 96, False),
+        (100, "bfloat16", 5, 64, True),
     ],
 )
-def test_all_kernels_compile_within_shared_memory(architecture, dtype, group_size, head_dim, packed, hopper, tmp_path):
-    """Hopper's own dense kernels serve group sizes that divide 64, its gathering ones any."""
+def test_all_kernels_compile_within_shared_memory(architecture, dtype, group_size, head_dim, packed, tmp_path):
+    """Hopper has kernels of its own for heads of 64 and 128."""
     kernels = compiled(architecture, dtype, group_size, head_dim, packed, tmp_path)
-    dense = HOPPER_KERNELS | {"_pack_rows_kernel"} if hopper else DENSE_KERNELS
-    gather = GATHER_KERNELS if architecture == 90 else set()
-    assert {kernel["kernel"] for kernel in kernels} == KERNELS | dense | gather | (LAYOUT_KERNELS if packed else set())
+    hopper = architecture == 90 and head_dim in (64, 128)
+    matrix = HOPPER_DENSE_KERNELS | HOPPER_SELECT_KERNELS if hopper else DENSE_KERNELS
+    others = ({"_pack_rows_kernel"} if hopper else set()) | (LAYOUT_KERNELS if packed else set())
+    assert {kernel["kernel"] for kernel in kernels} == KERNELS | matrix | others
     assert max(kernel["shared_bytes"] for kernel in kernels) <= LIMITS[architecture]
     if architecture == 90:
-        expected = MATRIX_KERNELS | gather | dense - {"_pack_rows_kernel"}
-        assert {kernel["kernel"] for kernel in kernels if kernel["wgmma"]} == expected
+        assert {kernel["kernel"] for kernel in kernels if kernel["wgmma"]} == MATRIX_KERNELS | matrix

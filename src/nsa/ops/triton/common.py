@@ -211,23 +211,16 @@ def is_hopper(x: Tensor) -> bool:
     return x.is_cuda and torch.cuda.get_device_capability(x.device) == (9, 0)
 
 
-def hopper_serves(q: Tensor, k: Tensor, v: Tensor) -> bool:
+def hopper_serves(q: Tensor, v: Tensor) -> bool:
     """Whether the kernels of `hopper_fwd` and `hopper_bwd` take these fitting tensors.
 
-    False while HOPPER_IS_TESTED is.
-
-    Their tiles are whole tokens of a group, 64 rows for four warps, so the group size divides 64. Other shapes, fp32
-    and other devices keep the kernels of `dense_fwd` and `dense_bwd`; the results differ by rounding only.
+    False while HOPPER_IS_TESTED is. Other head sizes, fp32 and other devices keep the kernels of `dense_fwd` and
+    `dense_bwd`; the results differ by rounding only.
     """
-    size, group_size = q.shape[3], q.shape[2] // k.shape[2]
-    shape_fits = size == v.shape[3] and size in (64, 128) and 64 % group_size == 0
+    shape_fits = q.shape[3] == v.shape[3] and q.shape[3] in (64, 128)
     return HOPPER_IS_TESTED and is_hopper(q) and q.dtype in (torch.float16, torch.bfloat16) and shape_fits
 
 
-def hopper_gathers(q: Tensor, k: Tensor, v: Tensor, block: int) -> bool:
-    """Whether `hopper_select` takes these fitting tensors and selection blocks of `block` tokens, of any group size.
-
-    False while HOPPER_IS_TESTED is.
-    """
-    shape_fits = q.shape[3] == v.shape[3] and q.shape[3] in (64, 128) and block == 64
-    return HOPPER_IS_TESTED and is_hopper(q) and q.dtype in (torch.float16, torch.bfloat16) and shape_fits
+def hopper_gathers(q: Tensor, v: Tensor, block: int) -> bool:
+    """Whether the kernels of `hopper_select_fwd` and `hopper_select_bwd` take blocks of `block` tokens."""
+    return block == 64 and hopper_serves(q, v)

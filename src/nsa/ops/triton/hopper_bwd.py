@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
@@ -32,11 +33,20 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from nsa.geometry import BlockGeometry
 from nsa.ops.triton.common import LOG2E, Layout, key_interval, num_multiprocessors, query_interval
-from nsa.ops.triton.hopper_fwd import describe_box, make_barriers, num_rounds, tile_keys, tile_of_round
+from nsa.ops.triton.hopper_fwd import (
+    copy_rows,
+    describe_box,
+    make_barriers,
+    num_rounds,
+    row_offsets,
+    tile_keys,
+    tile_of_round,
+)
 
 ROWS = gl.constexpr(64)  # rows of a step, or of a group of four warps
 KEYS = gl.constexpr(64)  # keys of a group of four warps, or of a step
 STAGES = gl.constexpr(3)  # steps in flight
+QUERY_REGISTERS = True
 
 
 @triton.jit(do_not_specialize=["T", "padded"])
@@ -90,8 +100,8 @@ def _rows_of_keys(
 @gluon.jit
 def _key_load_partition(
     q_desc, k_desc, v_desc, dout_desc, row_desc, k_smem, v_smem, q_smem, dout_smem, lse_smem, delta_smem,
-    k_full, q_full, q_empty, dout_full, dout_empty, b, group, key_start, first, end,
-    G: gl.constexpr, HKV: gl.constexpr, D: gl.constexpr,
+    q_ptr, dout_ptr, k_full, q_full, q_empty, dout_full, dout_empty, b, group, key_start, first, end, T,
+    G: gl.constexpr, HKV: gl.constexpr, D: gl.constexpr, BOXES: gl.constexpr,
 ):  # fmt: skip
     mbarrier.expect(k_full.index(0), 8 * KEYS * D)
     for half in gl.static_range(2):
@@ -105,14 +115,23 @@ def _key_load_partition(
         phase = (i // STAGES & 1) ^ 1
         row = first + i * ROWS
         box = [b, row // G, group * G, 0]
+        boxes: gl.constexpr = 2 * ROWS * D if BOXES else 0
         mbarrier.wait(q_empty.index(slot), phase)
-        mbarrier.expect(q_full.index(slot), 2 * ROWS * D + 4 * ROWS)
-        tma.async_copy_global_to_shared(q_desc, box, q_full.index(slot), q_smem.index(slot))
+        mbarrier.expect(q_full.index(slot), boxes + 4 * ROWS)
         tma.async_copy_global_to_shared(row_desc, [head, row], q_full.index(slot), lse_smem.index(slot))
+        if BOXES:
+            tma.async_copy_global_to_shared(q_desc, box, q_full.index(slot), q_smem.index(slot))
+        else:
+            copy_rows(q_ptr, q_smem.index(slot), row, b, group, T, G, HKV, D)
+            async_copy.mbarrier_arrive(q_full.index(slot), increment_count=False)
         mbarrier.wait(dout_empty.index(slot), phase)
-        mbarrier.expect(dout_full.index(slot), 2 * ROWS * D + 4 * ROWS)
-        tma.async_copy_global_to_shared(dout_desc, box, dout_full.index(slot), dout_smem.index(slot))
+        mbarrier.expect(dout_full.index(slot), boxes + 4 * ROWS)
         tma.async_copy_global_to_shared(row_desc, [delta_head, row], dout_full.index(slot), delta_smem.index(slot))
+        if BOXES:
+            tma.async_copy_global_to_shared(dout_desc, box, dout_full.index(slot), dout_smem.index(slot))
+        else:
+            copy_rows(dout_ptr, dout_smem.index(slot), row, b, group, T, G, HKV, D)
+            async_copy.mbarrier_arrive(dout_full.index(slot), increment_count=False)
 
 
 @gluon.jit
@@ -140,7 +159,7 @@ def _key_partition(
     k_full, q_full, q_empty, dout_full, dout_empty, doc_ptr, first_ptr, end_ptr, scale, scale_log2,
     T, S, q_start, k_start, b, group, key_start, first, end, split_low, split_high, shift,
     G: gl.constexpr, HKV: gl.constexpr, D: gl.constexpr, SIZE: gl.constexpr, STRIDE: gl.constexpr,
-    WINDOW: gl.constexpr, PACKED: gl.constexpr,
+    WINDOW: gl.constexpr, PACKED: gl.constexpr, BOXES: gl.constexpr,
 ):  # fmt: skip
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
     K_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
@@ -176,8 +195,12 @@ def _key_partition(
         q = q_smem.index(slot).reshape([ROWS, D])
         dout = dout_smem.index(slot).reshape([ROWS, D])
         mbarrier.wait(q_full.index(slot), phase)
+        if not BOXES:
+            fence_async_shared()  # rows were written by threads, the products read them as TMA does
         s = warpgroup_mma(k, q.permute([1, 0]), none, use_acc=False, is_async=True)
         mbarrier.wait(dout_full.index(slot), phase)
+        if not BOXES:
+            fence_async_shared()
         dp = warpgroup_mma(v, dout.permute([1, 0]), none, use_acc=False, is_async=True)
         lse = lse_smem.index(slot).reshape([ROWS]).load(ROW)
         s = warpgroup_mma_wait(1, deps=[s])
@@ -203,10 +226,10 @@ def _key_partition(
 
 @gluon.jit(do_not_specialize=["T", "S", "q_start", "k_start", "split_rows"])
 def hopper_key_kernel(
-    q_desc, k_desc, v_desc, dout_desc, row_desc, dk_ptr, dv_ptr, doc_ptr, first_ptr, end_ptr, scale, scale_log2,
-    T, S, q_start, k_start, split_rows,
+    q_desc, k_desc, v_desc, dout_desc, row_desc, q_ptr, dout_ptr, dk_ptr, dv_ptr, doc_ptr, first_ptr, end_ptr,
+    scale, scale_log2, T, S, q_start, k_start, split_rows,
     G: gl.constexpr, HKV: gl.constexpr, D: gl.constexpr, SIZE: gl.constexpr, STRIDE: gl.constexpr,
-    WINDOW: gl.constexpr, PACKED: gl.constexpr,
+    WINDOW: gl.constexpr, PACKED: gl.constexpr, BOXES: gl.constexpr,
 ):  # fmt: skip
     k_smem = gl.allocate_shared_memory(k_desc.dtype, [2] + k_desc.block_shape, k_desc.layout)
     v_smem = gl.allocate_shared_memory(v_desc.dtype, [2] + v_desc.block_shape, v_desc.layout)
@@ -215,9 +238,10 @@ def hopper_key_kernel(
     lse_smem = gl.allocate_shared_memory(row_desc.dtype, [STAGES] + row_desc.block_shape, row_desc.layout)
     delta_smem = gl.allocate_shared_memory(row_desc.dtype, [STAGES] + row_desc.block_shape, row_desc.layout)
     k_full = make_barriers(1, 1)
-    q_full = make_barriers(STAGES, 1)
+    arrivals: gl.constexpr = 1 if BOXES else 129  # one for lse and delta, and every thread that copies rows
+    q_full = make_barriers(STAGES, arrivals)
     q_empty = make_barriers(STAGES, 2)
-    dout_full = make_barriers(STAGES, 1)
+    dout_full = make_barriers(STAGES, arrivals)
     dout_empty = make_barriers(STAGES, 2)
     fence_async_shared()
 
@@ -232,25 +256,46 @@ def hopper_key_kernel(
         G, SIZE, STRIDE, WINDOW, PACKED,
     )  # fmt: skip
     shift = split * (gl.num_programs(1) // HKV).to(gl.int64) * S * HKV
-    gl.warp_specialize([
-        (_key_partition, (
-            0, dk_ptr, dv_ptr, k_smem, v_smem, q_smem, dout_smem, lse_smem, delta_smem,
-            k_full, q_full, q_empty, dout_full, dout_empty, doc_ptr, first_ptr, end_ptr, scale, scale_log2,
-            T, S, q_start, k_start, b, group, key_start, first, end, split_low, split_high, shift,
-            G, HKV, D, SIZE, STRIDE, WINDOW, PACKED,
-        )),
-        (_key_partition, (
-            1, dk_ptr, dv_ptr, k_smem, v_smem, q_smem, dout_smem, lse_smem, delta_smem,
-            k_full, q_full, q_empty, dout_full, dout_empty, doc_ptr, first_ptr, end_ptr, scale, scale_log2,
-            T, S, q_start, k_start, b, group, key_start, first, end, split_low, split_high, shift,
-            G, HKV, D, SIZE, STRIDE, WINDOW, PACKED,
-        )),
-        (_key_load_partition, (
-            q_desc, k_desc, v_desc, dout_desc, row_desc, k_smem, v_smem, q_smem, dout_smem, lse_smem, delta_smem,
-            k_full, q_full, q_empty, dout_full, dout_empty, b, group, key_start, first, end,
-            G, HKV, D,
-        )),
-    ], [4, 1], [240, 24])  # fmt: skip
+    if BOXES:
+        gl.warp_specialize([
+            (_key_partition, (
+                0, dk_ptr, dv_ptr, k_smem, v_smem, q_smem, dout_smem, lse_smem, delta_smem,
+                k_full, q_full, q_empty, dout_full, dout_empty, doc_ptr, first_ptr, end_ptr, scale, scale_log2,
+                T, S, q_start, k_start, b, group, key_start, first, end, split_low, split_high, shift,
+                G, HKV, D, SIZE, STRIDE, WINDOW, PACKED, BOXES,
+            )),
+            (_key_partition, (
+                1, dk_ptr, dv_ptr, k_smem, v_smem, q_smem, dout_smem, lse_smem, delta_smem,
+                k_full, q_full, q_empty, dout_full, dout_empty, doc_ptr, first_ptr, end_ptr, scale, scale_log2,
+                T, S, q_start, k_start, b, group, key_start, first, end, split_low, split_high, shift,
+                G, HKV, D, SIZE, STRIDE, WINDOW, PACKED, BOXES,
+            )),
+            (_key_load_partition, (
+                q_desc, k_desc, v_desc, dout_desc, row_desc, k_smem, v_smem, q_smem, dout_smem, lse_smem, delta_smem,
+                q_ptr, dout_ptr, k_full, q_full, q_empty, dout_full, dout_empty, b, group, key_start, first, end, T,
+                G, HKV, D, BOXES,
+            )),
+        ], [4, 1], [240, 24])  # fmt: skip
+    else:
+        gl.warp_specialize([
+            (_key_partition, (
+                0, dk_ptr, dv_ptr, k_smem, v_smem, q_smem, dout_smem, lse_smem, delta_smem,
+                k_full, q_full, q_empty, dout_full, dout_empty, doc_ptr, first_ptr, end_ptr, scale, scale_log2,
+                T, S, q_start, k_start, b, group, key_start, first, end, split_low, split_high, shift,
+                G, HKV, D, SIZE, STRIDE, WINDOW, PACKED, BOXES,
+            )),
+            (_key_partition, (
+                1, dk_ptr, dv_ptr, k_smem, v_smem, q_smem, dout_smem, lse_smem, delta_smem,
+                k_full, q_full, q_empty, dout_full, dout_empty, doc_ptr, first_ptr, end_ptr, scale, scale_log2,
+                T, S, q_start, k_start, b, group, key_start, first, end, split_low, split_high, shift,
+                G, HKV, D, SIZE, STRIDE, WINDOW, PACKED, BOXES,
+            )),
+            (_key_load_partition, (
+                q_desc, k_desc, v_desc, dout_desc, row_desc, k_smem, v_smem, q_smem, dout_smem, lse_smem, delta_smem,
+                q_ptr, dout_ptr, k_full, q_full, q_empty, dout_full, dout_empty, b, group, key_start, first, end, T,
+                G, HKV, D, BOXES,
+            )),
+        ], [4, 4], [224, 56])  # fmt: skip
 
 
 def hopper_key_backward(
@@ -261,7 +306,8 @@ def hopper_key_backward(
     B, T, H, D = q.shape
     S, Hkv, splits = k.shape[1], k.shape[2], dk.shape[0]
     G = H // Hkv
-    tokens = ROWS.value // G
+    boxes = ROWS.value % G == 0
+    box = (ROWS.value // G, G) if boxes else (ROWS.value, 1)
     rows = pack_rows(lse, delta, Hkv)
     row_layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
     row_desc = TensorDescriptor(rows, list(rows.shape), list(rows.stride()), [1, ROWS.value], row_layout)
@@ -269,11 +315,11 @@ def hopper_key_backward(
     if layout is not None:
         documents = (layout.doc_start, layout.cmp_token, layout.doc_end if window else layout.cmp_doc_end)
     hopper_key_kernel[(triton.cdiv(S, 2 * KEYS.value), B * Hkv, splits)](
-        describe_box(q, tokens, G), describe_box(k, KEYS.value, 1), describe_box(v, KEYS.value, 1),
-        describe_box(dout, tokens, G), row_desc, dk, dv, *documents, scale, scale * LOG2E,
+        describe_box(q, *box), describe_box(k, KEYS.value, 1), describe_box(v, KEYS.value, 1),
+        describe_box(dout, *box), row_desc, q, dout, dk, dv, *documents, scale, scale * LOG2E,
         T, S, q_start, k_start, triton.cdiv(T, splits) * G,
         G=G, HKV=Hkv, D=D, SIZE=geometry.compress_block_size, STRIDE=geometry.compress_stride,
-        WINDOW=window, PACKED=layout is not None, num_warps=4,
+        WINDOW=window, PACKED=layout is not None, BOXES=boxes, num_warps=4,
     )  # fmt: skip
 
 
@@ -282,7 +328,7 @@ def _query_load_partition(
     q_desc, k_desc, v_desc, dout_desc, q_smem, dout_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full,
     v_empty, doc_ptr, cmp_ptr, T, S, q_start, k_start, num_tiles, heads,
     G: gl.constexpr, HKV: gl.constexpr, D: gl.constexpr, SIZE: gl.constexpr, STRIDE: gl.constexpr,
-    WINDOW: gl.constexpr, PACKED: gl.constexpr,
+    WINDOW: gl.constexpr, PACKED: gl.constexpr, BOXES: gl.constexpr,
 ):  # fmt: skip
     step = 0
     for turn in range(num_rounds(num_tiles * heads)):
@@ -290,7 +336,7 @@ def _query_load_partition(
         first, _from, _to, end = tile_keys(
             row, 2 * ROWS, doc_ptr, cmp_ptr, T, S, q_start, k_start, G, SIZE, STRIDE, WINDOW, PACKED
         )
-        for half in gl.static_range(2):
+        for half in gl.static_range(2 if BOXES else 0):
             place = turn % 2 * 2 + half
             box = [b, row // G + half * (ROWS // G), group * G, 0]
             mbarrier.wait(q_empty.index(place), (turn // 2 & 1) ^ 1)
@@ -311,18 +357,27 @@ def _query_load_partition(
 
 @gluon.jit
 def _query_partition(
-    HALF: gl.constexpr, dq_desc, dq_ptr, lse_ptr, delta_ptr, q_smem, dout_smem, k_smem, v_smem, q_full, q_empty, k_full,
-    k_empty, v_full, v_empty, doc_ptr, cmp_ptr, scale, scale_log2, log2e, T, S, q_start, k_start, num_tiles, heads,
+    HALF: gl.constexpr, q_ptr, dout_ptr, dq_desc, dq_ptr, lse_ptr, delta_ptr, q_smem, dout_smem, k_smem, v_smem, q_full,
+    q_empty, k_full, k_empty, v_full, v_empty, doc_ptr, cmp_ptr, scale, scale_log2, log2e, T, S, q_start, k_start,
+    num_tiles, heads,
     G: gl.constexpr, HKV: gl.constexpr, D: gl.constexpr, SIZE: gl.constexpr, STRIDE: gl.constexpr,
-    WINDOW: gl.constexpr, PACKED: gl.constexpr, ADD: gl.constexpr,
+    WINDOW: gl.constexpr, PACKED: gl.constexpr, ADD: gl.constexpr, REGISTERS: gl.constexpr, BOXES: gl.constexpr,
 ):  # fmt: skip
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
     Q_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     ROW: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
     dtype: gl.constexpr = q_smem.dtype
+    ROW_LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
     none = gl.zeros([ROWS, KEYS], gl.float32, S_LAYOUT)
     step = 0
-    for turn in range(num_rounds(num_tiles * heads)):
+    rounds = num_rounds(num_tiles * heads)
+    if not BOXES:
+        first_row, first_b, first_group = tile_of_round(0, num_tiles, heads, HKV, 2 * ROWS)
+        first_row += HALF * ROWS
+        copy_rows(q_ptr, q_smem.index(HALF), first_row, first_b, first_group, T, G, HKV, D)
+        copy_rows(dout_ptr, dout_smem.index(HALF), first_row, first_b, first_group, T, G, HKV, D)
+        async_copy.commit_group()
+    for turn in range(rounds):
         tile_row, b, group = tile_of_round(turn, num_tiles, heads, HKV, 2 * ROWS)
         tile_first, _from, _to, tile_end = tile_keys(
             tile_row, 2 * ROWS, doc_ptr, cmp_ptr, T, S, q_start, k_start, G, SIZE, STRIDE, WINDOW, PACKED
@@ -338,8 +393,8 @@ def _query_partition(
         lse = gl.load(lse_ptr + row_64) * log2e
         delta = gl.load(delta_ptr + row_64)
         place = turn % 2 * 2 + HALF
-        q = q_smem.index(place).reshape([ROWS, D])
-        dout = dout_smem.index(place).reshape([ROWS, D])
+        q_tile = q_smem.index(place).reshape([ROWS, D])
+        dout_tile = dout_smem.index(place).reshape([ROWS, D])
         dq = gl.zeros([ROWS, D], gl.float32, Q_LAYOUT)
         before = dq.to(dtype)
         if ADD:  # read long before it is needed
@@ -347,7 +402,24 @@ def _query_partition(
             source += gl.arange(0, D, gl.SliceLayout(0, Q_LAYOUT))[None, :]
             live = gl.convert_layout(row < T * G, gl.SliceLayout(1, Q_LAYOUT))
             before = gl.load(dq_ptr + source, mask=live[:, None], other=0.0)
-        mbarrier.wait(q_full.index(place), turn // 2 & 1)
+        if BOXES:
+            mbarrier.wait(q_full.index(place), turn // 2 & 1)
+        else:
+            async_copy.wait_group(0)
+            fence_async_shared()  # rows were written by threads, the products read them as TMA does
+            if turn + 1 < rounds:
+                next_row, next_b, next_group = tile_of_round(turn + 1, num_tiles, heads, HKV, 2 * ROWS)
+                next_place = (turn + 1) % 2 * 2 + HALF
+                copy_rows(q_ptr, q_smem.index(next_place), next_row + HALF * ROWS, next_b, next_group, T, G, HKV, D)
+                copy_rows(
+                    dout_ptr, dout_smem.index(next_place), next_row + HALF * ROWS, next_b, next_group, T, G, HKV, D
+                )
+                async_copy.commit_group()
+        q = q_tile
+        dout = dout_tile
+        if REGISTERS:
+            q = q_tile.load(gl.DotOperandLayout(0, S_LAYOUT, 2))
+            dout = dout_tile.load(gl.DotOperandLayout(0, S_LAYOUT, 2))
         for key_start in range(tile_first, tile_end, KEYS):
             slot = step % STAGES
             phase = step // STAGES & 1
@@ -373,19 +445,24 @@ def _query_partition(
         dq = dq * scale
         if ADD:
             dq += before.to(gl.float32)
-        q.store(dq.to(dtype))
-        fence_async_shared()
-        tma.async_copy_shared_to_global(dq_desc, [b, low // G, group * G, 0], q_smem.index(place))
-        tma.store_wait(0)
-        mbarrier.arrive(q_empty.index(place), count=1)
+        q_tile.store(dq.to(dtype))
+        if BOXES:
+            fence_async_shared()
+            tma.async_copy_shared_to_global(dq_desc, [b, low // G, group * G, 0], q_smem.index(place))
+            tma.store_wait(0)
+            mbarrier.arrive(q_empty.index(place), count=1)
+        else:
+            offsets, live_row = row_offsets(low, b, group, T, G, HKV, D, ROW_LAYOUT)
+            gl.store(dq_ptr + offsets, q_tile.load(ROW_LAYOUT), mask=live_row)
 
 
 @gluon.jit(do_not_specialize=["T", "S", "q_start", "k_start", "num_tiles", "heads"])
 def hopper_query_kernel(
-    q_desc, k_desc, v_desc, dout_desc, dq_desc, dq_ptr, lse_ptr, delta_ptr, doc_ptr, cmp_ptr, scale, scale_log2, log2e,
-    T, S, q_start, k_start, num_tiles, heads,
+    q_desc, k_desc, v_desc, dout_desc, dq_desc, q_ptr, dout_ptr, dq_ptr, lse_ptr, delta_ptr, doc_ptr, cmp_ptr,
+    scale, scale_log2, log2e, T, S, q_start, k_start, num_tiles, heads,
     G: gl.constexpr, HKV: gl.constexpr, D: gl.constexpr, SIZE: gl.constexpr, STRIDE: gl.constexpr,
-    WINDOW: gl.constexpr, PACKED: gl.constexpr, ADD: gl.constexpr,
+    WINDOW: gl.constexpr, PACKED: gl.constexpr, ADD: gl.constexpr, REGISTERS: gl.constexpr,
+    BOXES: gl.constexpr,
 ):  # fmt: skip
     q_smem = gl.allocate_shared_memory(q_desc.dtype, [4] + q_desc.block_shape, q_desc.layout)
     dout_smem = gl.allocate_shared_memory(dout_desc.dtype, [4] + dout_desc.block_shape, dout_desc.layout)
@@ -400,19 +477,19 @@ def hopper_query_kernel(
     fence_async_shared()
     gl.warp_specialize([
         (_query_partition, (
-            0, dq_desc, dq_ptr, lse_ptr, delta_ptr, q_smem, dout_smem, k_smem, v_smem, q_full, q_empty, k_full,
-            k_empty, v_full, v_empty, doc_ptr, cmp_ptr, scale, scale_log2, log2e, T, S, q_start, k_start, num_tiles,
-            heads, G, HKV, D, SIZE, STRIDE, WINDOW, PACKED, ADD,
+            0, q_ptr, dout_ptr, dq_desc, dq_ptr, lse_ptr, delta_ptr, q_smem, dout_smem, k_smem, v_smem, q_full,
+            q_empty, k_full, k_empty, v_full, v_empty, doc_ptr, cmp_ptr, scale, scale_log2, log2e, T, S, q_start,
+            k_start, num_tiles, heads, G, HKV, D, SIZE, STRIDE, WINDOW, PACKED, ADD, REGISTERS, BOXES,
         )),
         (_query_partition, (
-            1, dq_desc, dq_ptr, lse_ptr, delta_ptr, q_smem, dout_smem, k_smem, v_smem, q_full, q_empty, k_full,
-            k_empty, v_full, v_empty, doc_ptr, cmp_ptr, scale, scale_log2, log2e, T, S, q_start, k_start, num_tiles,
-            heads, G, HKV, D, SIZE, STRIDE, WINDOW, PACKED, ADD,
+            1, q_ptr, dout_ptr, dq_desc, dq_ptr, lse_ptr, delta_ptr, q_smem, dout_smem, k_smem, v_smem, q_full,
+            q_empty, k_full, k_empty, v_full, v_empty, doc_ptr, cmp_ptr, scale, scale_log2, log2e, T, S, q_start,
+            k_start, num_tiles, heads, G, HKV, D, SIZE, STRIDE, WINDOW, PACKED, ADD, REGISTERS, BOXES,
         )),
         (_query_load_partition, (
             q_desc, k_desc, v_desc, dout_desc, q_smem, dout_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty,
             v_full, v_empty, doc_ptr, cmp_ptr, T, S, q_start, k_start, num_tiles, heads,
-            G, HKV, D, SIZE, STRIDE, WINDOW, PACKED,
+            G, HKV, D, SIZE, STRIDE, WINDOW, PACKED, BOXES,
         )),
     ], [4, 1], [240, 24])  # fmt: skip
 
@@ -426,13 +503,14 @@ def hopper_query_backward(
     B, T, H, D = q.shape
     S, Hkv = k.shape[1:3]
     G = H // Hkv
-    tokens = ROWS.value // G
+    boxes = ROWS.value % G == 0
+    box = (ROWS.value // G, G) if boxes else (ROWS.value, 1)
     documents = (q, q) if layout is None else (layout.doc_start, layout.cmp_start)
     num_tiles = triton.cdiv(T * G, 2 * ROWS.value)
     hopper_query_kernel[(min(num_multiprocessors(q), num_tiles * B * Hkv),)](
-        describe_box(q, tokens, G), describe_box(k, KEYS.value, 1), describe_box(v, KEYS.value, 1),
-        describe_box(dout, tokens, G), describe_box(dq, tokens, G), dq, lse, delta, *documents, scale, scale * LOG2E,
+        describe_box(q, *box), describe_box(k, KEYS.value, 1), describe_box(v, KEYS.value, 1),
+        describe_box(dout, *box), describe_box(dq, *box), q, dout, dq, lse, delta, *documents, scale, scale * LOG2E,
         LOG2E, T, S, q_start, k_start, num_tiles, B * Hkv,
         G=G, HKV=Hkv, D=D, SIZE=geometry.compress_block_size, STRIDE=geometry.compress_stride,
-        WINDOW=window, PACKED=layout is not None, ADD=add, num_warps=4,
+        WINDOW=window, PACKED=layout is not None, ADD=add, REGISTERS=QUERY_REGISTERS, BOXES=boxes, num_warps=4,
     )  # fmt: skip

@@ -1,9 +1,10 @@
 """Forward of the compressed and the window branch on Hopper, in Gluon: loads and the parts of a tile run side by side.
 
-One warp loads queries, keys and values by TMA. Three groups of four warps hold 64 rows (token, head) each and drift
-apart, so that one computes exponentials while others multiply; each issues the next scores and the present values'
-product together (Shah et al., FlashAttention-3, arXiv 2407.08608, section 3). Programs are persistent, one for each
-multiprocessor: the next tile's queries arrive under the present tile.
+One warp loads keys and values by TMA, and queries where whole tokens fill a tile (BOXES); rows of other group sizes are
+copied by those who need them. Groups of four warps hold 64 rows (token, head) each and drift apart, so that one
+computes exponentials while others multiply; each issues the next scores and the present values' product together (Shah
+et al., FlashAttention-3, arXiv 2407.08608, section 3). Programs are persistent, one for each multiprocessor: the next
+tile's queries arrive under the present tile.
 
 Shapes and intervals are those of `dense_fwd`; `hopper_serves` says which shapes come here.
 """
@@ -20,6 +21,7 @@ import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
@@ -89,11 +91,29 @@ def tile_keys(
 
 
 @gluon.jit
+def row_offsets(low, b, group, T, G: gl.constexpr, HKV: gl.constexpr, D: gl.constexpr, LAYOUT: gl.constexpr):
+    """Where ROWS rows of a group from `low` on lie in `[B, T, H, D]`, and which of them exist."""
+    row = low + gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT))
+    t = gl.minimum(row // G, T - 1)
+    row_64 = (b.to(gl.int64) * T + t) * (G * HKV) + group * G + row % G
+    return row_64[:, None] * D + gl.arange(0, D, gl.SliceLayout(0, LAYOUT))[None, :], (row < T * G)[:, None]
+
+
+@gluon.jit
+def copy_rows(x_ptr, tile, low, b, group, T, G: gl.constexpr, HKV: gl.constexpr, D: gl.constexpr):
+    """Begin to copy ROWS rows of a group from `low` on; those that do not exist are the last token's."""
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
+    offsets, _live = row_offsets(low, b, group, T, G, HKV, D, LAYOUT)
+    async_copy.async_copy_global_to_shared(tile.reshape([ROWS, D]), x_ptr + offsets)
+
+
+@gluon.jit
 def _load_partition(
     q_desc, k_desc, v_desc, q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
     doc_ptr, cmp_ptr, T, S, q_start, k_start, num_tiles, heads,
     G: gl.constexpr, HKV: gl.constexpr, D: gl.constexpr, SIZE: gl.constexpr, STRIDE: gl.constexpr,
     WINDOW: gl.constexpr, PACKED: gl.constexpr, GROUPS: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr,
+    BOXES: gl.constexpr,
 ):  # fmt: skip
     step = 0
     for turn in range(num_rounds(num_tiles * heads)):
@@ -101,7 +121,7 @@ def _load_partition(
         first, _from, _to, end = tile_keys(
             row, GROUPS * ROWS, doc_ptr, cmp_ptr, T, S, q_start, k_start, G, SIZE, STRIDE, WINDOW, PACKED
         )
-        for part in gl.static_range(GROUPS):
+        for part in gl.static_range(GROUPS if BOXES else 0):
             place = turn % 2 * GROUPS + part
             mbarrier.wait(q_empty.index(place), (turn // 2 & 1) ^ 1)
             mbarrier.expect(q_full.index(place), 2 * ROWS * D)
@@ -143,7 +163,7 @@ def _soften(
 
 @gluon.jit
 def _attend(
-    q_tile, q_full, q_phase, k_smem, v_smem, k_full, k_empty, v_full, v_empty, step, tile_first, tile_end, first, end,
+    q_tile, k_smem, v_smem, k_full, k_empty, v_full, v_empty, step, tile_first, tile_end, first, end,
     plain_first, plain_end, scale_log2, D: gl.constexpr, LEFT: gl.constexpr, S_LAYOUT: gl.constexpr,
     O_LAYOUT: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
@@ -154,7 +174,6 @@ def _attend(
     acc = gl.zeros([ROWS, D], gl.float32, O_LAYOUT)
     best = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, S_LAYOUT))
     total = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, S_LAYOUT))
-    mbarrier.wait(q_full, q_phase)
     q = q_tile
     if REGISTERS:
         q = q_tile.load(gl.DotOperandLayout(0, S_LAYOUT, 2))
@@ -196,16 +215,22 @@ def _attend(
 
 @gluon.jit
 def _row_partition(
-    PART: gl.constexpr, out_desc, lse_ptr, q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-    doc_ptr, cmp_ptr, scale_log2, T, S, q_start, k_start, num_tiles, heads,
+    PART: gl.constexpr, q_ptr, out_ptr, out_desc, lse_ptr, q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty,
+    v_full, v_empty, doc_ptr, cmp_ptr, scale_log2, T, S, q_start, k_start, num_tiles, heads,
     G: gl.constexpr, HKV: gl.constexpr, D: gl.constexpr, SIZE: gl.constexpr, STRIDE: gl.constexpr,
     WINDOW: gl.constexpr, PACKED: gl.constexpr, LN2: gl.constexpr, GROUPS: gl.constexpr, KEYS: gl.constexpr,
-    STAGES: gl.constexpr, REGISTERS: gl.constexpr,
+    STAGES: gl.constexpr, REGISTERS: gl.constexpr, BOXES: gl.constexpr,
 ):  # fmt: skip
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
     O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    ROW_LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
     step = 0
-    for turn in range(num_rounds(num_tiles * heads)):
+    rounds = num_rounds(num_tiles * heads)
+    if not BOXES:
+        first_row, first_b, first_group = tile_of_round(0, num_tiles, heads, HKV, GROUPS * ROWS)
+        copy_rows(q_ptr, q_smem.index(PART), first_row + PART * ROWS, first_b, first_group, T, G, HKV, D)
+        async_copy.commit_group()
+    for turn in range(rounds):
         tile_row, b, group = tile_of_round(turn, num_tiles, heads, HKV, GROUPS * ROWS)
         tile_first, _from, _to, tile_end = tile_keys(
             tile_row, GROUPS * ROWS, doc_ptr, cmp_ptr, T, S, q_start, k_start, G, SIZE, STRIDE, WINDOW, PACKED
@@ -219,10 +244,19 @@ def _row_partition(
         first, end = key_interval(t, doc_ptr, cmp_ptr, S, q_start, k_start, SIZE, STRIDE, WINDOW, PACKED)
         place = turn % 2 * GROUPS + PART
         q = q_smem.index(place).reshape([ROWS, D])
+        if BOXES:
+            mbarrier.wait(q_full.index(place), turn // 2 & 1)
+        else:
+            async_copy.wait_group(0)
+            fence_async_shared()  # rows were written by threads, the products read them as TMA does
+            if turn + 1 < rounds:
+                next_row, next_b, next_group = tile_of_round(turn + 1, num_tiles, heads, HKV, GROUPS * ROWS)
+                next_tile = q_smem.index((turn + 1) % 2 * GROUPS + PART)
+                copy_rows(q_ptr, next_tile, next_row + PART * ROWS, next_b, next_group, T, G, HKV, D)
+                async_copy.commit_group()
         acc, best, total, step = _attend(
-            q, q_full.index(place), turn // 2 & 1, k_smem, v_smem, k_full, k_empty, v_full, v_empty, step, tile_first,
-            tile_end, first, end, plain_first, plain_end, scale_log2, D, PACKED or WINDOW > 0, S_LAYOUT, O_LAYOUT,
-            KEYS, STAGES, REGISTERS,
+            q, k_smem, v_smem, k_full, k_empty, v_full, v_empty, step, tile_first, tile_end, first, end, plain_first,
+            plain_end, scale_log2, D, PACKED or WINDOW > 0, S_LAYOUT, O_LAYOUT, KEYS, STAGES, REGISTERS,
         )  # fmt: skip
 
         share = 1.0 / gl.where(total == 0.0, 1.0, total)
@@ -231,18 +265,23 @@ def _row_partition(
         gl.store(lse_ptr + row_64, lse, mask=row < T * G)
         # The queries are done with: their place holds the result until it is written.
         q.store((acc * gl.convert_layout(share, gl.SliceLayout(1, O_LAYOUT))[:, None]).to(q.dtype))
-        fence_async_shared()
-        tma.async_copy_shared_to_global(out_desc, [b, low // G, group * G, 0], q_smem.index(place))
-        tma.store_wait(0)
-        mbarrier.arrive(q_empty.index(place), count=1)
+        if BOXES:
+            fence_async_shared()
+            tma.async_copy_shared_to_global(out_desc, [b, low // G, group * G, 0], q_smem.index(place))
+            tma.store_wait(0)
+            mbarrier.arrive(q_empty.index(place), count=1)
+        else:
+            offsets, live = row_offsets(low, b, group, T, G, HKV, D, ROW_LAYOUT)
+            gl.store(out_ptr + offsets, q.load(ROW_LAYOUT), mask=live)
 
 
 @gluon.jit(do_not_specialize=["T", "S", "q_start", "k_start", "num_tiles", "heads"])
 def hopper_forward_kernel(
-    q_desc, k_desc, v_desc, out_desc, lse_ptr, doc_ptr, cmp_ptr, scale_log2, T, S, q_start, k_start, num_tiles, heads,
+    q_desc, k_desc, v_desc, out_desc, q_ptr, out_ptr, lse_ptr, doc_ptr, cmp_ptr, scale_log2,
+    T, S, q_start, k_start, num_tiles, heads,
     G: gl.constexpr, HKV: gl.constexpr, D: gl.constexpr, SIZE: gl.constexpr, STRIDE: gl.constexpr,
     WINDOW: gl.constexpr, PACKED: gl.constexpr, LN2: gl.constexpr, GROUPS: gl.constexpr, KEYS: gl.constexpr,
-    STAGES: gl.constexpr, REGISTERS: gl.constexpr,
+    STAGES: gl.constexpr, REGISTERS: gl.constexpr, BOXES: gl.constexpr,
 ):  # fmt: skip
     q_smem = gl.allocate_shared_memory(q_desc.dtype, [2 * GROUPS] + q_desc.block_shape, q_desc.layout)
     k_smem = gl.allocate_shared_memory(k_desc.dtype, [STAGES] + k_desc.block_shape, k_desc.layout)
@@ -257,42 +296,42 @@ def hopper_forward_kernel(
     if GROUPS == 3:
         gl.warp_specialize([
             (_row_partition, (
-                0, out_desc, lse_ptr, q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-                doc_ptr, cmp_ptr, scale_log2, T, S, q_start, k_start, num_tiles, heads,
-                G, HKV, D, SIZE, STRIDE, WINDOW, PACKED, LN2, GROUPS, KEYS, STAGES, REGISTERS,
+                0, q_ptr, out_ptr, out_desc, lse_ptr, q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full,
+                v_empty, doc_ptr, cmp_ptr, scale_log2, T, S, q_start, k_start, num_tiles, heads,
+                G, HKV, D, SIZE, STRIDE, WINDOW, PACKED, LN2, GROUPS, KEYS, STAGES, REGISTERS, BOXES,
             )),
             (_row_partition, (
-                1, out_desc, lse_ptr, q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-                doc_ptr, cmp_ptr, scale_log2, T, S, q_start, k_start, num_tiles, heads,
-                G, HKV, D, SIZE, STRIDE, WINDOW, PACKED, LN2, GROUPS, KEYS, STAGES, REGISTERS,
+                1, q_ptr, out_ptr, out_desc, lse_ptr, q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full,
+                v_empty, doc_ptr, cmp_ptr, scale_log2, T, S, q_start, k_start, num_tiles, heads,
+                G, HKV, D, SIZE, STRIDE, WINDOW, PACKED, LN2, GROUPS, KEYS, STAGES, REGISTERS, BOXES,
             )),
             (_row_partition, (
-                2, out_desc, lse_ptr, q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-                doc_ptr, cmp_ptr, scale_log2, T, S, q_start, k_start, num_tiles, heads,
-                G, HKV, D, SIZE, STRIDE, WINDOW, PACKED, LN2, GROUPS, KEYS, STAGES, REGISTERS,
+                2, q_ptr, out_ptr, out_desc, lse_ptr, q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full,
+                v_empty, doc_ptr, cmp_ptr, scale_log2, T, S, q_start, k_start, num_tiles, heads,
+                G, HKV, D, SIZE, STRIDE, WINDOW, PACKED, LN2, GROUPS, KEYS, STAGES, REGISTERS, BOXES,
             )),
             (_load_partition, (
                 q_desc, k_desc, v_desc, q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
                 doc_ptr, cmp_ptr, T, S, q_start, k_start, num_tiles, heads,
-                G, HKV, D, SIZE, STRIDE, WINDOW, PACKED, GROUPS, KEYS, STAGES,
+                G, HKV, D, SIZE, STRIDE, WINDOW, PACKED, GROUPS, KEYS, STAGES, BOXES,
             )),
         ], [4, 4, 1], [160, 160, 24])  # fmt: skip
     else:
         gl.warp_specialize([
             (_row_partition, (
-                0, out_desc, lse_ptr, q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-                doc_ptr, cmp_ptr, scale_log2, T, S, q_start, k_start, num_tiles, heads,
-                G, HKV, D, SIZE, STRIDE, WINDOW, PACKED, LN2, GROUPS, KEYS, STAGES, REGISTERS,
+                0, q_ptr, out_ptr, out_desc, lse_ptr, q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full,
+                v_empty, doc_ptr, cmp_ptr, scale_log2, T, S, q_start, k_start, num_tiles, heads,
+                G, HKV, D, SIZE, STRIDE, WINDOW, PACKED, LN2, GROUPS, KEYS, STAGES, REGISTERS, BOXES,
             )),
             (_row_partition, (
-                1, out_desc, lse_ptr, q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-                doc_ptr, cmp_ptr, scale_log2, T, S, q_start, k_start, num_tiles, heads,
-                G, HKV, D, SIZE, STRIDE, WINDOW, PACKED, LN2, GROUPS, KEYS, STAGES, REGISTERS,
+                1, q_ptr, out_ptr, out_desc, lse_ptr, q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full,
+                v_empty, doc_ptr, cmp_ptr, scale_log2, T, S, q_start, k_start, num_tiles, heads,
+                G, HKV, D, SIZE, STRIDE, WINDOW, PACKED, LN2, GROUPS, KEYS, STAGES, REGISTERS, BOXES,
             )),
             (_load_partition, (
                 q_desc, k_desc, v_desc, q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
                 doc_ptr, cmp_ptr, T, S, q_start, k_start, num_tiles, heads,
-                G, HKV, D, SIZE, STRIDE, WINDOW, PACKED, GROUPS, KEYS, STAGES,
+                G, HKV, D, SIZE, STRIDE, WINDOW, PACKED, GROUPS, KEYS, STAGES, BOXES,
             )),
         ], [4, 1], [240, 24])  # fmt: skip
 
@@ -306,12 +345,13 @@ def hopper_forward(
     S, Hkv = k.shape[1:3]
     G = H // Hkv
     tile = tile or TILE
-    tokens, keys = ROWS.value // G, tile["KEYS"]
+    keys, boxes = tile["KEYS"], ROWS.value % G == 0
+    box = (ROWS.value // G, G) if boxes else (ROWS.value, 1)
     documents = (q, q) if layout is None else (layout.doc_start, layout.cmp_start)
     num_tiles = triton.cdiv(T * G, tile["GROUPS"] * ROWS.value)
     hopper_forward_kernel[(min(num_multiprocessors(q), num_tiles * B * Hkv),)](
-        describe_box(q, tokens, G), describe_box(k, keys, 1), describe_box(v, keys, 1),
-        describe_box(out, tokens, G), lse, *documents, scale * LOG2E, T, S, q_start, k_start, num_tiles, B * Hkv,
+        describe_box(q, *box), describe_box(k, keys, 1), describe_box(v, keys, 1), describe_box(out, *box), q, out, lse,
+        *documents, scale * LOG2E, T, S, q_start, k_start, num_tiles, B * Hkv,
         G=G, HKV=Hkv, D=D, SIZE=geometry.compress_block_size, STRIDE=geometry.compress_stride,
-        WINDOW=window, PACKED=layout is not None, LN2=LN2, num_warps=4, **tile,
+        WINDOW=window, PACKED=layout is not None, LN2=LN2, BOXES=boxes, num_warps=4, **tile,
     )  # fmt: skip

@@ -10,7 +10,7 @@ from nsa.geometry import BlockGeometry
 from nsa.ops.triton import dense_bwd, dense_fwd, score_topk, select_bwd, select_fwd, select_union
 from nsa.ops.triton.common import KEY_SIZES, VALUE_SIZES, has_large_shared_memory, hopper_gathers, hopper_serves
 
-HOPPER = "a Hopper GPU, heads of 64 or 128, a group size that divides 64"
+HOPPER = "a Hopper GPU, heads of 64 or 128"
 HOPPER_STAGES = (("forward", "forward"), ("backward, keys", "key"), ("backward, queries", "query"))
 
 
@@ -39,7 +39,7 @@ def kernels(q: Tensor, k: Tensor, v: Tensor, geometry: BlockGeometry, num_docs: 
     loads = "boxes" if by_key["BLOCK_M"] % group == 0 else "rows"
     reckoned = (q.shape[0] * q.shape[1], num_docs, group, geometry, select_union.BLOCK_M)
     found = []
-    hopper = hopper_serves(q, k, v)
+    hopper = hopper_serves(q, v)
     for stage in ("compressed", "window"):
         if hopper:
             found += [Kernel(f"{stage} {what}", f"hopper_{name}", {}, HOPPER) for what, name in HOPPER_STAGES]
@@ -49,7 +49,7 @@ def kernels(q: Tensor, k: Tensor, v: Tensor, geometry: BlockGeometry, num_docs: 
         found.append(Kernel(f"{stage} backward, queries", "dense_query", by_query, fits))
     found.append(Kernel("choice of blocks", "score, choice", score_topk.score_tile(q, group, large), fits))
     union = select_union.union_pays(*reckoned, select_union.FORWARD_RATIO)
-    gathers = not union and hopper_gathers(q, k, v, geometry.select_block_size)
+    gathers = not union and hopper_gathers(q, v, geometry.select_block_size)
     how = f"forced_forward, {'hopper_select' if gathers else 'select_forward'}, select_reduce"
     how = "union, union_forward" if union else how
     tile = forward if union else {} if gathers else select_fwd.select_tile(*size)

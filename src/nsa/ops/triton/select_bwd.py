@@ -206,7 +206,7 @@ def select_backward(
     dv = torch.zeros(v.shape, dtype=torch.float32, device=v.device)
     if q.numel() == 0:
         return dq, dk.to(k.dtype), dv.to(v.dtype)
-    gathers = queries and tile is None and hopper_gathers(q, k, v, geometry.select_block_size)
+    gathers = queries and tile is None and hopper_gathers(q, v, geometry.select_block_size)
     parts = PARTS.value if gathers else 1
     tile = tile or select_backward_tile(q, Dk, Dv, has_large_shared_memory(q), queries)
     block_indices = block_indices.contiguous()
