@@ -184,7 +184,7 @@ def _refuse(self: Product, *_others: Any) -> Any:
     raise EmulationError(f"{where_in_kernel()}: arithmetic with a product that was not waited for")
 
 
-for _name in ("add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "rtruediv", "getitem", "lt", "gt", "neg"):
+for _name in ("add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "rtruediv", "getitem", "len", "lt", "gt", "neg"):
     setattr(Product, f"__{_name}__", _refuse)
 
 
@@ -342,6 +342,19 @@ class AsyncCopy:
         for copy in copies:
             known |= copy.access
         program.issue(lambda: barrier.arrive(32 * agent.num_warps, known), 0, after=copies)
+
+    @staticmethod
+    def commit_group() -> None:
+        agent = running().agent
+        agent.groups.append(agent.copies)
+        agent.copies = []
+
+    @staticmethod
+    def wait_group(num_outstanding: int = 0) -> None:
+        program, groups = running(), running().agent.groups
+        program.synchronise()
+        while len(groups) > num_outstanding:
+            program.finish(groups.pop(0), 0)
 
 
 class GluonLanguage(Language):

@@ -63,6 +63,7 @@ class Agent:
         self.products: list[Operation] = []
         self.stores: list[Operation] = []
         self.copies: list[Operation] = []
+        self.groups: list[list[Operation]] = []  # of copies
         self.turn = threading.Lock()
         self.turn.acquire()
         self.waits: tuple[Barrier, int, int] | None = None  # barrier, parity, the phase that must be over
