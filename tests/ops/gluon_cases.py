@@ -33,6 +33,7 @@ CASES = {
     "many steps": (1, 230, 4, 1, 64, WIDE, None, 0, 0, "float16", 1, "w"),
     "one head a group": (1, 201, 1, 1, 64, EDGE, None, 0, 0, "float16", 1, "cw"),
     "many heads a group, edges of steps": (1, 18, 32, 1, 64, EDGE, None, 256, 130, "float16", 2, "cw"),
+    "five heads a group": (2, 50, 5, 1, 64, SMALL, None, 0, 0, "float16", 1, "cw"),
     "head size 128": (1, 70, 16, 1, 128, SMALL, None, 0, 0, "bfloat16", 2, "cw"),
     "rows in two splits": (1, 90, 16, 1, 64, SMALL, None, 0, 0, "float16", 3, "c"),
     "packed, empty and short documents": (1, 120, 4, 1, 64, SMALL, [0, 0, 51, 51, 54, 120], 0, 0, "float16", 1, "cw"),
@@ -155,8 +156,11 @@ class Case:
         exact = [x[:, :length].double().requires_grad_() for x, length in zip(inputs, lengths, strict=True)]
         q, k, v, k_cmp, v_cmp, k_win, v_win, gates = exact
         tail = (self.geometry, self.cu, 0)
+        compressed, lse = reference.compressed_attention(q, k_cmp, v_cmp, *tail, self.scale)
+        blocks = reference.select_blocks(q, k_cmp, lse, *tail, self.scale)
+        self.errors["whole, blocks that differ"] = float((saved[-1][:, :used] != blocks).sum())
         branches = (
-            reference.compressed_attention(q, k_cmp, v_cmp, *tail, self.scale)[0],
+            compressed,
             reference.selected_attention(q, k, v, saved[-1][:, :used], *tail, self.scale)[0],
             reference.window_attention(q, k_win, v_win, *tail, 0, self.scale)[0],
         )

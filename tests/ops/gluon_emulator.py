@@ -311,10 +311,10 @@ class Tma:
         program.agent.stores.append(program.issue(lambda: desc.write(at, src.data, writer), access))
 
     @staticmethod
-    def store_wait(pendings: int) -> None:
+    def store_wait(pending: int) -> None:
         program = running()
         program.synchronise()
-        program.finish(program.agent.stores, int(pendings))
+        program.finish(program.agent.stores, int(pending))
 
 
 class AsyncCopy:

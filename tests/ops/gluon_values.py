@@ -188,6 +188,14 @@ class Tensor(Value):
             check_range(int(low), int(high), dtype)
         return Tensor(self.data.to(dtype))
 
+    @property
+    def type(self) -> Anything:
+        """Of which only the layout is asked for."""
+        return Anything()
+
+    def reshape(self, shape: Sequence[int]) -> Tensor:
+        return Tensor(self.data.reshape([int(n) for n in shape]))
+
     def __getitem__(self, index: Any) -> Tensor:
         return Tensor(self.data[index])
 
@@ -413,8 +421,7 @@ class Language:
 
     @staticmethod
     def reshape(x: Tensor, *shape: Any) -> Tensor:
-        sizes = shape[0] if isinstance(shape[0], (list, tuple)) else shape
-        return Tensor(x.data.reshape([int(n) for n in sizes]))
+        return x.reshape(shape[0] if isinstance(shape[0], (list, tuple)) else shape)
 
     @staticmethod
     def trans(x: Tensor) -> Tensor:
