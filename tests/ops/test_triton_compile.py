@@ -15,17 +15,19 @@ pytest.importorskip("triton")
 PROGRAM = Path(__file__).with_name("triton_compile.py")
 SOURCE = Path(__file__).parents[2] / "src"
 KERNELS = {
-    "mean_pool_kernel", "mean_pool_backward_kernel", "delta_kernel", "score_kernel", "choice_kernel", "count_kernel",
+    "mean_pool_kernel", "mean_pool_backward_kernel", "delta_kernel", "choice_kernel", "count_kernel",
     "sort_kernel", "first_item_kernel", "item_kernel", "select_forward_kernel", "select_reduce_kernel",
     "select_backward_kernel", "select_query_reduce_kernel", "select_key_reduce_kernel", "forced_forward_kernel",
     "gate_backward_kernel", "union_kernel", "union_forward_kernel", "union_query_kernel",
 }  # fmt: skip
-DENSE_KERNELS = {"dense_forward_kernel", "dense_key_kernel", "dense_query_kernel"}
-HOPPER_DENSE_KERNELS = {"hopper_forward_kernel", "hopper_key_kernel", "hopper_query_kernel"}
-HOPPER_SELECT_KERNELS = {"hopper_select_kernel", "hopper_select_backward_kernel"}
+PLAIN_KERNELS = {"dense_forward_kernel", "dense_key_kernel", "dense_query_kernel", "score_kernel"}
+HOPPER_KERNELS = {
+    "hopper_forward_kernel", "hopper_key_kernel", "hopper_query_kernel", "hopper_score_kernel", "hopper_select_kernel",
+    "hopper_select_backward_kernel",
+}  # fmt: skip
 LAYOUT_KERNELS = {"_compressed_bounds", "_spread"}
 MATRIX_KERNELS = {
-    "score_kernel", "select_forward_kernel", "select_backward_kernel", "forced_forward_kernel", "union_forward_kernel",
+    "select_forward_kernel", "select_backward_kernel", "forced_forward_kernel", "union_forward_kernel",
     "union_query_kernel",
 }  # fmt: skip
 # Shared memory that a program may have: consumer Ampere and Ada 99 KiB, Hopper and data-centre Blackwell 227 KiB.
@@ -63,7 +65,7 @@ def test_all_kernels_compile_within_shared_memory(architecture, dtype, group_siz
     """Hopper has kernels of its own for heads of 64 and 128."""
     kernels = compiled(architecture, dtype, group_size, head_dim, packed, tmp_path)
     hopper = architecture == 90 and head_dim in (64, 128)
-    matrix = HOPPER_DENSE_KERNELS | HOPPER_SELECT_KERNELS if hopper else DENSE_KERNELS
+    matrix = HOPPER_KERNELS if hopper else PLAIN_KERNELS
     others = ({"_pack_rows_kernel"} if hopper else set()) | (LAYOUT_KERNELS if packed else set())
     assert {kernel["kernel"] for kernel in kernels} == KERNELS | matrix | others
     assert max(kernel["shared_bytes"] for kernel in kernels) <= LIMITS[architecture]

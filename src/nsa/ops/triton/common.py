@@ -129,6 +129,26 @@ def _spread(
 
 
 @triton.jit
+def place_of_tile(tile, cu_ptr, cu_cmp_ptr, T, num_docs, steps, TOKENS: tl.constexpr, PACKED: tl.constexpr):
+    """First token of a tile, start and end of its document, and the document's first compressed token."""
+    doc_start, doc_end, cmp_start = 0, T, 0
+    first_token = tile * TOKENS
+    if PACKED:
+        # Tiles of a document are numbered from start // TOKENS + document: no two share a number.
+        low, high = 0, num_docs
+        for _ in range(steps):
+            middle = (low + high) // 2
+            below = (tl.load(cu_ptr + middle) // TOKENS + middle <= tile) & (middle < num_docs)
+            low = tl.where(below, middle, low)
+            high = tl.where(below, high, middle)
+        doc_start = tl.load(cu_ptr + low)
+        doc_end = tl.minimum(tl.load(cu_ptr + low + 1), T)
+        cmp_start = tl.load(cu_cmp_ptr + low)
+        first_token = doc_start + (tile - doc_start // TOKENS - low) * TOKENS
+    return first_token, doc_start, doc_end, cmp_start
+
+
+@triton.jit
 def key_interval(
     t, doc_ptr, cmp_ptr, S, q_start, k_start,
     SIZE: tl.constexpr, STRIDE: tl.constexpr, WINDOW: tl.constexpr, PACKED: tl.constexpr,

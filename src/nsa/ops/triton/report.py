@@ -47,7 +47,10 @@ def kernels(q: Tensor, k: Tensor, v: Tensor, geometry: BlockGeometry, num_docs: 
         found.append(Kernel(f"{stage} forward", "dense_forward", forward, fits))
         found.append(Kernel(f"{stage} backward, keys", "dense_key", by_key, f"{fits}, queries loaded as {loads}"))
         found.append(Kernel(f"{stage} backward, queries", "dense_query", by_query, fits))
-    found.append(Kernel("choice of blocks", "score, choice", score_topk.score_tile(q, group, large), fits))
+    if hopper:
+        found.append(Kernel("choice of blocks", "hopper_score, choice", {}, HOPPER))
+    else:
+        found.append(Kernel("choice of blocks", "score, choice", score_topk.score_tile(q, group, large), fits))
     union = select_union.union_pays(*reckoned, select_union.FORWARD_RATIO)
     gathers = not union and hopper_gathers(q, v, geometry.select_block_size)
     how = f"forced_forward, {'hopper_select' if gathers else 'select_forward'}, select_reduce"

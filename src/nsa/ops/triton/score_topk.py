@@ -23,8 +23,17 @@ import triton.language as tl
 from torch import Tensor
 
 from nsa.geometry import BlockGeometry
-from nsa.ops.triton.common import LOG2E, Layout, dot_precision, has_large_shared_memory, key_tail
+from nsa.ops.triton.common import (
+    LOG2E,
+    Layout,
+    dot_precision,
+    has_large_shared_memory,
+    hopper_serves,
+    key_tail,
+    place_of_tile,
+)
 from nsa.ops.triton.dense_fwd import describe_keys
+from nsa.ops.triton.hopper_score import TILE_COLUMNS, hopper_score
 from nsa.ops.triton.invert import Chunk, cut_chunks
 
 SCRATCH_BYTES = 512 * 2**20
@@ -88,20 +97,9 @@ def score_kernel(
     b = (head_start + tl.program_id(1)) // HKV
     group = (head_start + tl.program_id(1)) % HKV
     tile = first_tile + tl.num_programs(0) - 1 - tl.program_id(0)  # the heaviest first
-    doc_start, doc_end, cmp_start = 0, T, 0
-    first_token = tile * TOKENS
-    if PACKED:
-        # Tiles of a document are numbered from start // TOKENS + document: no two share a number.
-        low, high = 0, num_docs
-        for _ in range(steps):
-            middle = (low + high) // 2
-            below = (tl.load(cu_ptr + middle) // TOKENS + middle <= tile) & (middle < num_docs)
-            low = tl.where(below, middle, low)
-            high = tl.where(below, high, middle)
-        doc_start = tl.load(cu_ptr + low)
-        doc_end = tl.minimum(tl.load(cu_ptr + low + 1), T)
-        cmp_start = tl.load(cu_cmp_ptr + low)
-        first_token = doc_start + (tile - doc_start // TOKENS - low) * TOKENS
+    first_token, doc_start, doc_end, cmp_start = place_of_tile(
+        tile, cu_ptr, cu_cmp_ptr, T, num_docs, steps, TOKENS, PACKED
+    )
     last_token = tl.minimum(first_token + TOKENS, doc_end) - 1
     if (first_token < tl.minimum(doc_end, token_end)) & (last_token >= token_start):
         column = tl.arange(0, HEADS * TOKENS)
@@ -232,7 +230,9 @@ def select_blocks(
     out = torch.empty(B, T, Hkv, count, dtype=torch.int32, device=q.device)
     if out.numel() == 0:
         return out
+    hopper = tile is None and hopper_serves(q, k_cmp)
     tile = tile or score_tile(q, H // Hkv, has_large_shared_memory(q))
+    tile_tokens = TILE_COLUMNS // tile["HEADS"] if hopper else tile["TOKENS"]
     span, reach = (
         geometry.select_block_size // geometry.compress_stride,
         geometry.compress_block_size // geometry.compress_stride,
@@ -257,7 +257,13 @@ def select_blocks(
     for chunk in chunks:
         heads, tokens = chunk.head_end - chunk.head, chunk.token_end - chunk.token
         if N:
-            first_tile, num_tiles = _tiles(chunk, tile["TOKENS"], num_docs)
+            first_tile, num_tiles = _tiles(chunk, tile_tokens, num_docs)
+        if N and hopper:
+            hopper_score(
+                q, k_cmp, lse, mass, bounds, geometry, chunk, first_tile, num_tiles, num_docs, q_start, scale, width,
+                tile_tokens, layout is not None, pooled,
+            )  # fmt: skip
+        elif N:
             score_kernel[(num_tiles, heads)](
                 q, *describe_keys(k_cmp, tile["BLOCK_N"]), lse, mass, *bounds, scale * LOG2E, LOG2E, T, N, q_start,
                 num_docs,
