@@ -38,6 +38,7 @@ from nsa.ops.triton.invert import cut_chunks, invert, item_keys, plan
 SCRATCH_BYTES = 768 * 2**20
 ITEM_ROWS = 1024
 REDUCE_ELEMENTS = 2048
+REDUCE_UNROLL = 4  # slots read at a time
 
 
 class Gated(NamedTuple):
@@ -142,7 +143,7 @@ def select_reduce_kernel(
     sum_ptr, doc_ptr, log2e, T, q_start, head_start, token_start, num_tokens,
     H: tl.constexpr, HKV: tl.constexpr, DV: tl.constexpr, RATIO: tl.constexpr, SLOTS: tl.constexpr, FREE: tl.constexpr,
     BLOCK: tl.constexpr, INIT: tl.constexpr, LOCAL: tl.constexpr, PACKED: tl.constexpr, GATED: tl.constexpr,
-    PADDED: tl.constexpr, ROWS: tl.constexpr, LN2: tl.constexpr,
+    PADDED: tl.constexpr, ROWS: tl.constexpr, LN2: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     """Weigh the parts of a row by their log-sum-exps and add them: the forced blocks, then slot by slot.
 
@@ -185,7 +186,7 @@ def select_reduce_kernel(
         total += weight
         forced = tl.load(forced_ptr + out_row[:, None] * DV + column, mask=live[:, None], other=0.0)
         acc = forced.to(tl.float32) * weight[:, None]
-    for slot in tl.range(0, FREE, loop_unroll_factor=4):
+    for slot in tl.range(0, FREE, loop_unroll_factor=UNROLL):
         chosen = tl.load(choice_ptr + slot // RATIO, mask=live, other=-1)
         used = live & (chosen >= 0) & (chosen <= last_free)
         place = part + slot * G
@@ -262,6 +263,7 @@ def select_forward(
             part, part_lse, block_indices, *(forced or (out, lse)), out, lse, *(gated or (out, out, out, out)),
             documents[0], LOG2E, T, q_start, chunk.head, chunk.token, tokens,
             BLOCK=geometry.select_block_size, INIT=init, LOCAL=local, GATED=gated is not None,
-            PADDED=triton.next_power_of_2(max(free, 1)), ROWS=rows, LN2=LN2, num_warps=4, **shape,
+            PADDED=triton.next_power_of_2(max(free, 1)), ROWS=rows, LN2=LN2, UNROLL=REDUCE_UNROLL,
+            num_warps=4, **shape,
         )  # fmt: skip
     return out, lse

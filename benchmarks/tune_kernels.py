@@ -1,0 +1,225 @@
+"""Time the kernels of the Triton backend and their variants, stage by stage, and hold each against the plain one.
+
+    PYTHONPATH=src python3 benchmarks/tune_kernels.py --lengths 8192 65536 --num_heads 64 --num_kv_heads 4
+
+For who changes a kernel or brings a new GPU: the constants in `src/nsa/ops/triton/` come from such runs. Each line is a
+stage, a variant, its median milliseconds and how far its results are from the plain kernels' (largest error of a row
+over the rows' root mean square). A variant that fails says why and the others go on. It takes a Hopper GPU, for the
+variants that are Hopper's own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
+
+from nsa.bench.protocol import median_ms
+from nsa.geometry import BlockGeometry
+from nsa.ops.triton import (
+    common,
+    compress,
+    dense_bwd,
+    dense_fwd,
+    forced,
+    hopper_bwd,
+    hopper_fwd,
+    hopper_select_fwd,
+    score_topk,
+    select_bwd,
+    select_fwd,
+    select_union,
+)
+
+Patch = tuple[Any, str, Any]
+PLAIN: tuple[Patch, ...] = ((common, "HOPPER_IS_TESTED", False),)
+FORWARD_TILES = [
+    {"GROUPS": 3, "KEYS": 64, "STAGES": 4, "REGISTERS": False},
+    {"GROUPS": 2, "KEYS": 64, "STAGES": 4, "REGISTERS": False},
+    {"GROUPS": 2, "KEYS": 64, "STAGES": 4, "REGISTERS": True},
+    {"GROUPS": 2, "KEYS": 128, "STAGES": 2, "REGISTERS": False},
+    {"GROUPS": 2, "KEYS": 128, "STAGES": 2, "REGISTERS": True},
+]
+
+
+@contextmanager
+def patched(patches: tuple[Patch, ...]) -> Iterator[None]:
+    """Constants of modules at other values."""
+    before = [getattr(module, name) for module, name, _ in patches]
+    for module, name, value in patches:
+        setattr(module, name, value)
+    try:
+        yield
+    finally:
+        for (module, name, _), value in zip(patches, before, strict=True):
+            setattr(module, name, value)
+
+
+def row_error(x: Tensor, expected: Tensor) -> float:
+    difference = (x.float() - expected.float()).norm(dim=-1).max()
+    return float(difference / expected.float().norm(dim=-1).square().mean().sqrt())
+
+
+class Stages:
+    """Inputs of every stage, and its variants."""
+
+    def __init__(self, T: int, H: int, Hkv: int, D: int) -> None:
+        torch.manual_seed(0)
+        self.geometry, self.scale, self.window = BlockGeometry(), D**-0.5, BlockGeometry().window_size
+
+        def draw(*shape: int) -> Tensor:
+            return torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
+
+        self.q, self.k, self.v, self.dout = draw(1, T, H, D), draw(1, T, Hkv, D), draw(1, T, Hkv, D), draw(1, T, H, D)
+        count = self.geometry.num_compressed(T)
+        self.k_cmp, self.v_cmp = (compress.mean_pool(x, self.geometry, None, count) for x in (self.k, self.v))
+        with patched(PLAIN):
+            self.cmp, self.win = self.compressed(), self.windowed()
+            self.blocks = self.choose()[0]
+            self.slc = self.selected()
+        self.flash: Tensor | None = None
+
+    def rows(self, result: tuple[Tensor, ...]) -> dense_bwd.Rows:
+        return dense_bwd.Rows(result[1], dense_bwd.make_delta(result[0], self.dout, None))
+
+    def compressed(self) -> tuple[Tensor, ...]:
+        what = (self.q, self.k_cmp, self.v_cmp, self.geometry, None, 0, 0, 0, self.scale)
+        return dense_fwd.dense_forward(*what)
+
+    def windowed(self) -> tuple[Tensor, ...]:
+        return dense_fwd.dense_forward(self.q, self.k, self.v, self.geometry, None, self.window, 0, 0, self.scale)
+
+    def choose(self) -> tuple[Tensor, ...]:
+        return (score_topk.select_blocks(self.q, self.k_cmp, self.cmp[1], self.geometry, None, 0, self.scale),)
+
+    def selected(self, union: bool = False) -> tuple[Tensor, ...]:
+        what = (self.q, self.k, self.v)
+        tail = (self.geometry, None, 0, self.scale)
+        if union:
+            return select_union.union_forward(*what, self.blocks, *tail)
+        return select_fwd.select_forward(*what, self.blocks, *tail, forced=forced.forced_forward(*what, *tail))
+
+    def compressed_backward(self) -> tuple[Tensor, ...]:
+        what = (self.geometry, None, 0, 0, 0, self.scale)
+        return dense_bwd.dense_backward(self.dout, self.q, self.k_cmp, self.v_cmp, self.rows(self.cmp), *what)
+
+    def window_backward(self) -> tuple[Tensor, ...]:
+        what = (self.geometry, None, self.window, 0, 0, self.scale)
+        return dense_bwd.dense_backward(self.dout, self.q, self.k, self.v, self.rows(self.win), *what)
+
+    def flash_window(self) -> tuple[Tensor, ...]:
+        """The window by PyTorch's own FlashAttention."""
+        T = self.q.shape[1]
+        bounds = torch.tensor([0, T], dtype=torch.int32, device="cuda")
+        inputs = (self.q[0], self.k[0], self.v[0])
+        return (varlen_attn(*inputs, bounds, bounds, T, T, window_size=(self.window - 1, 0))[None],)  # pyright: ignore
+
+    def flash_window_backward(self) -> tuple[Tensor, ...]:
+        if self.flash is None:
+            given = self.q, self.k, self.v
+            self.q, self.k, self.v = self.inputs = tuple(x.detach().requires_grad_() for x in given)
+            self.flash = self.flash_window()[0]
+            self.q, self.k, self.v = given
+        return torch.autograd.grad(self.flash, self.inputs, self.dout, retain_graph=True)
+
+    def selected_backward(self, union: bool = False, **options: Any) -> tuple[Tensor, ...]:
+        what = (self.dout, self.q, self.k, self.v, self.rows(self.slc), self.blocks, self.geometry, None, 0, self.scale)
+        if not union:
+            return select_bwd.select_backward(*what, **options)
+        dq = torch.zeros_like(self.q)
+        select_union.union_query_backward(*what, dq)
+        return select_bwd.select_backward(*what, dq, queries=False, **options)
+
+    def variants(self) -> dict[str, dict[str, tuple[tuple[Patch, ...], Callable[[], tuple[Tensor, ...]]]]]:
+        """stage -> variant -> constants and function; the first variant is the plain one."""
+        forward = {str(tile): ((hopper_fwd, "TILE", tile),) for tile in FORWARD_TILES}
+        backward = {f"queries in registers {on}": ((hopper_bwd, "QUERY_REGISTERS", on),) for on in (False, True)}
+        ranges = {f"{n} rows a range": ((hopper_select_fwd, "RANGE_ROWS", n),) for n in (8, 16, 32, 64, 128)}
+        found: dict[str, Any] = {}
+        for stage, run, others in (
+            ("compressed forward", self.compressed, forward),
+            ("window forward", self.windowed, forward),
+            ("choice", self.choose, {"Hopper's": ()}),
+            ("selected forward", self.selected, ranges),
+            ("compressed backward", self.compressed_backward, backward),
+            ("window backward", self.window_backward, backward),
+            ("selected backward", self.selected_backward, {"Hopper's": ()}),
+        ):
+            found[stage] = {"plain": (PLAIN, run), **{name: (patch, run) for name, patch in others.items()}}
+        for count in (8, 16):
+            patch = ((select_fwd, "REDUCE_UNROLL", count),)
+            found["selected forward"][f"{count} slots at a time in the sum"] = (patch, self.selected)
+        for rows in (2048, 8192, 16384):
+            run = lambda rows=rows: self.selected_backward(item_rows=rows)  # noqa: E731
+            found["selected backward"][f"{rows} rows an item"] = ((), run)
+        found["window forward"]["PyTorch's FlashAttention"] = ((), self.flash_window)
+        found["window backward"]["PyTorch's FlashAttention"] = ((), self.flash_window_backward)
+        if self.q.shape[1] <= 16384:  # beyond, unions hold most blocks
+            found["selected forward"]["union"] = ((), lambda: self.selected(union=True))
+            found["selected backward"]["union"] = ((), lambda: self.selected_backward(union=True))
+        return found
+
+
+def measure(stages: Stages, length: int, repeats: int, only: str) -> list[dict[str, Any]]:
+    lines = []
+    for stage, variants in stages.variants().items():
+        if only not in stage:
+            continue
+        with patched(PLAIN):
+            expected = next(iter(variants.values()))[1]()
+        ready: dict[str, Any] = {}
+        errors: dict[str, float] = {}
+        for name, (patch, run) in variants.items():
+
+            def step(patch: tuple[Patch, ...] = patch, run: Callable[[], Any] = run) -> Any:
+                with patched(patch):
+                    return run()
+
+            try:
+                result = step()
+                pairs = [(x, y) for x, y in zip(result, expected, strict=False) if y.dim() == 4]
+                errors[name] = max(row_error(x, y) for x, y in pairs)
+                ready[name] = {"run": step}
+            except Exception as error:  # noqa: BLE001
+                print(f"{stage}, {name}: {type(error).__name__}: {str(error)[:200]}", file=sys.stderr, flush=True)
+        times = median_ms(ready, torch.device("cuda"), 2, repeats, ahead=True)
+        for name in ready:
+            line = {"length": length, "stage": stage, "variant": name, "ms": round(times[f"{name}_run"], 4)}
+            lines.append(line | {"row_error": round(errors[name], 5)})
+            print(*lines[-1].values(), sep=" | ", flush=True)
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 65536], help="tokens")
+    parser.add_argument("--num_heads", type=int, default=64, help="query heads")
+    parser.add_argument("--num_kv_heads", type=int, default=4, help="key/value heads")
+    parser.add_argument("--head_dim", type=int, default=128, help="size of a head")
+    parser.add_argument("--repeats", type=int, default=7, help="rounds that count")
+    parser.add_argument("--only", default="", help="a word of the stages to measure")
+    parser.add_argument("--out", type=Path, help="CSV to write")
+    arguments = parser.parse_args()
+    common.HOPPER_IS_TESTED = True
+    lines = []
+    for length in arguments.lengths:
+        stages = Stages(length, arguments.num_heads, arguments.num_kv_heads, arguments.head_dim)
+        lines += measure(stages, length, arguments.repeats, arguments.only)
+        del stages
+    if arguments.out:
+        with arguments.out.open("w", newline="") as file:
+            writer = csv.DictWriter(file, lines[0])
+            writer.writeheader()
+            writer.writerows(lines)
+
+
+if __name__ == "__main__":
+    main()
