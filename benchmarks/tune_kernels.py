@@ -154,6 +154,8 @@ class Stages:
             ("selected backward", self.selected_backward, {"Hopper's": ()}),
         ):
             found[stage] = {"plain": (PLAIN, run), **{name: (patch, run) for name, patch in others.items()}}
+        patch = ((hopper_select_fwd, "STREAM", False),)
+        found["selected forward"]["partial results may stay in L2"] = (patch, self.selected)
         for count in (8, 16):
             patch = ((select_fwd, "REDUCE_UNROLL", count),)
             found["selected forward"][f"{count} slots at a time in the sum"] = (patch, self.selected)

@@ -34,7 +34,7 @@ PATHS = [str(Path(__file__).parents[2] / "src"), str(Path(__file__).parents[1])]
 NUM_CASES, NUM_SEEDS = 15, 3
 KERNELS = {
     "hopper_forward_kernel", "hopper_key_kernel", "hopper_query_kernel", "hopper_select_kernel",
-    "hopper_select_backward_kernel",
+    "hopper_select_backward_kernel", "hopper_score_kernel",
 }  # fmt: skip
 
 
@@ -224,6 +224,17 @@ def test_a_phase_that_passes_a_waiting_partition_is_found():
         except EmulationError as error:
             messages.append(str(error))
     assert any("a phase of barrier[0] passed while _wait_partition waited" in message for message in messages)
+
+
+@gluon.jit
+def _arrival_kernel(x_ptr, ARRIVALS: gl.constexpr):
+    mbarrier.arrive(make_barriers(1, 2).index(0), count=ARRIVALS)
+
+
+@pytest.mark.parametrize(("arrivals", "message"), [(1, "ends within a phase of .*1 of 2"), (3, "more than 2 arrivals")])
+def test_arrivals_that_are_not_what_a_barrier_counts_are_an_error(arrivals, message):
+    with emulate(), pytest.raises(EmulationError, match=message):
+        _arrival_kernel[(1,)](torch.zeros(1), ARRIVALS=arrivals)
 
 
 @gluon.jit

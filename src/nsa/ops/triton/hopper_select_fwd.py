@@ -38,6 +38,7 @@ ROWS = gl.constexpr(64)  # rows of a tile, as one wgmma takes
 GROUPS = gl.constexpr(3)  # groups of four warps
 BLOCK = gl.constexpr(64)  # keys of a block
 STAGES = gl.constexpr(6)  # tiles in flight; a multiple of GROUPS, so that a group waits for every use of its places
+STREAM = True  # partial results leave L2 early, in favour of queries and keys
 RANGE_ROWS = 32  # rows of a range of tokens for each block there is: some 400 a block that choose it
 
 
@@ -109,6 +110,7 @@ def _row_partition(
     entries_ptr, item_ptr, first_ptr, scale_log2, head_start, token_start, num_tokens, num_heads, range_start,
     num_ranges, num_units, bound, J,
     G: gl.constexpr, D: gl.constexpr, SLOTS: gl.constexpr, FREE: gl.constexpr, SHIFT: gl.constexpr,
+    STREAM: gl.constexpr,
 ):  # fmt: skip
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])
     O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
@@ -163,7 +165,9 @@ def _row_partition(
                 acc = acc * gl.convert_layout(1.0 / total, gl.SliceLayout(1, O_LAYOUT))[:, None]
                 part = ((store_place // SLOTS - token_start) * FREE + store_place % SLOTS - SHIFT) * G + store_row % G
                 out = gl.convert_layout(acc.to(dtype), STORE)
-                gl.store(unit_part_ptr + (part[:, None] * D + column[None, :]), out, mask=store_live[:, None])
+                place = part[:, None] * D + column[None, :]
+                cache: gl.constexpr = ".cs" if STREAM else ""
+                gl.store(unit_part_ptr + place, out, mask=store_live[:, None], cache_modifier=cache)
             mbarrier.arrive(k_empty.index(buffer), count=1)
             step += num_tiles
             turn += 1
@@ -180,7 +184,7 @@ def hopper_select_kernel(
     q_ptr, k_desc, v_desc, part_ptr, part_lse_ptr, entries_ptr, item_ptr, first_ptr, doc_ptr, base_ptr,
     scale_log2, T, head_start, token_start, num_tokens, num_heads, range_start, num_ranges, num_units, bound, J,
     G: gl.constexpr, HKV: gl.constexpr, D: gl.constexpr, RATIO: gl.constexpr, SLOTS: gl.constexpr, FREE: gl.constexpr,
-    SHIFT: gl.constexpr, PACKED: gl.constexpr,
+    SHIFT: gl.constexpr, PACKED: gl.constexpr, STREAM: gl.constexpr,
 ):  # fmt: skip
     layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, D], k_desc.dtype)
     q_smem = gl.allocate_shared_memory(k_desc.dtype, [STAGES, ROWS, D], layout)
@@ -195,17 +199,17 @@ def hopper_select_kernel(
         (_row_partition, (
             0, part_ptr, part_lse_ptr, q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty,
             entries_ptr, item_ptr, first_ptr, scale_log2, head_start, token_start, num_tokens, num_heads, range_start,
-            num_ranges, num_units, bound, J, G, D, SLOTS, FREE, SHIFT,
+            num_ranges, num_units, bound, J, G, D, SLOTS, FREE, SHIFT, STREAM,
         )),
         (_row_partition, (
             1, part_ptr, part_lse_ptr, q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty,
             entries_ptr, item_ptr, first_ptr, scale_log2, head_start, token_start, num_tokens, num_heads, range_start,
-            num_ranges, num_units, bound, J, G, D, SLOTS, FREE, SHIFT,
+            num_ranges, num_units, bound, J, G, D, SLOTS, FREE, SHIFT, STREAM,
         )),
         (_row_partition, (
             2, part_ptr, part_lse_ptr, q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty,
             entries_ptr, item_ptr, first_ptr, scale_log2, head_start, token_start, num_tokens, num_heads, range_start,
-            num_ranges, num_units, bound, J, G, D, SLOTS, FREE, SHIFT,
+            num_ranges, num_units, bound, J, G, D, SLOTS, FREE, SHIFT, STREAM,
         )),
         (_gather_partition, (
             q_ptr, k_desc, v_desc, q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty,
@@ -242,5 +246,5 @@ def hopper_select(
         chunk.token // items.range_tokens, num_ranges, num_ranges * (chunk.head_end - chunk.head),
         items.table.shape[2], items.first.shape[2] - 1,
         G=H // Hkv, HKV=Hkv, D=D, RATIO=inversion.ratio, SLOTS=inversion.slots, FREE=free, SHIFT=shift,
-        PACKED=layout is not None, num_warps=4,
+        PACKED=layout is not None, STREAM=STREAM, num_warps=4,
     )  # fmt: skip
