@@ -50,7 +50,7 @@ def draw_samples(
     was_training = model.training
     model.eval()
     samples = []
-    with torch.random.fork_rng():
+    with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
         torch.manual_seed(seed)
         for prompt in prompts:
             ids = tokenizer.encode(prompt)

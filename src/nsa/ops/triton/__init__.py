@@ -1,9 +1,10 @@
 """The Triton backend: the functions that `nsa.ops.registry` calls, `<stage>_forward` and `<stage>_backward`.
 
-Reading order: common (which keys a query sees), dense_fwd and dense_bwd (compressed and window branch; hopper_fwd and
-hopper_bwd are the same for Hopper), score_topk (the choice of blocks), invert (its inversion), select_fwd and
-select_bwd (selected branch), forced (its forced blocks), select_union (the same branch where neighbours choose from few
-blocks), combine (gates), compress (mean pooling), report (which of them run).
+Reading order: common (which keys a query sees), dense_fwd and dense_bwd (compressed and window branch), score_topk (the
+choice of blocks), invert (its inversion), select_fwd and select_bwd (selected branch), forced (its forced blocks),
+select_union (the same branch where neighbours choose from few blocks), combine (gates), compress (mean pooling), report
+(which of them run). Hopper has its own of some: hopper_fwd, hopper_bwd, hopper_score, hopper_select_fwd and
+hopper_select_bwd.
 
 Arguments and shapes are those of the operators in `nsa.ops.registry`; `geometry` is `BlockGeometry.as_tuple()`. Nothing
 here waits for the device, keeps state between calls, or depends on the order in which programs run.
