@@ -18,13 +18,14 @@ from torch import Tensor
 
 from nsa.geometry import BlockGeometry
 from nsa.ops import reference, triton as backend
-from nsa.ops.triton import common, dense_bwd, select_bwd, select_fwd
+from nsa.ops.triton import common, dense_bwd, score_topk, select_bwd, select_fwd
 from ops.gluon_emulator import emulate
 
 SMALL = BlockGeometry(8, 4, 16, 4, 1, 2, 24)
 WIDE = BlockGeometry(8, 4, 16, 4, 1, 2, 150)
 EDGE = BlockGeometry(8, 4, 16, 4, 1, 2, 127)  # intervals begin and end one from where a step does
-BLOCKS = BlockGeometry(8, 4, 64, 5, 1, 1, 40)
+BLOCKS = BlockGeometry(4, 2, 64, 4, 1, 1, 40)
+ODD = BlockGeometry(8, 4, 48, 3, 1, 1, 40)
 
 # name -> batch, tokens, heads, groups, head size, geometry, document bounds, q_start, k_start, dtype, multiprocessors,
 # what runs: compressed and window branch, the whole operator, with scratch for few tokens at a time
@@ -43,6 +44,7 @@ CASES = {
     "one token": (1, 1, 4, 1, 64, SMALL, None, 0, 0, "bfloat16", 1, "cw"),
     "whole": (1, 420, 8, 2, 64, BLOCKS, None, 0, 0, "float16", 3, "a"),
     "whole, head size 128": (2, 330, 2, 1, 128, BLOCKS, None, 0, 0, "bfloat16", 1, "a"),
+    "whole, blocks of 48 tokens": (1, 190, 4, 1, 64, ODD, None, 0, 0, "float16", 2, "a"),
     "whole, packed, five heads a group": (1, 450, 5, 1, 64, BLOCKS, [0, 0, 20, 440], 0, 0, "float16", 2, "ak"),
 }  # fmt: skip
 SEEDS = range(3)
@@ -80,7 +82,7 @@ class Case:
         self.q = self.draw(B, T, H, D)
         self.compressed = (self.draw(B, N, Hkv, D), self.draw(B, N, Hkv, D))
         self.window = (self.draw(B, S - k_start, Hkv, D), self.draw(B, S - k_start, Hkv, D))
-        self.scale, self.errors = D**-0.5, {}
+        self.scale, self.errors = (2 if "a" in branches else 1) * D**-0.5, {}
         self.numbers = (B, S, Hkv, N)
         for module in MODULES:
             if hasattr(module, "num_multiprocessors"):
@@ -143,6 +145,7 @@ class Case:
         if small_scratch:
             select_fwd.select_forward = partial(select_fwd.select_forward, scratch_bytes=2**18)
             select_bwd.select_backward = partial(select_bwd.select_backward, scratch_bytes=2**18)
+            score_topk.select_blocks = partial(score_topk.select_blocks, scratch_bytes=1)
         B, S, Hkv, N = self.numbers
         D, used = self.q.shape[3], self.used
         k, v = self.draw(B, S, Hkv, D), self.draw(B, S, Hkv, D)

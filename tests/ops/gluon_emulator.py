@@ -251,10 +251,13 @@ class MBarrier:
 
     @staticmethod
     def expect(barrier: Barrier, num_bytes: Any, pred: Any = True) -> None:
-        running().synchronise()
+        """One thread arrives, without a word for what others of its partition wrote."""
+        program = running()
+        program.synchronise()
         if pred:
+            barrier.check(program.agent.known)
             barrier.expect(int(num_bytes))
-            barrier.arrive(1, running().agent.known)
+            barrier.arrive(1, barrier.made)
 
     @staticmethod
     def arrive(barrier: Barrier, *, count: int = 1, pred: Any = True) -> None:

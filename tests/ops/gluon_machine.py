@@ -29,6 +29,8 @@ class Schedule:
         seed: of all choices; also of the two below, anew for each program, where they are not given.
         eagerness: how likely a pending operation completes at a synchronisation; 0 is as late as possible, 1 at once.
         order: numbers of partitions; the first that can goes on. Empty for a random one.
+
+    Without a given eagerness, some programs also have stragglers: operations that wait until nothing else can be done.
     """
 
     def __init__(self, seed: int, eagerness: float | None = None, order: Sequence[int] | None = None) -> None:
@@ -38,10 +40,26 @@ class Schedule:
 
     def start_program(self) -> None:
         eagerness, order = self.given
-        self.eagerness = self.random.choice([0.0, 0.05, 0.3, 1.0]) if eagerness is None else eagerness
+        self.stragglers = 0.0
+        if eagerness is None:
+            eagerness = self.random.choice([0.0, 0.05, 0.3, 1.0])
+            self.stragglers = self.random.choice([0.0, 0.0, 0.1, 0.3])
         if order is None:
             order = self.random.sample(range(8), 8) if self.random.random() < 0.5 else ()
-        self.order = order
+        self.eagerness, self.order = eagerness, order
+
+    def straggles(self) -> bool:
+        return self.stragglers > 0 and self.random.random() < self.stragglers
+
+    def completes(self, operation: Operation) -> bool:
+        """Whether a pending operation completes at a synchronisation."""
+        if operation.straggles or self.eagerness == 0:
+            return False
+        return self.eagerness == 1 or self.random.random() < self.eagerness
+
+    def choose_operation(self, pending: list[Operation]) -> Operation:
+        """Which operation completes when no partition can go on."""
+        return self.random.choice([x for x in pending if not x.straggles] or pending)
 
     def choose(self, ready: list[Agent]) -> Agent:
         if len(ready) == 1:
@@ -79,8 +97,8 @@ class Agent:
 class Operation:
     """Something that completes at some time after it was issued, once everything in `after` has."""
 
-    def __init__(self, run: Callable[[], None], access: int, after: Sequence[Operation] = ()) -> None:
-        self.run, self.access, self.after, self.done = run, access, after, False
+    def __init__(self, run: Callable[[], None], access: int, after: Sequence[Operation], straggles: bool) -> None:
+        self.run, self.access, self.after, self.straggles, self.done = run, access, after, straggles, False
 
 
 class Barrier:
@@ -251,11 +269,8 @@ class Program:
 
     def synchronise(self) -> None:
         """Let pending operations complete and other partitions run."""
-        schedule = self.schedule
-        if self.pending and schedule.eagerness:
-            for operation in list(self.pending):
-                if schedule.eagerness == 1 or schedule.random.random() < schedule.eagerness:
-                    self.complete(operation)
+        for operation in [x for x in self.pending if self.schedule.completes(x)]:
+            self.complete(operation)
         if len(self.agents) > 1:
             self.hand_over()
 
@@ -266,7 +281,7 @@ class Program:
             if not self.pending:
                 waiting = [f"{a.name} waits for {a.waits[0]}, parity {a.waits[1]}" for a in self.agents if a.waits]
                 raise EmulationError("deadlock: " + "; ".join(waiting))
-            self.complete(self.schedule.random.choice(self.pending))
+            self.complete(self.schedule.choose_operation(self.pending))
         chosen = self.schedule.choose(ready)
         if chosen is not me:
             self.agent = chosen
@@ -286,7 +301,7 @@ class Program:
         operation.run()
 
     def issue(self, run: Callable[[], None], access: int, after: Sequence[Operation] = ()) -> Operation:
-        operation = Operation(run, access, after)
+        operation = Operation(run, access, after, self.schedule.straggles())
         self.by_engines |= access
         self.pending.append(operation)
         self.synchronise()
