@@ -256,46 +256,25 @@ def hopper_key_kernel(
         G, SIZE, STRIDE, WINDOW, PACKED,
     )  # fmt: skip
     shift = split * (gl.num_programs(1) // HKV).to(gl.int64) * S * HKV
-    if BOXES:
-        gl.warp_specialize([
-            (_key_partition, (
-                0, dk_ptr, dv_ptr, k_smem, v_smem, q_smem, dout_smem, lse_smem, delta_smem,
-                k_full, q_full, q_empty, dout_full, dout_empty, doc_ptr, first_ptr, end_ptr, scale, scale_log2,
-                T, S, q_start, k_start, b, group, key_start, first, end, split_low, split_high, shift,
-                G, HKV, D, SIZE, STRIDE, WINDOW, PACKED, BOXES,
-            )),
-            (_key_partition, (
-                1, dk_ptr, dv_ptr, k_smem, v_smem, q_smem, dout_smem, lse_smem, delta_smem,
-                k_full, q_full, q_empty, dout_full, dout_empty, doc_ptr, first_ptr, end_ptr, scale, scale_log2,
-                T, S, q_start, k_start, b, group, key_start, first, end, split_low, split_high, shift,
-                G, HKV, D, SIZE, STRIDE, WINDOW, PACKED, BOXES,
-            )),
-            (_key_load_partition, (
-                q_desc, k_desc, v_desc, dout_desc, row_desc, k_smem, v_smem, q_smem, dout_smem, lse_smem, delta_smem,
-                q_ptr, dout_ptr, k_full, q_full, q_empty, dout_full, dout_empty, b, group, key_start, first, end, T,
-                G, HKV, D, BOXES,
-            )),
-        ], [4, 1], [240, 24])  # fmt: skip
-    else:
-        gl.warp_specialize([
-            (_key_partition, (
-                0, dk_ptr, dv_ptr, k_smem, v_smem, q_smem, dout_smem, lse_smem, delta_smem,
-                k_full, q_full, q_empty, dout_full, dout_empty, doc_ptr, first_ptr, end_ptr, scale, scale_log2,
-                T, S, q_start, k_start, b, group, key_start, first, end, split_low, split_high, shift,
-                G, HKV, D, SIZE, STRIDE, WINDOW, PACKED, BOXES,
-            )),
-            (_key_partition, (
-                1, dk_ptr, dv_ptr, k_smem, v_smem, q_smem, dout_smem, lse_smem, delta_smem,
-                k_full, q_full, q_empty, dout_full, dout_empty, doc_ptr, first_ptr, end_ptr, scale, scale_log2,
-                T, S, q_start, k_start, b, group, key_start, first, end, split_low, split_high, shift,
-                G, HKV, D, SIZE, STRIDE, WINDOW, PACKED, BOXES,
-            )),
-            (_key_load_partition, (
-                q_desc, k_desc, v_desc, dout_desc, row_desc, k_smem, v_smem, q_smem, dout_smem, lse_smem, delta_smem,
-                q_ptr, dout_ptr, k_full, q_full, q_empty, dout_full, dout_empty, b, group, key_start, first, end, T,
-                G, HKV, D, BOXES,
-            )),
-        ], [4, 4], [224, 56])  # fmt: skip
+    gl.warp_specialize([
+        (_key_partition, (
+            0, dk_ptr, dv_ptr, k_smem, v_smem, q_smem, dout_smem, lse_smem, delta_smem,
+            k_full, q_full, q_empty, dout_full, dout_empty, doc_ptr, first_ptr, end_ptr, scale, scale_log2,
+            T, S, q_start, k_start, b, group, key_start, first, end, split_low, split_high, shift,
+            G, HKV, D, SIZE, STRIDE, WINDOW, PACKED, BOXES,
+        )),
+        (_key_partition, (
+            1, dk_ptr, dv_ptr, k_smem, v_smem, q_smem, dout_smem, lse_smem, delta_smem,
+            k_full, q_full, q_empty, dout_full, dout_empty, doc_ptr, first_ptr, end_ptr, scale, scale_log2,
+            T, S, q_start, k_start, b, group, key_start, first, end, split_low, split_high, shift,
+            G, HKV, D, SIZE, STRIDE, WINDOW, PACKED, BOXES,
+        )),
+        (_key_load_partition, (
+            q_desc, k_desc, v_desc, dout_desc, row_desc, k_smem, v_smem, q_smem, dout_smem, lse_smem, delta_smem,
+            q_ptr, dout_ptr, k_full, q_full, q_empty, dout_full, dout_empty, b, group, key_start, first, end, T,
+            G, HKV, D, BOXES,
+        )),
+    ], [4, 1 if BOXES else 4], [240 if BOXES else 224, 24 if BOXES else 56])  # fmt: skip
 
 
 def hopper_key_backward(
