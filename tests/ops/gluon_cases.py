@@ -27,8 +27,9 @@ EDGE = BlockGeometry(8, 4, 16, 4, 1, 2, 127)  # intervals begin and end one from
 BLOCKS = BlockGeometry(4, 2, 64, 4, 1, 1, 40)
 ODD = BlockGeometry(8, 4, 48, 3, 1, 1, 40)
 
-# name -> batch, tokens, heads, groups, head size, geometry, document bounds, q_start, k_start, dtype, multiprocessors,
-# what runs: compressed and window branch, the whole operator, with scratch for few tokens at a time
+# name -> batch, tokens, heads, groups, size of keys (values have 128 at most), geometry, document bounds, q_start,
+# k_start, dtype, multiprocessors, what runs: compressed and window branch, the whole operator, with scratch for few
+# tokens at a time
 CASES = {
     "batch of two, two groups": (2, 75, 8, 2, 64, SMALL, None, 0, 0, "bfloat16", 2, "cw"),
     "many steps": (1, 230, 4, 1, 64, WIDE, None, 0, 0, "float16", 1, "w"),
@@ -36,6 +37,8 @@ CASES = {
     "many heads a group, edges of steps": (1, 18, 32, 1, 64, EDGE, None, 256, 130, "float16", 2, "cw"),
     "five heads a group": (2, 50, 5, 1, 64, SMALL, None, 0, 0, "float16", 1, "cw"),
     "head size 128": (1, 70, 16, 1, 128, SMALL, None, 0, 0, "bfloat16", 2, "cw"),
+    "keys of 192, values of 128": (1, 70, 16, 1, 192, SMALL, None, 0, 0, "bfloat16", 2, "cw"),
+    "keys of 192, packed, three heads": (1, 90, 3, 1, 192, SMALL, [0, 13, 80], 0, 0, "float16", 1, "cw"),
     "rows in two splits": (1, 90, 16, 1, 64, SMALL, None, 0, 0, "float16", 3, "c"),
     "packed, empty and short documents": (1, 120, 4, 1, 64, SMALL, [0, 0, 51, 51, 54, 120], 0, 0, "float16", 1, "cw"),
     "rows after the last document": (1, 61, 8, 1, 64, SMALL, [0, 43], 0, 0, "bfloat16", 2, "cw"),
@@ -44,6 +47,7 @@ CASES = {
     "one token": (1, 1, 4, 1, 64, SMALL, None, 0, 0, "bfloat16", 1, "cw"),
     "whole": (1, 420, 8, 2, 64, BLOCKS, None, 0, 0, "float16", 3, "a"),
     "whole, head size 128": (2, 330, 2, 1, 128, BLOCKS, None, 0, 0, "bfloat16", 1, "a"),
+    "whole, keys of 192": (1, 400, 4, 1, 192, BLOCKS, None, 0, 0, "float16", 2, "a"),
     "whole, blocks of 48 tokens": (1, 190, 4, 1, 64, ODD, None, 0, 0, "float16", 2, "a"),
     "whole, packed, five heads a group": (1, 450, 5, 1, 64, BLOCKS, [0, 0, 20, 440], 0, 0, "float16", 2, "ak"),
 }  # fmt: skip
@@ -80,8 +84,9 @@ class Case:
         N = sum(geometry.num_compressed(piece) for piece in pieces)
         self.used = T if bounds is None else bounds[-1]
         self.q = self.draw(B, T, H, D)
-        self.compressed = (self.draw(B, N, Hkv, D), self.draw(B, N, Hkv, D))
-        self.window = (self.draw(B, S - k_start, Hkv, D), self.draw(B, S - k_start, Hkv, D))
+        self.value_size = min(D, 128)
+        self.compressed = (self.draw(B, N, Hkv, D), self.draw(B, N, Hkv, self.value_size))
+        self.window = (self.draw(B, S - k_start, Hkv, D), self.draw(B, S - k_start, Hkv, self.value_size))
         self.scale, self.errors = (2 if "a" in branches else 1) * D**-0.5, {}
         self.numbers = (B, S, Hkv, N)
         for module in MODULES:
@@ -148,7 +153,7 @@ class Case:
             score_topk.select_blocks = partial(score_topk.select_blocks, scratch_bytes=1)
         B, S, Hkv, N = self.numbers
         D, used = self.q.shape[3], self.used
-        k, v = self.draw(B, S, Hkv, D), self.draw(B, S, Hkv, D)
+        k, v = self.draw(B, S, Hkv, D), self.draw(B, S, Hkv, self.value_size)
         inputs = (self.q, k, v, *self.compressed, *self.window, self.draw(*self.q.shape[:3], 3))
         constants = (self.cu, self.geometry.as_tuple(), self.scale)
         out, *saved = backend.attention_forward(*inputs, *constants)

@@ -122,7 +122,7 @@ def _key_load_partition(
         if BOXES:
             tma.async_copy_global_to_shared(q_desc, box, q_full.index(slot), q_smem.index(slot))
         else:
-            copy_rows(q_ptr, q_smem.index(slot), row, b, group, T, G, HKV, D)
+            copy_rows(q_ptr, q_smem.index(slot), row, b, group, T, G, HKV, D, D)
             async_copy.mbarrier_arrive(q_full.index(slot), increment_count=False)
         mbarrier.wait(dout_empty.index(slot), phase)
         mbarrier.expect(dout_full.index(slot), boxes + 4 * ROWS)
@@ -130,7 +130,7 @@ def _key_load_partition(
         if BOXES:
             tma.async_copy_global_to_shared(dout_desc, box, dout_full.index(slot), dout_smem.index(slot))
         else:
-            copy_rows(dout_ptr, dout_smem.index(slot), row, b, group, T, G, HKV, D)
+            copy_rows(dout_ptr, dout_smem.index(slot), row, b, group, T, G, HKV, D, D)
             async_copy.mbarrier_arrive(dout_full.index(slot), increment_count=False)
 
 
@@ -353,8 +353,8 @@ def _query_partition(
     if not BOXES:
         first_row, first_b, first_group = tile_of_round(0, num_tiles, heads, HKV, 2 * ROWS)
         first_row += HALF * ROWS
-        copy_rows(q_ptr, q_smem.index(HALF), first_row, first_b, first_group, T, G, HKV, D)
-        copy_rows(dout_ptr, dout_smem.index(HALF), first_row, first_b, first_group, T, G, HKV, D)
+        copy_rows(q_ptr, q_smem.index(HALF), first_row, first_b, first_group, T, G, HKV, D, D)
+        copy_rows(dout_ptr, dout_smem.index(HALF), first_row, first_b, first_group, T, G, HKV, D, D)
         async_copy.commit_group()
     for turn in range(rounds):
         tile_row, b, group = tile_of_round(turn, num_tiles, heads, HKV, 2 * ROWS)
@@ -389,9 +389,9 @@ def _query_partition(
             if turn + 1 < rounds:
                 next_row, next_b, next_group = tile_of_round(turn + 1, num_tiles, heads, HKV, 2 * ROWS)
                 next_place = (turn + 1) % 2 * 2 + HALF
-                copy_rows(q_ptr, q_smem.index(next_place), next_row + HALF * ROWS, next_b, next_group, T, G, HKV, D)
+                copy_rows(q_ptr, q_smem.index(next_place), next_row + HALF * ROWS, next_b, next_group, T, G, HKV, D, D)
                 copy_rows(
-                    dout_ptr, dout_smem.index(next_place), next_row + HALF * ROWS, next_b, next_group, T, G, HKV, D
+                    dout_ptr, dout_smem.index(next_place), next_row + HALF * ROWS, next_b, next_group, T, G, HKV, D, D
                 )
                 async_copy.commit_group()
         q = q_tile
@@ -431,7 +431,7 @@ def _query_partition(
             tma.store_wait(0)
             mbarrier.arrive(q_empty.index(place), count=1)
         else:
-            offsets, live_row = row_offsets(low, b, group, T, G, HKV, D, ROW_LAYOUT)
+            offsets, live_row = row_offsets(low, b, group, T, G, HKV, D, D, ROW_LAYOUT)
             gl.store(dq_ptr + offsets, q_tile.load(ROW_LAYOUT), mask=live_row)
 
 

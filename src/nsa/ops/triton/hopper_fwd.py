@@ -38,6 +38,7 @@ ROWS = gl.constexpr(64)  # rows of a group of four warps, as one wgmma takes
 # GROUPS groups of four warps, KEYS keys of a step, STAGES steps in flight; whether REGISTERS hold the queries, which
 # spares shared memory, whose bandwidth products are close to.
 TILE = {"GROUPS": 3, "KEYS": 64, "STAGES": 4, "REGISTERS": False}
+TAIL_TILE = {"GROUPS": 2, "KEYS": 64, "STAGES": 3, "REGISTERS": False}  # for keys of 192 = 128 + 64
 
 
 def describe_box(x: Tensor, tokens: int, heads: int) -> TensorDescriptor:
@@ -45,6 +46,12 @@ def describe_box(x: Tensor, tokens: int, heads: int) -> TensorDescriptor:
     box = [1, tokens, heads, x.shape[3]]
     layout = gl.NVMMASharedLayout.get_default_for(box, gl.bfloat16)
     return TensorDescriptor(x, list(x.shape), list(x.stride()), box, layout)
+
+
+def describe_parts(x: Tensor, size: int, tokens: int, heads: int) -> tuple[TensorDescriptor, TensorDescriptor]:
+    """Boxes of the first `size` columns, and of the others where there are any."""
+    first = describe_box(x[..., :size], tokens, heads)
+    return first, first if x.shape[3] == size else describe_box(x[..., size:], tokens, heads)
 
 
 @gluon.jit
@@ -91,27 +98,40 @@ def tile_keys(
 
 
 @gluon.jit
-def row_offsets(low, b, group, T, G: gl.constexpr, HKV: gl.constexpr, D: gl.constexpr, LAYOUT: gl.constexpr):
-    """Where ROWS rows of a group from `low` on lie in `[B, T, H, D]`, and which of them exist."""
+def row_offsets(
+    low, b, group, T, G: gl.constexpr, HKV: gl.constexpr, D: gl.constexpr, WIDTH: gl.constexpr, LAYOUT: gl.constexpr
+):
+    """Where D columns of ROWS rows of a group from `low` on lie in `[B, T, H, WIDTH]`, and which rows exist."""
     row = low + gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT))
     t = gl.minimum(row // G, T - 1)
     row_64 = (b.to(gl.int64) * T + t) * (G * HKV) + group * G + row % G
-    return row_64[:, None] * D + gl.arange(0, D, gl.SliceLayout(0, LAYOUT))[None, :], (row < T * G)[:, None]
+    return row_64[:, None] * WIDTH + gl.arange(0, D, gl.SliceLayout(0, LAYOUT))[None, :], (row < T * G)[:, None]
 
 
 @gluon.jit
-def copy_rows(x_ptr, tile, low, b, group, T, G: gl.constexpr, HKV: gl.constexpr, D: gl.constexpr):
+def copy_rows(x_ptr, tile, low, b, group, T, G: gl.constexpr, HKV: gl.constexpr, D: gl.constexpr, WIDTH: gl.constexpr):
     """Begin to copy ROWS rows of a group from `low` on; those that do not exist are the last token's."""
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
-    offsets, _live = row_offsets(low, b, group, T, G, HKV, D, LAYOUT)
+    offsets, _live = row_offsets(low, b, group, T, G, HKV, D, WIDTH, LAYOUT)
     async_copy.async_copy_global_to_shared(tile.reshape([ROWS, D]), x_ptr + offsets)
 
 
 @gluon.jit
+def _copy_queries(
+    q_ptr, q_smem, q_tail_smem, place, low, b, group, T, G: gl.constexpr, HKV: gl.constexpr, D: gl.constexpr,
+    TAIL: gl.constexpr,
+):  # fmt: skip
+    copy_rows(q_ptr, q_smem.index(place), low, b, group, T, G, HKV, D, D + TAIL)
+    if TAIL > 0:
+        copy_rows(q_ptr + D, q_tail_smem.index(place), low, b, group, T, G, HKV, TAIL, D + TAIL)
+    async_copy.commit_group()
+
+
+@gluon.jit
 def _load_partition(
-    q_desc, k_desc, v_desc, q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-    doc_ptr, cmp_ptr, T, S, q_start, k_start, num_tiles, heads,
-    G: gl.constexpr, HKV: gl.constexpr, D: gl.constexpr, SIZE: gl.constexpr, STRIDE: gl.constexpr,
+    q_desc, q_tail_desc, k_desc, k_tail_desc, v_desc, q_smem, q_tail_smem, k_smem, k_tail_smem, v_smem, q_full, q_empty,
+    k_full, k_empty, v_full, v_empty, doc_ptr, cmp_ptr, T, S, q_start, k_start, num_tiles, heads,
+    G: gl.constexpr, HKV: gl.constexpr, D: gl.constexpr, TAIL: gl.constexpr, SIZE: gl.constexpr, STRIDE: gl.constexpr,
     WINDOW: gl.constexpr, PACKED: gl.constexpr, GROUPS: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr,
     BOXES: gl.constexpr,
 ):  # fmt: skip
@@ -124,18 +144,21 @@ def _load_partition(
         for part in gl.static_range(GROUPS if BOXES else 0):
             place = turn % 2 * GROUPS + part
             mbarrier.wait(q_empty.index(place), (turn // 2 & 1) ^ 1)
-            mbarrier.expect(q_full.index(place), 2 * ROWS * D)
-            tma.async_copy_global_to_shared(
-                q_desc, [b, row // G + part * (ROWS // G), group * G, 0], q_full.index(place), q_smem.index(place)
-            )
+            mbarrier.expect(q_full.index(place), 2 * ROWS * (D + TAIL))
+            box = [b, row // G + part * (ROWS // G), group * G, 0]
+            tma.async_copy_global_to_shared(q_desc, box, q_full.index(place), q_smem.index(place))
+            if TAIL > 0:
+                tma.async_copy_global_to_shared(q_tail_desc, box, q_full.index(place), q_tail_smem.index(place))
         # Tiles without any key take one step, all of it masked.
         for i in range(gl.maximum(gl.cdiv(end - first, KEYS), 1)):
             slot = step % STAGES
             phase = (step // STAGES & 1) ^ 1
             box = [b, first + i * KEYS, group, 0]
             mbarrier.wait(k_empty.index(slot), phase)
-            mbarrier.expect(k_full.index(slot), 2 * KEYS * D)
+            mbarrier.expect(k_full.index(slot), 2 * KEYS * (D + TAIL))
             tma.async_copy_global_to_shared(k_desc, box, k_full.index(slot), k_smem.index(slot))
+            if TAIL > 0:
+                tma.async_copy_global_to_shared(k_tail_desc, box, k_full.index(slot), k_tail_smem.index(slot))
             mbarrier.wait(v_empty.index(slot), phase)
             mbarrier.expect(v_full.index(slot), 2 * KEYS * D)
             tma.async_copy_global_to_shared(v_desc, box, v_full.index(slot), v_smem.index(slot))
@@ -162,10 +185,20 @@ def _soften(
 
 
 @gluon.jit
+def _scores(q, q_tail, k_smem, k_tail_smem, slot, none, KEYS: gl.constexpr, D: gl.constexpr, TAIL: gl.constexpr):
+    s = warpgroup_mma(
+        q, k_smem.index(slot).reshape([KEYS, D]).permute([1, 0]), none, use_acc=False, is_async=True
+    )  # fmt: skip
+    if TAIL > 0:
+        s = warpgroup_mma(q_tail, k_tail_smem.index(slot).reshape([KEYS, TAIL]).permute([1, 0]), s, is_async=True)
+    return s
+
+
+@gluon.jit
 def _attend(
-    q_tile, k_smem, v_smem, k_full, k_empty, v_full, v_empty, step, tile_first, tile_end, first, end,
-    plain_first, plain_end, scale_log2, D: gl.constexpr, LEFT: gl.constexpr, S_LAYOUT: gl.constexpr,
-    O_LAYOUT: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr,
+    q_tile, q_tail, k_smem, k_tail_smem, v_smem, k_full, k_empty, v_full, v_empty, step, tile_first, tile_end,
+    first, end, plain_first, plain_end, scale_log2, D: gl.constexpr, TAIL: gl.constexpr, LEFT: gl.constexpr,
+    S_LAYOUT: gl.constexpr, O_LAYOUT: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """Sum of values, running maximum and sum of a group's rows, and the number of the next step."""
     P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, O_LAYOUT, 2)
@@ -179,8 +212,7 @@ def _attend(
         q = q_tile.load(gl.DotOperandLayout(0, S_LAYOUT, 2))
     slot = step % STAGES
     mbarrier.wait(k_full.index(slot), step // STAGES & 1)
-    k = k_smem.index(slot).reshape([KEYS, D]).permute([1, 0])
-    s = warpgroup_mma(q, k, none, use_acc=False, is_async=True)
+    s = _scores(q, q_tail, k_smem, k_tail_smem, slot, none, KEYS, D, TAIL)
     s = warpgroup_mma_wait(0, deps=[s])
     mbarrier.arrive(k_empty.index(slot), count=1)
     p, best, total, _fading = _soften(
@@ -193,8 +225,7 @@ def _attend(
         step += 1
         slot = step % STAGES
         mbarrier.wait(k_full.index(slot), step // STAGES & 1)
-        k = k_smem.index(slot).reshape([KEYS, D]).permute([1, 0])
-        s = warpgroup_mma(q, k, none, use_acc=False, is_async=True)
+        s = _scores(q, q_tail, k_smem, k_tail_smem, slot, none, KEYS, D, TAIL)
         mbarrier.wait(v_full.index(old_slot), old_phase)
         acc = warpgroup_mma(p, v_smem.index(old_slot).reshape([KEYS, D]), acc, is_async=True)
         s = warpgroup_mma_wait(1, deps=[s])
@@ -215,9 +246,9 @@ def _attend(
 
 @gluon.jit
 def _row_partition(
-    PART: gl.constexpr, q_ptr, out_ptr, out_desc, lse_ptr, q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty,
-    v_full, v_empty, doc_ptr, cmp_ptr, scale_log2, T, S, q_start, k_start, num_tiles, heads,
-    G: gl.constexpr, HKV: gl.constexpr, D: gl.constexpr, SIZE: gl.constexpr, STRIDE: gl.constexpr,
+    PART: gl.constexpr, q_ptr, out_ptr, out_desc, lse_ptr, q_smem, q_tail_smem, k_smem, k_tail_smem, v_smem, q_full,
+    q_empty, k_full, k_empty, v_full, v_empty, doc_ptr, cmp_ptr, scale_log2, T, S, q_start, k_start, num_tiles, heads,
+    G: gl.constexpr, HKV: gl.constexpr, D: gl.constexpr, TAIL: gl.constexpr, SIZE: gl.constexpr, STRIDE: gl.constexpr,
     WINDOW: gl.constexpr, PACKED: gl.constexpr, LN2: gl.constexpr, GROUPS: gl.constexpr, KEYS: gl.constexpr,
     STAGES: gl.constexpr, REGISTERS: gl.constexpr, BOXES: gl.constexpr,
 ):  # fmt: skip
@@ -228,8 +259,9 @@ def _row_partition(
     rounds = num_rounds(num_tiles * heads)
     if not BOXES:
         first_row, first_b, first_group = tile_of_round(0, num_tiles, heads, HKV, GROUPS * ROWS)
-        copy_rows(q_ptr, q_smem.index(PART), first_row + PART * ROWS, first_b, first_group, T, G, HKV, D)
-        async_copy.commit_group()
+        _copy_queries(
+            q_ptr, q_smem, q_tail_smem, PART, first_row + PART * ROWS, first_b, first_group, T, G, HKV, D, TAIL
+        )
     for turn in range(rounds):
         tile_row, b, group = tile_of_round(turn, num_tiles, heads, HKV, GROUPS * ROWS)
         tile_first, _from, _to, tile_end = tile_keys(
@@ -244,6 +276,9 @@ def _row_partition(
         first, end = key_interval(t, doc_ptr, cmp_ptr, S, q_start, k_start, SIZE, STRIDE, WINDOW, PACKED)
         place = turn % 2 * GROUPS + PART
         q = q_smem.index(place).reshape([ROWS, D])
+        q_tail = q
+        if TAIL > 0:
+            q_tail = q_tail_smem.index(place).reshape([ROWS, TAIL])
         if BOXES:
             mbarrier.wait(q_full.index(place), turn // 2 & 1)
         else:
@@ -251,12 +286,13 @@ def _row_partition(
             fence_async_shared()  # rows were written by threads, the products read them as TMA does
             if turn + 1 < rounds:
                 next_row, next_b, next_group = tile_of_round(turn + 1, num_tiles, heads, HKV, GROUPS * ROWS)
-                next_tile = q_smem.index((turn + 1) % 2 * GROUPS + PART)
-                copy_rows(q_ptr, next_tile, next_row + PART * ROWS, next_b, next_group, T, G, HKV, D)
-                async_copy.commit_group()
+                next_place = (turn + 1) % 2 * GROUPS + PART
+                next_row += PART * ROWS
+                _copy_queries(q_ptr, q_smem, q_tail_smem, next_place, next_row, next_b, next_group, T, G, HKV, D, TAIL)
         acc, best, total, step = _attend(
-            q, k_smem, v_smem, k_full, k_empty, v_full, v_empty, step, tile_first, tile_end, first, end, plain_first,
-            plain_end, scale_log2, D, PACKED or WINDOW > 0, S_LAYOUT, O_LAYOUT, KEYS, STAGES, REGISTERS,
+            q, q_tail, k_smem, k_tail_smem, v_smem, k_full, k_empty, v_full, v_empty, step, tile_first, tile_end,
+            first, end, plain_first, plain_end, scale_log2, D, TAIL, PACKED or WINDOW > 0, S_LAYOUT, O_LAYOUT, KEYS,
+            STAGES, REGISTERS,
         )  # fmt: skip
 
         share = 1.0 / gl.where(total == 0.0, 1.0, total)
@@ -271,21 +307,27 @@ def _row_partition(
             tma.store_wait(0)
             mbarrier.arrive(q_empty.index(place), count=1)
         else:
-            offsets, live = row_offsets(low, b, group, T, G, HKV, D, ROW_LAYOUT)
+            offsets, live = row_offsets(low, b, group, T, G, HKV, D, D, ROW_LAYOUT)
             gl.store(out_ptr + offsets, q.load(ROW_LAYOUT), mask=live)
 
 
 @gluon.jit(do_not_specialize=["T", "S", "q_start", "k_start", "num_tiles", "heads"])
 def hopper_forward_kernel(
-    q_desc, k_desc, v_desc, out_desc, q_ptr, out_ptr, lse_ptr, doc_ptr, cmp_ptr, scale_log2,
+    q_desc, q_tail_desc, k_desc, k_tail_desc, v_desc, out_desc, q_ptr, out_ptr, lse_ptr, doc_ptr, cmp_ptr, scale_log2,
     T, S, q_start, k_start, num_tiles, heads,
-    G: gl.constexpr, HKV: gl.constexpr, D: gl.constexpr, SIZE: gl.constexpr, STRIDE: gl.constexpr,
+    G: gl.constexpr, HKV: gl.constexpr, D: gl.constexpr, TAIL: gl.constexpr, SIZE: gl.constexpr, STRIDE: gl.constexpr,
     WINDOW: gl.constexpr, PACKED: gl.constexpr, LN2: gl.constexpr, GROUPS: gl.constexpr, KEYS: gl.constexpr,
     STAGES: gl.constexpr, REGISTERS: gl.constexpr, BOXES: gl.constexpr,
 ):  # fmt: skip
     q_smem = gl.allocate_shared_memory(q_desc.dtype, [2 * GROUPS] + q_desc.block_shape, q_desc.layout)
     k_smem = gl.allocate_shared_memory(k_desc.dtype, [STAGES] + k_desc.block_shape, k_desc.layout)
     v_smem = gl.allocate_shared_memory(v_desc.dtype, [STAGES] + v_desc.block_shape, v_desc.layout)
+    q_tail_smem, k_tail_smem = q_smem, k_smem
+    if TAIL > 0:
+        q_tail_smem = gl.allocate_shared_memory(
+            q_desc.dtype, [2 * GROUPS] + q_tail_desc.block_shape, q_tail_desc.layout
+        )
+        k_tail_smem = gl.allocate_shared_memory(k_desc.dtype, [STAGES] + k_tail_desc.block_shape, k_tail_desc.layout)
     q_full = make_barriers(2 * GROUPS, 1)
     q_empty = make_barriers(2 * GROUPS, 1)
     k_full = make_barriers(STAGES, 1)
@@ -296,42 +338,42 @@ def hopper_forward_kernel(
     if GROUPS == 3:
         gl.warp_specialize([
             (_row_partition, (
-                0, q_ptr, out_ptr, out_desc, lse_ptr, q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full,
-                v_empty, doc_ptr, cmp_ptr, scale_log2, T, S, q_start, k_start, num_tiles, heads,
-                G, HKV, D, SIZE, STRIDE, WINDOW, PACKED, LN2, GROUPS, KEYS, STAGES, REGISTERS, BOXES,
+                0, q_ptr, out_ptr, out_desc, lse_ptr, q_smem, q_tail_smem, k_smem, k_tail_smem, v_smem, q_full, q_empty,
+                k_full, k_empty, v_full, v_empty, doc_ptr, cmp_ptr, scale_log2, T, S, q_start, k_start, num_tiles,
+                heads, G, HKV, D, TAIL, SIZE, STRIDE, WINDOW, PACKED, LN2, GROUPS, KEYS, STAGES, REGISTERS, BOXES,
             )),
             (_row_partition, (
-                1, q_ptr, out_ptr, out_desc, lse_ptr, q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full,
-                v_empty, doc_ptr, cmp_ptr, scale_log2, T, S, q_start, k_start, num_tiles, heads,
-                G, HKV, D, SIZE, STRIDE, WINDOW, PACKED, LN2, GROUPS, KEYS, STAGES, REGISTERS, BOXES,
+                1, q_ptr, out_ptr, out_desc, lse_ptr, q_smem, q_tail_smem, k_smem, k_tail_smem, v_smem, q_full, q_empty,
+                k_full, k_empty, v_full, v_empty, doc_ptr, cmp_ptr, scale_log2, T, S, q_start, k_start, num_tiles,
+                heads, G, HKV, D, TAIL, SIZE, STRIDE, WINDOW, PACKED, LN2, GROUPS, KEYS, STAGES, REGISTERS, BOXES,
             )),
             (_row_partition, (
-                2, q_ptr, out_ptr, out_desc, lse_ptr, q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full,
-                v_empty, doc_ptr, cmp_ptr, scale_log2, T, S, q_start, k_start, num_tiles, heads,
-                G, HKV, D, SIZE, STRIDE, WINDOW, PACKED, LN2, GROUPS, KEYS, STAGES, REGISTERS, BOXES,
+                2, q_ptr, out_ptr, out_desc, lse_ptr, q_smem, q_tail_smem, k_smem, k_tail_smem, v_smem, q_full, q_empty,
+                k_full, k_empty, v_full, v_empty, doc_ptr, cmp_ptr, scale_log2, T, S, q_start, k_start, num_tiles,
+                heads, G, HKV, D, TAIL, SIZE, STRIDE, WINDOW, PACKED, LN2, GROUPS, KEYS, STAGES, REGISTERS, BOXES,
             )),
             (_load_partition, (
-                q_desc, k_desc, v_desc, q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-                doc_ptr, cmp_ptr, T, S, q_start, k_start, num_tiles, heads,
-                G, HKV, D, SIZE, STRIDE, WINDOW, PACKED, GROUPS, KEYS, STAGES, BOXES,
+                q_desc, q_tail_desc, k_desc, k_tail_desc, v_desc, q_smem, q_tail_smem, k_smem, k_tail_smem, v_smem,
+                q_full, q_empty, k_full, k_empty, v_full, v_empty, doc_ptr, cmp_ptr, T, S, q_start, k_start, num_tiles,
+                heads, G, HKV, D, TAIL, SIZE, STRIDE, WINDOW, PACKED, GROUPS, KEYS, STAGES, BOXES,
             )),
         ], [4, 4, 1], [160, 160, 24])  # fmt: skip
     else:
         gl.warp_specialize([
             (_row_partition, (
-                0, q_ptr, out_ptr, out_desc, lse_ptr, q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full,
-                v_empty, doc_ptr, cmp_ptr, scale_log2, T, S, q_start, k_start, num_tiles, heads,
-                G, HKV, D, SIZE, STRIDE, WINDOW, PACKED, LN2, GROUPS, KEYS, STAGES, REGISTERS, BOXES,
+                0, q_ptr, out_ptr, out_desc, lse_ptr, q_smem, q_tail_smem, k_smem, k_tail_smem, v_smem, q_full, q_empty,
+                k_full, k_empty, v_full, v_empty, doc_ptr, cmp_ptr, scale_log2, T, S, q_start, k_start, num_tiles,
+                heads, G, HKV, D, TAIL, SIZE, STRIDE, WINDOW, PACKED, LN2, GROUPS, KEYS, STAGES, REGISTERS, BOXES,
             )),
             (_row_partition, (
-                1, q_ptr, out_ptr, out_desc, lse_ptr, q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full,
-                v_empty, doc_ptr, cmp_ptr, scale_log2, T, S, q_start, k_start, num_tiles, heads,
-                G, HKV, D, SIZE, STRIDE, WINDOW, PACKED, LN2, GROUPS, KEYS, STAGES, REGISTERS, BOXES,
+                1, q_ptr, out_ptr, out_desc, lse_ptr, q_smem, q_tail_smem, k_smem, k_tail_smem, v_smem, q_full, q_empty,
+                k_full, k_empty, v_full, v_empty, doc_ptr, cmp_ptr, scale_log2, T, S, q_start, k_start, num_tiles,
+                heads, G, HKV, D, TAIL, SIZE, STRIDE, WINDOW, PACKED, LN2, GROUPS, KEYS, STAGES, REGISTERS, BOXES,
             )),
             (_load_partition, (
-                q_desc, k_desc, v_desc, q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-                doc_ptr, cmp_ptr, T, S, q_start, k_start, num_tiles, heads,
-                G, HKV, D, SIZE, STRIDE, WINDOW, PACKED, GROUPS, KEYS, STAGES, BOXES,
+                q_desc, q_tail_desc, k_desc, k_tail_desc, v_desc, q_smem, q_tail_smem, k_smem, k_tail_smem, v_smem,
+                q_full, q_empty, k_full, k_empty, v_full, v_empty, doc_ptr, cmp_ptr, T, S, q_start, k_start, num_tiles,
+                heads, G, HKV, D, TAIL, SIZE, STRIDE, WINDOW, PACKED, GROUPS, KEYS, STAGES, BOXES,
             )),
         ], [4, 1], [240, 24])  # fmt: skip
 
@@ -341,17 +383,17 @@ def hopper_forward(
     window: int, q_start: int, k_start: int, scale: float, tile: dict[str, int] | None = None,
 ) -> None:  # fmt: skip
     """Write what `dense_forward` gives for tensors that `hopper_serves` takes."""
-    B, T, H, D = q.shape
-    S, Hkv = k.shape[1:3]
-    G = H // Hkv
-    tile = tile or TILE
+    B, T, H, Dk = q.shape
+    S, Hkv, D = k.shape[1], k.shape[2], v.shape[3]
+    G, tail = H // Hkv, Dk - D
+    tile = tile or (TAIL_TILE if tail else TILE)
     keys, boxes = tile["KEYS"], ROWS.value % G == 0
     box = (ROWS.value // G, G) if boxes else (ROWS.value, 1)
     documents = (q, q) if layout is None else (layout.doc_start, layout.cmp_start)
     num_tiles = triton.cdiv(T * G, tile["GROUPS"] * ROWS.value)
     hopper_forward_kernel[(min(num_multiprocessors(q), num_tiles * B * Hkv),)](
-        describe_box(q, *box), describe_box(k, keys, 1), describe_box(v, keys, 1), describe_box(out, *box), q, out, lse,
-        *documents, scale * LOG2E, T, S, q_start, k_start, num_tiles, B * Hkv,
-        G=G, HKV=Hkv, D=D, SIZE=geometry.compress_block_size, STRIDE=geometry.compress_stride,
+        *describe_parts(q, D, *box), *describe_parts(k, D, keys, 1), describe_box(v, keys, 1), describe_box(out, *box),
+        q, out, lse, *documents, scale * LOG2E, T, S, q_start, k_start, num_tiles, B * Hkv,
+        G=G, HKV=Hkv, D=D, TAIL=tail, SIZE=geometry.compress_block_size, STRIDE=geometry.compress_stride,
         WINDOW=window, PACKED=layout is not None, LN2=LN2, BOXES=boxes, num_warps=4, **tile,
     )  # fmt: skip

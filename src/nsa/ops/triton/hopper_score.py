@@ -15,6 +15,7 @@ Columns, tiles and what is stored are those of `score_topk`; a tile has HALVES t
 # ruff: noqa: RUF005
 from __future__ import annotations
 
+import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -29,12 +30,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from nsa.geometry import BlockGeometry
 from nsa.ops.triton.common import LOG2E, num_multiprocessors, place_of_tile
-from nsa.ops.triton.hopper_fwd import describe_box, make_barriers, num_rounds, tile_of_round
+from nsa.ops.triton.hopper_fwd import describe_parts, make_barriers, num_rounds, tile_of_round
 from nsa.ops.triton.invert import Chunk
 
-COLUMNS = gl.constexpr(128)  # (head, token) of half a tile
-HALVES = gl.constexpr(2)
-TILE_COLUMNS = 256
+COLUMNS = gl.constexpr(128)  # (head, token) of half a tile; with keys of 192 a tile has but one half
 KEYS = gl.constexpr(64)  # keys of a step, as one wgmma takes
 GROUPS = gl.constexpr(3)  # groups of four warps
 STAGES = gl.constexpr(3)  # steps in flight; a multiple of GROUPS, so that a group waits for every use of its places
@@ -60,13 +59,28 @@ def _place(
 
 
 @gluon.jit
-def _load_partition(
-    q_ptr, k_desc, lse_ptr, q_smem, k_smem, lse_smem, q_full, q_empty, k_full, k_empty, cu_ptr, cu_cmp_ptr, log2e,
-    T, N, q_start, num_docs, steps, head_start, token_start, token_end, first_tile, num_tiles, heads,
-    G: gl.constexpr, HKV: gl.constexpr, D: gl.constexpr, SIZE: gl.constexpr, STRIDE: gl.constexpr,
-    PACKED: gl.constexpr, TOKENS: gl.constexpr,
+def _copy_queries(
+    q_ptr, tile, low, b, group, T, doc_end, G: gl.constexpr, HKV: gl.constexpr, D: gl.constexpr, WIDTH: gl.constexpr,
+    TOKENS: gl.constexpr,
 ):  # fmt: skip
+    """Begin to copy D columns of the queries of TOKENS tokens from `low` on, head by head; zeros for what is none."""
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
+    column = gl.arange(0, COLUMNS, gl.SliceLayout(1, LAYOUT))
+    t = low + column % TOKENS
+    live = (t < doc_end) & (column // TOKENS < G)
+    row = (b.to(gl.int64) * T + gl.minimum(t, T - 1)) * (G * HKV) + group * G + gl.minimum(column // TOKENS, G - 1)
+    place = row[:, None] * WIDTH + gl.arange(0, D, gl.SliceLayout(0, LAYOUT))[None, :]
+    async_copy.async_copy_global_to_shared(tile, q_ptr + place, mask=live[:, None])
+
+
+@gluon.jit
+def _load_partition(
+    q_ptr, k_desc, k_tail_desc, lse_ptr, q_smem, q_tail_smem, k_smem, k_tail_smem, lse_smem, q_full, q_empty, k_full,
+    k_empty, cu_ptr, cu_cmp_ptr, log2e, T, N, q_start, num_docs, steps, head_start, token_start, token_end, first_tile,
+    num_tiles, heads,
+    G: gl.constexpr, HKV: gl.constexpr, D: gl.constexpr, TAIL: gl.constexpr, SIZE: gl.constexpr, STRIDE: gl.constexpr,
+    PACKED: gl.constexpr, TOKENS: gl.constexpr, HALVES: gl.constexpr,
+):  # fmt: skip
     LINE: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     used = 0
     step = 0
@@ -81,15 +95,15 @@ def _load_partition(
             buffer = used % 2
             mbarrier.wait(q_empty.index(buffer), (used // 2 & 1) ^ 1)
             for half in gl.static_range(HALVES):
-                column = gl.arange(0, COLUMNS, gl.SliceLayout(1, LAYOUT))
-                t = first_token + half * TOKENS + column % TOKENS
-                live = (t < doc_end) & (column // TOKENS < G)
-                row = (b.to(gl.int64) * T + gl.minimum(t, T - 1)) * (G * HKV) + group * G
-                row += gl.minimum(column // TOKENS, G - 1)
-                place = row[:, None] * D + gl.arange(0, D, gl.SliceLayout(0, LAYOUT))[None, :]
-                async_copy.async_copy_global_to_shared(
-                    q_smem.index(buffer * HALVES + half), q_ptr + place, mask=live[:, None]
+                low = first_token + half * TOKENS
+                _copy_queries(
+                    q_ptr, q_smem.index(buffer * HALVES + half), low, b, group, T, doc_end, G, HKV, D, D + TAIL, TOKENS
                 )
+                if TAIL > 0:
+                    _copy_queries(
+                        q_ptr + D, q_tail_smem.index(buffer * HALVES + half), low, b, group, T, doc_end, G, HKV, TAIL,
+                        D + TAIL, TOKENS,
+                    )  # fmt: skip
                 line = gl.arange(0, COLUMNS, LINE)
                 t = first_token + half * TOKENS + line % TOKENS
                 live = (t < doc_end) & (line // TOKENS < G)
@@ -103,9 +117,11 @@ def _load_partition(
             for i in range(gl.cdiv(end, KEYS)):
                 slot = step % STAGES
                 mbarrier.wait(k_empty.index(slot), (step // STAGES & 1) ^ 1)
-                mbarrier.expect(k_full.index(slot), 2 * KEYS * D)
+                mbarrier.expect(k_full.index(slot), 2 * KEYS * (D + TAIL))
                 box = [b, cmp_start + i * KEYS, group, 0]
                 tma.async_copy_global_to_shared(k_desc, box, k_full.index(slot), k_smem.index(slot))
+                if TAIL > 0:
+                    tma.async_copy_global_to_shared(k_tail_desc, box, k_full.index(slot), k_tail_smem.index(slot))
                 step += 1
 
 
@@ -148,10 +164,11 @@ def _store_blocks(
 
 @gluon.jit
 def _key_partition(
-    PART: gl.constexpr, mass_ptr, q_smem, k_smem, lse_smem, q_full, q_empty, k_full, k_empty, cu_ptr, cu_cmp_ptr,
-    scale_log2, T, N, q_start, num_docs, steps, head_start, token_start, token_end, first_tile, num_tiles, heads, width,
-    HKV: gl.constexpr, D: gl.constexpr, SIZE: gl.constexpr, STRIDE: gl.constexpr, BLOCK: gl.constexpr,
-    PACKED: gl.constexpr, POOLED: gl.constexpr, TOKENS: gl.constexpr,
+    PART: gl.constexpr, mass_ptr, q_smem, q_tail_smem, k_smem, k_tail_smem, lse_smem, q_full, q_empty, k_full, k_empty,
+    cu_ptr, cu_cmp_ptr, scale_log2, T, N, q_start, num_docs, steps, head_start, token_start, token_end, first_tile,
+    num_tiles, heads, width,
+    HKV: gl.constexpr, D: gl.constexpr, TAIL: gl.constexpr, SIZE: gl.constexpr, STRIDE: gl.constexpr,
+    BLOCK: gl.constexpr, PACKED: gl.constexpr, POOLED: gl.constexpr, TOKENS: gl.constexpr, HALVES: gl.constexpr,
 ):  # fmt: skip
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])
     COLUMN: gl.constexpr = gl.SliceLayout(0, S_LAYOUT)
@@ -173,10 +190,15 @@ def _key_partition(
                 slot = (step + i) % STAGES
                 mbarrier.wait(k_full.index(slot), (step + i) // STAGES & 1)
                 k = k_smem.index(slot).reshape([KEYS, D]).load(gl.DotOperandLayout(0, S_LAYOUT, 2))
+                k_tail = k
+                if TAIL > 0:
+                    k_tail = k_tail_smem.index(slot).reshape([KEYS, TAIL]).load(gl.DotOperandLayout(0, S_LAYOUT, 2))
                 mbarrier.arrive(k_empty.index(slot), count=1)
                 for half in gl.static_range(HALVES):
                     place = buffer * HALVES + half
                     s = warpgroup_mma(k, q_smem.index(place).permute([1, 0]), none, use_acc=False, is_async=True)
+                    if TAIL > 0:
+                        s = warpgroup_mma(k_tail, q_tail_smem.index(place).permute([1, 0]), s, is_async=True)
                     lse = lse_smem.index(place).load(COLUMN)
                     s = warpgroup_mma_wait(0, deps=[s])
                     p = gl.exp2(s * scale_log2 - lse[None, :])
@@ -203,15 +225,21 @@ def _key_partition(
     ]
 )  # fmt: skip
 def hopper_score_kernel(
-    q_ptr, k_desc, lse_ptr, mass_ptr, cu_ptr, cu_cmp_ptr, scale_log2, log2e,
+    q_ptr, k_desc, k_tail_desc, lse_ptr, mass_ptr, cu_ptr, cu_cmp_ptr, scale_log2, log2e,
     T, N, q_start, num_docs, steps, head_start, token_start, token_end, first_tile, num_tiles, heads, width,
-    G: gl.constexpr, HKV: gl.constexpr, D: gl.constexpr, SIZE: gl.constexpr, STRIDE: gl.constexpr,
-    BLOCK: gl.constexpr, PACKED: gl.constexpr, POOLED: gl.constexpr, TOKENS: gl.constexpr,
+    G: gl.constexpr, HKV: gl.constexpr, D: gl.constexpr, TAIL: gl.constexpr, SIZE: gl.constexpr, STRIDE: gl.constexpr,
+    BLOCK: gl.constexpr, PACKED: gl.constexpr, POOLED: gl.constexpr, TOKENS: gl.constexpr, HALVES: gl.constexpr,
 ):  # fmt: skip
-    queries: gl.constexpr = gl.NVMMASharedLayout.get_default_for([COLUMNS, D], k_desc.dtype)
+    dtype: gl.constexpr = k_desc.dtype
+    queries: gl.constexpr = gl.NVMMASharedLayout.get_default_for([COLUMNS, D], dtype)
     line: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[0])
-    q_smem = gl.allocate_shared_memory(k_desc.dtype, [2 * HALVES, COLUMNS, D], queries)
-    k_smem = gl.allocate_shared_memory(k_desc.dtype, [STAGES] + k_desc.block_shape, k_desc.layout)
+    q_smem = gl.allocate_shared_memory(dtype, [2 * HALVES, COLUMNS, D], queries)
+    k_smem = gl.allocate_shared_memory(dtype, [STAGES] + k_desc.block_shape, k_desc.layout)
+    q_tail_smem, k_tail_smem = q_smem, k_smem
+    if TAIL > 0:
+        tails: gl.constexpr = gl.NVMMASharedLayout.get_default_for([COLUMNS, TAIL], dtype)
+        q_tail_smem = gl.allocate_shared_memory(dtype, [2 * HALVES, COLUMNS, TAIL], tails)
+        k_tail_smem = gl.allocate_shared_memory(dtype, [STAGES] + k_tail_desc.block_shape, k_tail_desc.layout)
     lse_smem = gl.allocate_shared_memory(gl.float32, [2 * HALVES, COLUMNS], line)
     q_full = make_barriers(2, 129)  # every thread that gathers, and one for the log-sum-exps
     q_empty = make_barriers(2, GROUPS)
@@ -220,41 +248,51 @@ def hopper_score_kernel(
     fence_async_shared()
     gl.warp_specialize([
         (_key_partition, (
-            0, mass_ptr, q_smem, k_smem, lse_smem, q_full, q_empty, k_full, k_empty, cu_ptr, cu_cmp_ptr, scale_log2,
-            T, N, q_start, num_docs, steps, head_start, token_start, token_end, first_tile, num_tiles, heads, width,
-            HKV, D, SIZE, STRIDE, BLOCK, PACKED, POOLED, TOKENS,
+            0, mass_ptr, q_smem, q_tail_smem, k_smem, k_tail_smem, lse_smem, q_full, q_empty, k_full, k_empty, cu_ptr,
+            cu_cmp_ptr, scale_log2, T, N, q_start, num_docs, steps, head_start, token_start, token_end, first_tile,
+            num_tiles, heads, width, HKV, D, TAIL, SIZE, STRIDE, BLOCK, PACKED, POOLED, TOKENS, HALVES,
         )),
         (_key_partition, (
-            1, mass_ptr, q_smem, k_smem, lse_smem, q_full, q_empty, k_full, k_empty, cu_ptr, cu_cmp_ptr, scale_log2,
-            T, N, q_start, num_docs, steps, head_start, token_start, token_end, first_tile, num_tiles, heads, width,
-            HKV, D, SIZE, STRIDE, BLOCK, PACKED, POOLED, TOKENS,
+            1, mass_ptr, q_smem, q_tail_smem, k_smem, k_tail_smem, lse_smem, q_full, q_empty, k_full, k_empty, cu_ptr,
+            cu_cmp_ptr, scale_log2, T, N, q_start, num_docs, steps, head_start, token_start, token_end, first_tile,
+            num_tiles, heads, width, HKV, D, TAIL, SIZE, STRIDE, BLOCK, PACKED, POOLED, TOKENS, HALVES,
         )),
         (_key_partition, (
-            2, mass_ptr, q_smem, k_smem, lse_smem, q_full, q_empty, k_full, k_empty, cu_ptr, cu_cmp_ptr, scale_log2,
-            T, N, q_start, num_docs, steps, head_start, token_start, token_end, first_tile, num_tiles, heads, width,
-            HKV, D, SIZE, STRIDE, BLOCK, PACKED, POOLED, TOKENS,
+            2, mass_ptr, q_smem, q_tail_smem, k_smem, k_tail_smem, lse_smem, q_full, q_empty, k_full, k_empty, cu_ptr,
+            cu_cmp_ptr, scale_log2, T, N, q_start, num_docs, steps, head_start, token_start, token_end, first_tile,
+            num_tiles, heads, width, HKV, D, TAIL, SIZE, STRIDE, BLOCK, PACKED, POOLED, TOKENS, HALVES,
         )),
         (_load_partition, (
-            q_ptr, k_desc, lse_ptr, q_smem, k_smem, lse_smem, q_full, q_empty, k_full, k_empty, cu_ptr, cu_cmp_ptr,
-            log2e, T, N, q_start, num_docs, steps, head_start, token_start, token_end, first_tile, num_tiles, heads,
-            G, HKV, D, SIZE, STRIDE, PACKED, TOKENS,
+            q_ptr, k_desc, k_tail_desc, lse_ptr, q_smem, q_tail_smem, k_smem, k_tail_smem, lse_smem, q_full, q_empty,
+            k_full, k_empty, cu_ptr, cu_cmp_ptr, log2e, T, N, q_start, num_docs, steps, head_start, token_start,
+            token_end, first_tile, num_tiles, heads, G, HKV, D, TAIL, SIZE, STRIDE, PACKED, TOKENS, HALVES,
         )),
     ], [4, 4, 4], [144, 144, 72])  # fmt: skip
 
 
+def tile_tokens(group_size: int, head_dim: int) -> int:
+    """Tokens of a tile."""
+    return _halves(head_dim) * COLUMNS.value // triton.next_power_of_2(group_size)
+
+
+def _halves(head_dim: int) -> int:
+    return 1 if head_dim > 128 else 2  # what shared memory has room for
+
+
 def hopper_score(
     q: Tensor, k_cmp: Tensor, lse: Tensor, mass: Tensor, bounds: tuple[Tensor, Tensor], geometry: BlockGeometry,
-    chunk: Chunk, first_tile: int, num_tiles: int, num_docs: int, q_start: int, scale: float, width: int,
-    tile_tokens: int, packed: bool, pooled: bool,
+    chunk: Chunk, first_tile: int, num_tiles: int, num_docs: int, q_start: int, scale: float, width: int, packed: bool,
+    pooled: bool,
 ) -> None:  # fmt: skip
-    """Write what `score_kernel` gives for a chunk of tensors that `hopper_serves` takes; tiles have `tile_tokens`."""
-    T, H, D = q.shape[1:]
+    """Write what `score_kernel` gives for a chunk of tensors that `hopper_serves` takes, tiles of `tile_tokens`."""
+    T, H, Dk = q.shape[1:]
     N, Hkv = k_cmp.shape[1:3]
-    heads = chunk.head_end - chunk.head
+    heads, halves, D = chunk.head_end - chunk.head, _halves(Dk), min(Dk, 128)
     hopper_score_kernel[(min(num_multiprocessors(q), num_tiles * heads),)](
-        q, describe_box(k_cmp, KEYS.value, 1), lse, mass, *bounds, scale * LOG2E, LOG2E,
+        q, *describe_parts(k_cmp, D, KEYS.value, 1), lse, mass, *bounds, scale * LOG2E, LOG2E,
         T, N, q_start, num_docs, (num_docs + 1).bit_length(), chunk.head, chunk.token, chunk.token_end, first_tile,
         num_tiles, heads, width,
-        G=H // Hkv, HKV=Hkv, D=D, SIZE=geometry.compress_block_size, STRIDE=geometry.compress_stride,
-        BLOCK=geometry.select_block_size, PACKED=packed, POOLED=pooled, TOKENS=tile_tokens // HALVES.value, num_warps=4,
+        G=H // Hkv, HKV=Hkv, D=D, TAIL=Dk - D, SIZE=geometry.compress_block_size, STRIDE=geometry.compress_stride,
+        BLOCK=geometry.select_block_size, PACKED=packed, POOLED=pooled, TOKENS=tile_tokens(H // Hkv, Dk) // halves,
+        HALVES=halves, num_warps=4,
     )  # fmt: skip

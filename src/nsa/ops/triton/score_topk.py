@@ -33,7 +33,7 @@ from nsa.ops.triton.common import (
     place_of_tile,
 )
 from nsa.ops.triton.dense_fwd import describe_keys
-from nsa.ops.triton.hopper_score import TILE_COLUMNS, hopper_score
+from nsa.ops.triton.hopper_score import hopper_score, tile_tokens
 from nsa.ops.triton.invert import Chunk, cut_chunks
 
 SCRATCH_BYTES = 512 * 2**20
@@ -230,9 +230,9 @@ def select_blocks(
     out = torch.empty(B, T, Hkv, count, dtype=torch.int32, device=q.device)
     if out.numel() == 0:
         return out
-    hopper = tile is None and hopper_serves(q, k_cmp)
+    hopper = tile is None and hopper_serves(q, k_cmp[..., :128], tail=True)
     tile = tile or score_tile(q, H // Hkv, has_large_shared_memory(q))
-    tile_tokens = TILE_COLUMNS // tile["HEADS"] if hopper else tile["TOKENS"]
+    tokens_of_tile = tile_tokens(H // Hkv, Dk) if hopper else tile["TOKENS"]
     span, reach = (
         geometry.select_block_size // geometry.compress_stride,
         geometry.compress_block_size // geometry.compress_stride,
@@ -257,11 +257,11 @@ def select_blocks(
     for chunk in chunks:
         heads, tokens = chunk.head_end - chunk.head, chunk.token_end - chunk.token
         if N:
-            first_tile, num_tiles = _tiles(chunk, tile_tokens, num_docs)
+            first_tile, num_tiles = _tiles(chunk, tokens_of_tile, num_docs)
         if N and hopper:
             hopper_score(
                 q, k_cmp, lse, mass, bounds, geometry, chunk, first_tile, num_tiles, num_docs, q_start, scale, width,
-                tile_tokens, layout is not None, pooled,
+                layout is not None, pooled,
             )  # fmt: skip
         elif N:
             score_kernel[(num_tiles, heads)](
