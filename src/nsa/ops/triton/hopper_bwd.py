@@ -36,6 +36,7 @@ from nsa.ops.triton.common import LOG2E, Layout, key_interval, num_multiprocesso
 from nsa.ops.triton.hopper_fwd import (
     copy_rows,
     describe_box,
+    describe_parts,
     make_barriers,
     num_rounds,
     row_offsets,
@@ -46,6 +47,7 @@ from nsa.ops.triton.hopper_fwd import (
 ROWS = gl.constexpr(64)  # rows of a step, or of a group of four warps
 KEYS = gl.constexpr(64)  # keys of a group of four warps, or of a step
 STAGES = gl.constexpr(3)  # steps in flight
+TAIL_ROWS = 32  # rows of a step of the keys' kernel for keys of 192: more leave no registers
 QUERY_REGISTERS = True
 
 
@@ -99,14 +101,17 @@ def _rows_of_keys(
 
 @gluon.jit
 def _key_load_partition(
-    q_desc, k_desc, v_desc, dout_desc, row_desc, k_smem, v_smem, q_smem, dout_smem, lse_smem, delta_smem,
-    q_ptr, dout_ptr, k_full, q_full, q_empty, dout_full, dout_empty, b, group, key_start, first, end, T,
-    G: gl.constexpr, HKV: gl.constexpr, D: gl.constexpr, BOXES: gl.constexpr,
+    q_desc, q_tail_desc, k_desc, k_tail_desc, v_desc, dout_desc, row_desc, k_smem, k_tail_smem, v_smem, q_smem,
+    q_tail_smem, dout_smem, lse_smem, delta_smem, q_ptr, dout_ptr, k_full, q_full, q_empty, dout_full, dout_empty,
+    b, group, key_start, first, end, T,
+    G: gl.constexpr, HKV: gl.constexpr, D: gl.constexpr, TAIL: gl.constexpr, ROWS: gl.constexpr, BOXES: gl.constexpr,
 ):  # fmt: skip
-    mbarrier.expect(k_full.index(0), 8 * KEYS * D)
+    mbarrier.expect(k_full.index(0), 4 * KEYS * (2 * D + TAIL))
     for half in gl.static_range(2):
         box = [b, key_start + half * KEYS, group, 0]
         tma.async_copy_global_to_shared(k_desc, box, k_full.index(0), k_smem.index(half))
+        if TAIL > 0:
+            tma.async_copy_global_to_shared(k_tail_desc, box, k_full.index(0), k_tail_smem.index(half))
         tma.async_copy_global_to_shared(v_desc, box, k_full.index(0), v_smem.index(half))
     head = b * HKV + group
     delta_head = row_desc.shape[0] // 2 + head
@@ -115,22 +120,27 @@ def _key_load_partition(
         phase = (i // STAGES & 1) ^ 1
         row = first + i * ROWS
         box = [b, row // G, group * G, 0]
-        boxes: gl.constexpr = 2 * ROWS * D if BOXES else 0
+        q_bytes: gl.constexpr = 2 * ROWS * (D + TAIL) if BOXES else 0
+        dout_bytes: gl.constexpr = 2 * ROWS * D if BOXES else 0
         mbarrier.wait(q_empty.index(slot), phase)
-        mbarrier.expect(q_full.index(slot), boxes + 4 * ROWS)
+        mbarrier.expect(q_full.index(slot), q_bytes + 4 * ROWS)
         tma.async_copy_global_to_shared(row_desc, [head, row], q_full.index(slot), lse_smem.index(slot))
         if BOXES:
             tma.async_copy_global_to_shared(q_desc, box, q_full.index(slot), q_smem.index(slot))
+            if TAIL > 0:
+                tma.async_copy_global_to_shared(q_tail_desc, box, q_full.index(slot), q_tail_smem.index(slot))
         else:
-            copy_rows(q_ptr, q_smem.index(slot), row, b, group, T, G, HKV, D, D)
+            copy_rows(q_ptr, q_smem.index(slot), row, b, group, T, G, HKV, D, D + TAIL, ROWS)
+            if TAIL > 0:
+                copy_rows(q_ptr + D, q_tail_smem.index(slot), row, b, group, T, G, HKV, TAIL, D + TAIL, ROWS)
             async_copy.mbarrier_arrive(q_full.index(slot), increment_count=False)
         mbarrier.wait(dout_empty.index(slot), phase)
-        mbarrier.expect(dout_full.index(slot), boxes + 4 * ROWS)
+        mbarrier.expect(dout_full.index(slot), dout_bytes + 4 * ROWS)
         tma.async_copy_global_to_shared(row_desc, [delta_head, row], dout_full.index(slot), delta_smem.index(slot))
         if BOXES:
             tma.async_copy_global_to_shared(dout_desc, box, dout_full.index(slot), dout_smem.index(slot))
         else:
-            copy_rows(dout_ptr, dout_smem.index(slot), row, b, group, T, G, HKV, D, D)
+            copy_rows(dout_ptr, dout_smem.index(slot), row, b, group, T, G, HKV, D, D, ROWS)
             async_copy.mbarrier_arrive(dout_full.index(slot), increment_count=False)
 
 
@@ -146,23 +156,26 @@ def _skip_rows(start, stop, q_full, q_empty, dout_full, dout_empty):
 
 
 @gluon.jit
-def _store_keys(x_ptr, x, low, shift, b, group, S, HKV: gl.constexpr, D: gl.constexpr, LAYOUT: gl.constexpr):
+def _store_keys(
+    x_ptr, x, low, shift, b, group, S, HKV: gl.constexpr, D: gl.constexpr, WIDTH: gl.constexpr, LAYOUT: gl.constexpr
+):
     key = low + gl.arange(0, KEYS, gl.SliceLayout(1, LAYOUT))
     row_64 = shift + (b.to(gl.int64) * S + key) * HKV + group
     column = gl.arange(0, D, gl.SliceLayout(0, LAYOUT))
-    gl.store(x_ptr + row_64[:, None] * D + column[None, :], x.to(x_ptr.dtype.element_ty), mask=(key < S)[:, None])
+    gl.store(x_ptr + row_64[:, None] * WIDTH + column[None, :], x.to(x_ptr.dtype.element_ty), mask=(key < S)[:, None])
 
 
 @gluon.jit
 def _key_partition(
-    HALF: gl.constexpr, dk_ptr, dv_ptr, k_smem, v_smem, q_smem, dout_smem, lse_smem, delta_smem,
-    k_full, q_full, q_empty, dout_full, dout_empty, doc_ptr, first_ptr, end_ptr, scale, scale_log2,
+    HALF: gl.constexpr, dk_ptr, dv_ptr, k_smem, k_tail_smem, v_smem, q_smem, q_tail_smem, dout_smem, lse_smem,
+    delta_smem, k_full, q_full, q_empty, dout_full, dout_empty, doc_ptr, first_ptr, end_ptr, scale, scale_log2,
     T, S, q_start, k_start, b, group, key_start, first, end, split_low, split_high, shift,
-    G: gl.constexpr, HKV: gl.constexpr, D: gl.constexpr, SIZE: gl.constexpr, STRIDE: gl.constexpr,
-    WINDOW: gl.constexpr, PACKED: gl.constexpr, BOXES: gl.constexpr,
+    G: gl.constexpr, HKV: gl.constexpr, D: gl.constexpr, TAIL: gl.constexpr, SIZE: gl.constexpr, STRIDE: gl.constexpr,
+    WINDOW: gl.constexpr, PACKED: gl.constexpr, ROWS: gl.constexpr, BOXES: gl.constexpr,
 ):  # fmt: skip
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
     K_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    TAIL_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, K_LAYOUT, 2)
     ROW: gl.constexpr = gl.SliceLayout(0, S_LAYOUT)
     dtype: gl.constexpr = q_smem.dtype
@@ -188,6 +201,10 @@ def _key_partition(
     dv = gl.zeros([KEYS, D], gl.float32, K_LAYOUT)
     k = k_smem.index(HALF).reshape([KEYS, D])
     v = v_smem.index(HALF).reshape([KEYS, D])
+    k_tail, dk_tail = k, dk
+    if TAIL > 0:
+        k_tail = k_tail_smem.index(HALF).reshape([KEYS, TAIL])
+        dk_tail = gl.zeros([KEYS, TAIL], gl.float32, TAIL_LAYOUT)
     mbarrier.wait(k_full.index(0), 0)
     for i in range(start, stop):
         slot = i % STAGES
@@ -198,6 +215,10 @@ def _key_partition(
         if not BOXES:
             fence_async_shared()  # rows were written by threads, the products read them as TMA does
         s = warpgroup_mma(k, q.permute([1, 0]), none, use_acc=False, is_async=True)
+        q_tail = q
+        if TAIL > 0:
+            q_tail = q_tail_smem.index(slot).reshape([ROWS, TAIL])
+            s = warpgroup_mma(k_tail, q_tail.permute([1, 0]), s, is_async=True)
         mbarrier.wait(dout_full.index(slot), phase)
         if not BOXES:
             fence_async_shared()
@@ -212,29 +233,44 @@ def _key_partition(
         dv = warpgroup_mma(gl.convert_layout(p.to(dtype), P_LAYOUT), dout, dv, is_async=True)
         dp = warpgroup_mma_wait(1, deps=[dp])
         delta = delta_smem.index(slot).reshape([ROWS]).load(ROW)
-        ds = gl.convert_layout((p * (dp - delta[None, :])).to(dtype), P_LAYOUT)
-        dk = warpgroup_mma(ds, q, dk, is_async=True)
-        # Both end here: carried into the next step they would need more registers than there are.
-        dv = warpgroup_mma_wait(1, deps=[dv])
+        ds = (p * (dp - delta[None, :])).to(dtype)
+        dk = warpgroup_mma(gl.convert_layout(ds, P_LAYOUT), q, dk, is_async=True)
+        if TAIL > 0:
+            ds = gl.convert_layout(ds, gl.DotOperandLayout(0, TAIL_LAYOUT, 2))
+            dk_tail = warpgroup_mma(ds, q_tail, dk_tail, is_async=True)
+        # All end here: carried into the next step they would need more registers than there are.
+        dv = warpgroup_mma_wait(1 if TAIL == 0 else 2, deps=[dv])
         mbarrier.arrive(dout_empty.index(slot), count=1)
-        dk = warpgroup_mma_wait(0, deps=[dk])
+        if TAIL > 0:
+            dk = warpgroup_mma_wait(1, deps=[dk])
+            dk_tail = warpgroup_mma_wait(0, deps=[dk_tail])
+        else:
+            dk = warpgroup_mma_wait(0, deps=[dk])
         mbarrier.arrive(q_empty.index(slot), count=1)
     _skip_rows(stop, num_steps, q_full, q_empty, dout_full, dout_empty)
-    _store_keys(dk_ptr, dk * scale, low, shift, b, group, S, HKV, D, K_LAYOUT)
-    _store_keys(dv_ptr, dv, low, shift, b, group, S, HKV, D, K_LAYOUT)
+    _store_keys(dk_ptr, dk * scale, low, shift, b, group, S, HKV, D, D + TAIL, K_LAYOUT)
+    if TAIL > 0:
+        _store_keys(dk_ptr + D, dk_tail * scale, low, shift, b, group, S, HKV, TAIL, D + TAIL, TAIL_LAYOUT)
+    _store_keys(dv_ptr, dv, low, shift, b, group, S, HKV, D, D, K_LAYOUT)
 
 
 @gluon.jit(do_not_specialize=["T", "S", "q_start", "k_start", "split_rows"])
 def hopper_key_kernel(
-    q_desc, k_desc, v_desc, dout_desc, row_desc, q_ptr, dout_ptr, dk_ptr, dv_ptr, doc_ptr, first_ptr, end_ptr,
-    scale, scale_log2, T, S, q_start, k_start, split_rows,
-    G: gl.constexpr, HKV: gl.constexpr, D: gl.constexpr, SIZE: gl.constexpr, STRIDE: gl.constexpr,
-    WINDOW: gl.constexpr, PACKED: gl.constexpr, BOXES: gl.constexpr,
+    q_desc, q_tail_desc, k_desc, k_tail_desc, v_desc, dout_desc, row_desc, q_ptr, dout_ptr, dk_ptr, dv_ptr, doc_ptr,
+    first_ptr, end_ptr, scale, scale_log2, T, S, q_start, k_start, split_rows,
+    G: gl.constexpr, HKV: gl.constexpr, D: gl.constexpr, TAIL: gl.constexpr, SIZE: gl.constexpr, STRIDE: gl.constexpr,
+    WINDOW: gl.constexpr, PACKED: gl.constexpr, ROWS: gl.constexpr, BOXES: gl.constexpr,
 ):  # fmt: skip
     k_smem = gl.allocate_shared_memory(k_desc.dtype, [2] + k_desc.block_shape, k_desc.layout)
     v_smem = gl.allocate_shared_memory(v_desc.dtype, [2] + v_desc.block_shape, v_desc.layout)
     q_smem = gl.allocate_shared_memory(q_desc.dtype, [STAGES] + q_desc.block_shape, q_desc.layout)
     dout_smem = gl.allocate_shared_memory(dout_desc.dtype, [STAGES] + dout_desc.block_shape, dout_desc.layout)
+    k_tail_smem, q_tail_smem = k_smem, q_smem
+    if TAIL > 0:
+        k_box: gl.constexpr = [2] + k_tail_desc.block_shape
+        q_box: gl.constexpr = [STAGES] + q_tail_desc.block_shape
+        k_tail_smem = gl.allocate_shared_memory(k_desc.dtype, k_box, k_tail_desc.layout)
+        q_tail_smem = gl.allocate_shared_memory(q_desc.dtype, q_box, q_tail_desc.layout)
     lse_smem = gl.allocate_shared_memory(row_desc.dtype, [STAGES] + row_desc.block_shape, row_desc.layout)
     delta_smem = gl.allocate_shared_memory(row_desc.dtype, [STAGES] + row_desc.block_shape, row_desc.layout)
     k_full = make_barriers(1, 1)
@@ -258,21 +294,21 @@ def hopper_key_kernel(
     shift = split * (gl.num_programs(1) // HKV).to(gl.int64) * S * HKV
     gl.warp_specialize([
         (_key_partition, (
-            0, dk_ptr, dv_ptr, k_smem, v_smem, q_smem, dout_smem, lse_smem, delta_smem,
+            0, dk_ptr, dv_ptr, k_smem, k_tail_smem, v_smem, q_smem, q_tail_smem, dout_smem, lse_smem, delta_smem,
             k_full, q_full, q_empty, dout_full, dout_empty, doc_ptr, first_ptr, end_ptr, scale, scale_log2,
             T, S, q_start, k_start, b, group, key_start, first, end, split_low, split_high, shift,
-            G, HKV, D, SIZE, STRIDE, WINDOW, PACKED, BOXES,
+            G, HKV, D, TAIL, SIZE, STRIDE, WINDOW, PACKED, ROWS, BOXES,
         )),
         (_key_partition, (
-            1, dk_ptr, dv_ptr, k_smem, v_smem, q_smem, dout_smem, lse_smem, delta_smem,
+            1, dk_ptr, dv_ptr, k_smem, k_tail_smem, v_smem, q_smem, q_tail_smem, dout_smem, lse_smem, delta_smem,
             k_full, q_full, q_empty, dout_full, dout_empty, doc_ptr, first_ptr, end_ptr, scale, scale_log2,
             T, S, q_start, k_start, b, group, key_start, first, end, split_low, split_high, shift,
-            G, HKV, D, SIZE, STRIDE, WINDOW, PACKED, BOXES,
+            G, HKV, D, TAIL, SIZE, STRIDE, WINDOW, PACKED, ROWS, BOXES,
         )),
         (_key_load_partition, (
-            q_desc, k_desc, v_desc, dout_desc, row_desc, k_smem, v_smem, q_smem, dout_smem, lse_smem, delta_smem,
-            q_ptr, dout_ptr, k_full, q_full, q_empty, dout_full, dout_empty, b, group, key_start, first, end, T,
-            G, HKV, D, BOXES,
+            q_desc, q_tail_desc, k_desc, k_tail_desc, v_desc, dout_desc, row_desc, k_smem, k_tail_smem, v_smem, q_smem,
+            q_tail_smem, dout_smem, lse_smem, delta_smem, q_ptr, dout_ptr, k_full, q_full, q_empty, dout_full,
+            dout_empty, b, group, key_start, first, end, T, G, HKV, D, TAIL, ROWS, BOXES,
         )),
     ], [4, 1 if BOXES else 4], [240 if BOXES else 224, 24 if BOXES else 56])  # fmt: skip
 
@@ -282,32 +318,33 @@ def hopper_key_backward(
     geometry: BlockGeometry, layout: Layout | None, window: int, q_start: int, k_start: int, scale: float,
 ) -> None:  # fmt: skip
     """Write dk and dv `[splits, B, S, Hkv, D]` of each split's rows."""
-    B, T, H, D = q.shape
-    S, Hkv, splits = k.shape[1], k.shape[2], dk.shape[0]
-    G = H // Hkv
-    boxes = ROWS.value % G == 0
-    box = (ROWS.value // G, G) if boxes else (ROWS.value, 1)
+    B, T, H, Dk = q.shape
+    S, Hkv, D, splits = k.shape[1], k.shape[2], v.shape[3], dk.shape[0]
+    G, num_rows = H // Hkv, TAIL_ROWS if Dk > D else ROWS.value
+    boxes = num_rows % G == 0
+    box = (num_rows // G, G) if boxes else (num_rows, 1)
     rows = pack_rows(lse, delta, Hkv)
     row_layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
-    row_desc = TensorDescriptor(rows, list(rows.shape), list(rows.stride()), [1, ROWS.value], row_layout)
+    row_desc = TensorDescriptor(rows, list(rows.shape), list(rows.stride()), [1, num_rows], row_layout)
     documents = (q, q, q)
     if layout is not None:
         documents = (layout.doc_start, layout.cmp_token, layout.doc_end if window else layout.cmp_doc_end)
     hopper_key_kernel[(triton.cdiv(S, 2 * KEYS.value), B * Hkv, splits)](
-        describe_box(q, *box), describe_box(k, KEYS.value, 1), describe_box(v, KEYS.value, 1),
+        *describe_parts(q, D, *box), *describe_parts(k, D, KEYS.value, 1), describe_box(v, KEYS.value, 1),
         describe_box(dout, *box), row_desc, q, dout, dk, dv, *documents, scale, scale * LOG2E,
         T, S, q_start, k_start, triton.cdiv(T, splits) * G,
-        G=G, HKV=Hkv, D=D, SIZE=geometry.compress_block_size, STRIDE=geometry.compress_stride,
-        WINDOW=window, PACKED=layout is not None, BOXES=boxes, num_warps=4,
+        G=G, HKV=Hkv, D=D, TAIL=Dk - D, SIZE=geometry.compress_block_size, STRIDE=geometry.compress_stride,
+        WINDOW=window, PACKED=layout is not None, ROWS=num_rows, BOXES=boxes, num_warps=4,
     )  # fmt: skip
 
 
 @gluon.jit
 def _query_load_partition(
-    q_desc, k_desc, v_desc, dout_desc, q_smem, dout_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full,
-    v_empty, doc_ptr, cmp_ptr, T, S, q_start, k_start, num_tiles, heads,
-    G: gl.constexpr, HKV: gl.constexpr, D: gl.constexpr, SIZE: gl.constexpr, STRIDE: gl.constexpr,
-    WINDOW: gl.constexpr, PACKED: gl.constexpr, BOXES: gl.constexpr,
+    q_desc, q_tail_desc, k_desc, k_tail_desc, v_desc, dout_desc, q_smem, q_tail_smem, dout_smem, k_smem, k_tail_smem,
+    v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty, doc_ptr, cmp_ptr, T, S, q_start, k_start, num_tiles,
+    heads,
+    G: gl.constexpr, HKV: gl.constexpr, D: gl.constexpr, TAIL: gl.constexpr, SIZE: gl.constexpr, STRIDE: gl.constexpr,
+    WINDOW: gl.constexpr, PACKED: gl.constexpr, BUFFERS: gl.constexpr, BOXES: gl.constexpr,
 ):  # fmt: skip
     step = 0
     for turn in range(num_rounds(num_tiles * heads)):
@@ -316,46 +353,72 @@ def _query_load_partition(
             row, 2 * ROWS, doc_ptr, cmp_ptr, T, S, q_start, k_start, G, SIZE, STRIDE, WINDOW, PACKED
         )
         for half in gl.static_range(2 if BOXES else 0):
-            place = turn % 2 * 2 + half
+            place = turn % BUFFERS * 2 + half
             box = [b, row // G + half * (ROWS // G), group * G, 0]
-            mbarrier.wait(q_empty.index(place), (turn // 2 & 1) ^ 1)
-            mbarrier.expect(q_full.index(place), 4 * ROWS * D)
+            mbarrier.wait(q_empty.index(place), (turn // BUFFERS & 1) ^ 1)
+            mbarrier.expect(q_full.index(place), 2 * ROWS * (2 * D + TAIL))
             tma.async_copy_global_to_shared(q_desc, box, q_full.index(place), q_smem.index(place))
+            if TAIL > 0:
+                tma.async_copy_global_to_shared(q_tail_desc, box, q_full.index(place), q_tail_smem.index(place))
             tma.async_copy_global_to_shared(dout_desc, box, q_full.index(place), dout_smem.index(place))
         for key in range(first, end, KEYS):
             slot = step % STAGES
             phase = (step // STAGES & 1) ^ 1
             mbarrier.wait(k_empty.index(slot), phase)
-            mbarrier.expect(k_full.index(slot), 2 * KEYS * D)
-            tma.async_copy_global_to_shared(k_desc, [b, key, group, 0], k_full.index(slot), k_smem.index(slot))
+            mbarrier.expect(k_full.index(slot), 2 * KEYS * (D + TAIL))
+            box = [b, key, group, 0]
+            tma.async_copy_global_to_shared(k_desc, box, k_full.index(slot), k_smem.index(slot))
+            if TAIL > 0:
+                tma.async_copy_global_to_shared(k_tail_desc, box, k_full.index(slot), k_tail_smem.index(slot))
             mbarrier.wait(v_empty.index(slot), phase)
             mbarrier.expect(v_full.index(slot), 2 * KEYS * D)
-            tma.async_copy_global_to_shared(v_desc, [b, key, group, 0], v_full.index(slot), v_smem.index(slot))
+            tma.async_copy_global_to_shared(v_desc, box, v_full.index(slot), v_smem.index(slot))
             step += 1
 
 
 @gluon.jit
+def _copy_query_rows(
+    q_ptr, dout_ptr, q_smem, q_tail_smem, dout_smem, place, low, b, group, T, G: gl.constexpr, HKV: gl.constexpr,
+    D: gl.constexpr, TAIL: gl.constexpr,
+):  # fmt: skip
+    copy_rows(q_ptr, q_smem.index(place), low, b, group, T, G, HKV, D, D + TAIL, ROWS)
+    if TAIL > 0:
+        copy_rows(q_ptr + D, q_tail_smem.index(place), low, b, group, T, G, HKV, TAIL, D + TAIL, ROWS)
+    copy_rows(dout_ptr, dout_smem.index(place), low, b, group, T, G, HKV, D, D, ROWS)
+    async_copy.commit_group()
+
+
+@gluon.jit
+def _load_rows(x_ptr, row, live, D: gl.constexpr, WIDTH: gl.constexpr, LAYOUT: gl.constexpr):
+    place = gl.convert_layout(row, gl.SliceLayout(1, LAYOUT))[:, None] * WIDTH
+    place += gl.arange(0, D, gl.SliceLayout(0, LAYOUT))[None, :]
+    return gl.load(x_ptr + place, mask=gl.convert_layout(live, gl.SliceLayout(1, LAYOUT))[:, None], other=0.0)
+
+
+@gluon.jit
 def _query_partition(
-    HALF: gl.constexpr, q_ptr, dout_ptr, dq_desc, dq_ptr, lse_ptr, delta_ptr, q_smem, dout_smem, k_smem, v_smem, q_full,
-    q_empty, k_full, k_empty, v_full, v_empty, doc_ptr, cmp_ptr, scale, scale_log2, log2e, T, S, q_start, k_start,
-    num_tiles, heads,
-    G: gl.constexpr, HKV: gl.constexpr, D: gl.constexpr, SIZE: gl.constexpr, STRIDE: gl.constexpr,
-    WINDOW: gl.constexpr, PACKED: gl.constexpr, ADD: gl.constexpr, REGISTERS: gl.constexpr, BOXES: gl.constexpr,
+    HALF: gl.constexpr, q_ptr, dout_ptr, dq_desc, dq_tail_desc, dq_ptr, lse_ptr, delta_ptr, q_smem, q_tail_smem,
+    dout_smem, k_smem, k_tail_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty, doc_ptr, cmp_ptr,
+    scale, scale_log2, log2e, T, S, q_start, k_start, num_tiles, heads,
+    G: gl.constexpr, HKV: gl.constexpr, D: gl.constexpr, TAIL: gl.constexpr, SIZE: gl.constexpr, STRIDE: gl.constexpr,
+    WINDOW: gl.constexpr, PACKED: gl.constexpr, ADD: gl.constexpr, REGISTERS: gl.constexpr, BUFFERS: gl.constexpr,
+    BOXES: gl.constexpr,
 ):  # fmt: skip
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
     Q_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     ROW: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
     dtype: gl.constexpr = q_smem.dtype
     ROW_LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
+    TAIL_LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     none = gl.zeros([ROWS, KEYS], gl.float32, S_LAYOUT)
     step = 0
     rounds = num_rounds(num_tiles * heads)
-    if not BOXES:
+    if not BOXES and BUFFERS == 2:
         first_row, first_b, first_group = tile_of_round(0, num_tiles, heads, HKV, 2 * ROWS)
         first_row += HALF * ROWS
-        copy_rows(q_ptr, q_smem.index(HALF), first_row, first_b, first_group, T, G, HKV, D, D)
-        copy_rows(dout_ptr, dout_smem.index(HALF), first_row, first_b, first_group, T, G, HKV, D, D)
-        async_copy.commit_group()
+        _copy_query_rows(
+            q_ptr, dout_ptr, q_smem, q_tail_smem, dout_smem, HALF, first_row, first_b, first_group, T, G, HKV, D, TAIL
+        )
     for turn in range(rounds):
         tile_row, b, group = tile_of_round(turn, num_tiles, heads, HKV, 2 * ROWS)
         tile_first, _from, _to, tile_end = tile_keys(
@@ -371,29 +434,40 @@ def _query_partition(
         row_64 = (b.to(gl.int64) * T + t) * (G * HKV) + group * G + row % G
         lse = gl.load(lse_ptr + row_64) * log2e
         delta = gl.load(delta_ptr + row_64)
-        place = turn % 2 * 2 + HALF
+        place = turn % BUFFERS * 2 + HALF
         q_tile = q_smem.index(place).reshape([ROWS, D])
         dout_tile = dout_smem.index(place).reshape([ROWS, D])
         dq = gl.zeros([ROWS, D], gl.float32, Q_LAYOUT)
+        dq_tail = dq
         before = dq.to(dtype)
+        before_tail = before
+        live = row < T * G
+        if TAIL > 0:
+            dq_tail = gl.zeros([ROWS, TAIL], gl.float32, S_LAYOUT)
+            before_tail = dq_tail.to(dtype)
         if ADD:  # read long before it is needed
-            source = gl.convert_layout(row_64, gl.SliceLayout(1, Q_LAYOUT))[:, None] * D
-            source += gl.arange(0, D, gl.SliceLayout(0, Q_LAYOUT))[None, :]
-            live = gl.convert_layout(row < T * G, gl.SliceLayout(1, Q_LAYOUT))
-            before = gl.load(dq_ptr + source, mask=live[:, None], other=0.0)
+            before = _load_rows(dq_ptr, row_64, live, D, D + TAIL, Q_LAYOUT)
+            if TAIL > 0:
+                before_tail = _load_rows(dq_ptr + D, row_64, live, TAIL, D + TAIL, S_LAYOUT)
+        q_tail = q_tile
+        if TAIL > 0:
+            q_tail = q_tail_smem.index(place).reshape([ROWS, TAIL])
         if BOXES:
-            mbarrier.wait(q_full.index(place), turn // 2 & 1)
+            mbarrier.wait(q_full.index(place), turn // BUFFERS & 1)
         else:
+            if BUFFERS == 1:
+                _copy_query_rows(
+                    q_ptr, dout_ptr, q_smem, q_tail_smem, dout_smem, HALF, low, b, group, T, G, HKV, D, TAIL
+                )
             async_copy.wait_group(0)
             fence_async_shared()  # rows were written by threads, the products read them as TMA does
-            if turn + 1 < rounds:
+            if BUFFERS == 2 and turn + 1 < rounds:
                 next_row, next_b, next_group = tile_of_round(turn + 1, num_tiles, heads, HKV, 2 * ROWS)
-                next_place = (turn + 1) % 2 * 2 + HALF
-                copy_rows(q_ptr, q_smem.index(next_place), next_row + HALF * ROWS, next_b, next_group, T, G, HKV, D, D)
-                copy_rows(
-                    dout_ptr, dout_smem.index(next_place), next_row + HALF * ROWS, next_b, next_group, T, G, HKV, D, D
-                )
-                async_copy.commit_group()
+                next_row += HALF * ROWS
+                _copy_query_rows(
+                    q_ptr, dout_ptr, q_smem, q_tail_smem, dout_smem, (turn + 1) % 2 * 2 + HALF, next_row, next_b,
+                    next_group, T, G, HKV, D, TAIL,
+                )  # fmt: skip
         q = q_tile
         dout = dout_tile
         if REGISTERS:
@@ -406,6 +480,10 @@ def _query_partition(
             v = v_smem.index(slot).reshape([KEYS, D])
             mbarrier.wait(k_full.index(slot), phase)
             s = warpgroup_mma(q, k.permute([1, 0]), none, use_acc=False, is_async=True)
+            k_tail = k
+            if TAIL > 0:
+                k_tail = k_tail_smem.index(slot).reshape([KEYS, TAIL])
+                s = warpgroup_mma(q_tail, k_tail.permute([1, 0]), s, is_async=True)
             mbarrier.wait(v_full.index(slot), phase)
             dp = warpgroup_mma(dout, v.permute([1, 0]), none, use_acc=False, is_async=True)
             s = warpgroup_mma_wait(1, deps=[s])
@@ -415,40 +493,57 @@ def _query_partition(
                 p = gl.where((key[None, :] >= first[:, None]) & (key[None, :] < end[:, None]), p, 0.0)
             dp = warpgroup_mma_wait(0, deps=[dp])
             mbarrier.arrive(v_empty.index(slot), count=1)
-            ds = gl.convert_layout((p * (dp - delta[:, None])).to(dtype), gl.DotOperandLayout(0, Q_LAYOUT, 2))
-            dq = warpgroup_mma(ds, k, dq, is_async=True)
-            dq = warpgroup_mma_wait(0, deps=[dq])
+            ds = (p * (dp - delta[:, None])).to(dtype)
+            dq = warpgroup_mma(gl.convert_layout(ds, gl.DotOperandLayout(0, Q_LAYOUT, 2)), k, dq, is_async=True)
+            if TAIL > 0:
+                ds = gl.convert_layout(ds, gl.DotOperandLayout(0, S_LAYOUT, 2))
+                dq_tail = warpgroup_mma(ds, k_tail, dq_tail, is_async=True)
+                dq = warpgroup_mma_wait(1, deps=[dq])
+                dq_tail = warpgroup_mma_wait(0, deps=[dq_tail])
+            else:
+                dq = warpgroup_mma_wait(0, deps=[dq])
             mbarrier.arrive(k_empty.index(slot), count=1)
             step += 1
         # The queries are done with: their place holds the result until it is written.
-        dq = dq * scale
-        if ADD:
-            dq += before.to(gl.float32)
-        q_tile.store(dq.to(dtype))
+        q_tile.store((dq * scale + before.to(gl.float32)).to(dtype))
+        if TAIL > 0:
+            q_tail.store((dq_tail * scale + before_tail.to(gl.float32)).to(dtype))
         if BOXES:
             fence_async_shared()
-            tma.async_copy_shared_to_global(dq_desc, [b, low // G, group * G, 0], q_smem.index(place))
+            box = [b, low // G, group * G, 0]
+            tma.async_copy_shared_to_global(dq_desc, box, q_smem.index(place))
+            if TAIL > 0:
+                tma.async_copy_shared_to_global(dq_tail_desc, box, q_tail_smem.index(place))
             tma.store_wait(0)
             mbarrier.arrive(q_empty.index(place), count=1)
         else:
-            offsets, live_row = row_offsets(low, b, group, T, G, HKV, D, D, ROW_LAYOUT)
+            offsets, live_row = row_offsets(low, b, group, T, G, HKV, D, D + TAIL, ROWS, ROW_LAYOUT)
             gl.store(dq_ptr + offsets, q_tile.load(ROW_LAYOUT), mask=live_row)
+            if TAIL > 0:
+                offsets, live_row = row_offsets(low, b, group, T, G, HKV, TAIL, D + TAIL, ROWS, TAIL_LAYOUT)
+                gl.store(dq_ptr + D + offsets, q_tail.load(TAIL_LAYOUT), mask=live_row)
 
 
 @gluon.jit(do_not_specialize=["T", "S", "q_start", "k_start", "num_tiles", "heads"])
 def hopper_query_kernel(
-    q_desc, k_desc, v_desc, dout_desc, dq_desc, q_ptr, dout_ptr, dq_ptr, lse_ptr, delta_ptr, doc_ptr, cmp_ptr,
-    scale, scale_log2, log2e, T, S, q_start, k_start, num_tiles, heads,
-    G: gl.constexpr, HKV: gl.constexpr, D: gl.constexpr, SIZE: gl.constexpr, STRIDE: gl.constexpr,
-    WINDOW: gl.constexpr, PACKED: gl.constexpr, ADD: gl.constexpr, REGISTERS: gl.constexpr,
+    q_desc, q_tail_desc, k_desc, k_tail_desc, v_desc, dout_desc, dq_desc, dq_tail_desc, q_ptr, dout_ptr, dq_ptr,
+    lse_ptr, delta_ptr, doc_ptr, cmp_ptr, scale, scale_log2, log2e, T, S, q_start, k_start, num_tiles, heads,
+    G: gl.constexpr, HKV: gl.constexpr, D: gl.constexpr, TAIL: gl.constexpr, SIZE: gl.constexpr, STRIDE: gl.constexpr,
+    WINDOW: gl.constexpr, PACKED: gl.constexpr, ADD: gl.constexpr, REGISTERS: gl.constexpr, BUFFERS: gl.constexpr,
     BOXES: gl.constexpr,
 ):  # fmt: skip
-    q_smem = gl.allocate_shared_memory(q_desc.dtype, [4] + q_desc.block_shape, q_desc.layout)
-    dout_smem = gl.allocate_shared_memory(dout_desc.dtype, [4] + dout_desc.block_shape, dout_desc.layout)
+    q_smem = gl.allocate_shared_memory(q_desc.dtype, [2 * BUFFERS] + q_desc.block_shape, q_desc.layout)
+    dout_smem = gl.allocate_shared_memory(dout_desc.dtype, [2 * BUFFERS] + dout_desc.block_shape, dout_desc.layout)
     k_smem = gl.allocate_shared_memory(k_desc.dtype, [STAGES] + k_desc.block_shape, k_desc.layout)
     v_smem = gl.allocate_shared_memory(v_desc.dtype, [STAGES] + v_desc.block_shape, v_desc.layout)
-    q_full = make_barriers(4, 1)
-    q_empty = make_barriers(4, 1)
+    q_tail_smem, k_tail_smem = q_smem, k_smem
+    if TAIL > 0:
+        q_box: gl.constexpr = [2 * BUFFERS] + q_tail_desc.block_shape
+        k_box: gl.constexpr = [STAGES] + k_tail_desc.block_shape
+        q_tail_smem = gl.allocate_shared_memory(q_desc.dtype, q_box, q_tail_desc.layout)
+        k_tail_smem = gl.allocate_shared_memory(k_desc.dtype, k_box, k_tail_desc.layout)
+    q_full = make_barriers(2 * BUFFERS, 1)
+    q_empty = make_barriers(2 * BUFFERS, 1)
     k_full = make_barriers(STAGES, 1)
     k_empty = make_barriers(STAGES, 2)
     v_full = make_barriers(STAGES, 1)
@@ -456,19 +551,21 @@ def hopper_query_kernel(
     fence_async_shared()
     gl.warp_specialize([
         (_query_partition, (
-            0, q_ptr, dout_ptr, dq_desc, dq_ptr, lse_ptr, delta_ptr, q_smem, dout_smem, k_smem, v_smem, q_full,
-            q_empty, k_full, k_empty, v_full, v_empty, doc_ptr, cmp_ptr, scale, scale_log2, log2e, T, S, q_start,
-            k_start, num_tiles, heads, G, HKV, D, SIZE, STRIDE, WINDOW, PACKED, ADD, REGISTERS, BOXES,
+            0, q_ptr, dout_ptr, dq_desc, dq_tail_desc, dq_ptr, lse_ptr, delta_ptr, q_smem, q_tail_smem, dout_smem,
+            k_smem, k_tail_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty, doc_ptr, cmp_ptr, scale,
+            scale_log2, log2e, T, S, q_start, k_start, num_tiles, heads, G, HKV, D, TAIL, SIZE, STRIDE, WINDOW, PACKED,
+            ADD, REGISTERS, BUFFERS, BOXES,
         )),
         (_query_partition, (
-            1, q_ptr, dout_ptr, dq_desc, dq_ptr, lse_ptr, delta_ptr, q_smem, dout_smem, k_smem, v_smem, q_full,
-            q_empty, k_full, k_empty, v_full, v_empty, doc_ptr, cmp_ptr, scale, scale_log2, log2e, T, S, q_start,
-            k_start, num_tiles, heads, G, HKV, D, SIZE, STRIDE, WINDOW, PACKED, ADD, REGISTERS, BOXES,
+            1, q_ptr, dout_ptr, dq_desc, dq_tail_desc, dq_ptr, lse_ptr, delta_ptr, q_smem, q_tail_smem, dout_smem,
+            k_smem, k_tail_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty, doc_ptr, cmp_ptr, scale,
+            scale_log2, log2e, T, S, q_start, k_start, num_tiles, heads, G, HKV, D, TAIL, SIZE, STRIDE, WINDOW, PACKED,
+            ADD, REGISTERS, BUFFERS, BOXES,
         )),
         (_query_load_partition, (
-            q_desc, k_desc, v_desc, dout_desc, q_smem, dout_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty,
-            v_full, v_empty, doc_ptr, cmp_ptr, T, S, q_start, k_start, num_tiles, heads,
-            G, HKV, D, SIZE, STRIDE, WINDOW, PACKED, BOXES,
+            q_desc, q_tail_desc, k_desc, k_tail_desc, v_desc, dout_desc, q_smem, q_tail_smem, dout_smem, k_smem,
+            k_tail_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty, doc_ptr, cmp_ptr, T, S, q_start,
+            k_start, num_tiles, heads, G, HKV, D, TAIL, SIZE, STRIDE, WINDOW, PACKED, BUFFERS, BOXES,
         )),
     ], [4, 1], [240, 24])  # fmt: skip
 
@@ -479,17 +576,18 @@ def hopper_query_backward(
     add: bool,
 ) -> None:  # fmt: skip
     """Write dq, or add to it."""
-    B, T, H, D = q.shape
-    S, Hkv = k.shape[1:3]
-    G = H // Hkv
+    B, T, H, Dk = q.shape
+    S, Hkv, D = k.shape[1], k.shape[2], v.shape[3]
+    G, tail = H // Hkv, Dk - D
     boxes = ROWS.value % G == 0
     box = (ROWS.value // G, G) if boxes else (ROWS.value, 1)
     documents = (q, q) if layout is None else (layout.doc_start, layout.cmp_start)
     num_tiles = triton.cdiv(T * G, 2 * ROWS.value)
     hopper_query_kernel[(min(num_multiprocessors(q), num_tiles * B * Hkv),)](
-        describe_box(q, *box), describe_box(k, KEYS.value, 1), describe_box(v, KEYS.value, 1),
-        describe_box(dout, *box), describe_box(dq, *box), q, dout, dq, lse, delta, *documents, scale, scale * LOG2E,
-        LOG2E, T, S, q_start, k_start, num_tiles, B * Hkv,
-        G=G, HKV=Hkv, D=D, SIZE=geometry.compress_block_size, STRIDE=geometry.compress_stride,
-        WINDOW=window, PACKED=layout is not None, ADD=add, REGISTERS=QUERY_REGISTERS, BOXES=boxes, num_warps=4,
+        *describe_parts(q, D, *box), *describe_parts(k, D, KEYS.value, 1), describe_box(v, KEYS.value, 1),
+        describe_box(dout, *box), *describe_parts(dq, D, *box), q, dout, dq, lse, delta, *documents,
+        scale, scale * LOG2E, LOG2E, T, S, q_start, k_start, num_tiles, B * Hkv,
+        G=G, HKV=Hkv, D=D, TAIL=tail, SIZE=geometry.compress_block_size, STRIDE=geometry.compress_stride,
+        WINDOW=window, PACKED=layout is not None, ADD=add, REGISTERS=QUERY_REGISTERS and not tail,
+        BUFFERS=1 if tail else 2, BOXES=boxes, num_warps=4,
     )  # fmt: skip

@@ -99,21 +99,25 @@ def tile_keys(
 
 @gluon.jit
 def row_offsets(
-    low, b, group, T, G: gl.constexpr, HKV: gl.constexpr, D: gl.constexpr, WIDTH: gl.constexpr, LAYOUT: gl.constexpr
-):
-    """Where D columns of ROWS rows of a group from `low` on lie in `[B, T, H, WIDTH]`, and which rows exist."""
-    row = low + gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT))
+    low, b, group, T, G: gl.constexpr, HKV: gl.constexpr, D: gl.constexpr, WIDTH: gl.constexpr, NUM: gl.constexpr,
+    LAYOUT: gl.constexpr,
+):  # fmt: skip
+    """Where D columns of NUM rows of a group from `low` on lie in `[B, T, H, WIDTH]`, and which rows exist."""
+    row = low + gl.arange(0, NUM, gl.SliceLayout(1, LAYOUT))
     t = gl.minimum(row // G, T - 1)
     row_64 = (b.to(gl.int64) * T + t) * (G * HKV) + group * G + row % G
     return row_64[:, None] * WIDTH + gl.arange(0, D, gl.SliceLayout(0, LAYOUT))[None, :], (row < T * G)[:, None]
 
 
 @gluon.jit
-def copy_rows(x_ptr, tile, low, b, group, T, G: gl.constexpr, HKV: gl.constexpr, D: gl.constexpr, WIDTH: gl.constexpr):
-    """Begin to copy ROWS rows of a group from `low` on; those that do not exist are the last token's."""
+def copy_rows(
+    x_ptr, tile, low, b, group, T, G: gl.constexpr, HKV: gl.constexpr, D: gl.constexpr, WIDTH: gl.constexpr,
+    NUM: gl.constexpr,
+):  # fmt: skip
+    """Begin to copy NUM rows of a group from `low` on; those that do not exist are the last token's."""
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
-    offsets, _live = row_offsets(low, b, group, T, G, HKV, D, WIDTH, LAYOUT)
-    async_copy.async_copy_global_to_shared(tile.reshape([ROWS, D]), x_ptr + offsets)
+    offsets, _live = row_offsets(low, b, group, T, G, HKV, D, WIDTH, NUM, LAYOUT)
+    async_copy.async_copy_global_to_shared(tile.reshape([NUM, D]), x_ptr + offsets)
 
 
 @gluon.jit
@@ -121,9 +125,9 @@ def _copy_queries(
     q_ptr, q_smem, q_tail_smem, place, low, b, group, T, G: gl.constexpr, HKV: gl.constexpr, D: gl.constexpr,
     TAIL: gl.constexpr,
 ):  # fmt: skip
-    copy_rows(q_ptr, q_smem.index(place), low, b, group, T, G, HKV, D, D + TAIL)
+    copy_rows(q_ptr, q_smem.index(place), low, b, group, T, G, HKV, D, D + TAIL, ROWS)
     if TAIL > 0:
-        copy_rows(q_ptr + D, q_tail_smem.index(place), low, b, group, T, G, HKV, TAIL, D + TAIL)
+        copy_rows(q_ptr + D, q_tail_smem.index(place), low, b, group, T, G, HKV, TAIL, D + TAIL, ROWS)
     async_copy.commit_group()
 
 
@@ -307,7 +311,7 @@ def _row_partition(
             tma.store_wait(0)
             mbarrier.arrive(q_empty.index(place), count=1)
         else:
-            offsets, live = row_offsets(low, b, group, T, G, HKV, D, D, ROW_LAYOUT)
+            offsets, live = row_offsets(low, b, group, T, G, HKV, D, D, ROWS, ROW_LAYOUT)
             gl.store(out_ptr + offsets, q.load(ROW_LAYOUT), mask=live)
 
 
