@@ -231,20 +231,16 @@ def is_hopper(x: Tensor) -> bool:
     return x.is_cuda and torch.cuda.get_device_capability(x.device) == (9, 0)
 
 
-def hopper_serves(q: Tensor, v: Tensor, tail: bool = False) -> bool:
+def hopper_serves(q: Tensor, v: Tensor) -> bool:
     """Whether Hopper's own kernels take these fitting tensors.
 
     False while HOPPER_IS_TESTED is. Other head sizes, fp32 and other devices keep the plain kernels; the results differ
     by rounding only.
-
-    Args:
-        tail: whether the kernel also takes queries and keys of 192 beside values of 128.
     """
-    sizes = ((64, 64), (128, 128), (192, 128)) if tail else ((64, 64), (128, 128))
-    fits = q.dtype in (torch.float16, torch.bfloat16) and (q.shape[3], v.shape[3]) in sizes
-    return HOPPER_IS_TESTED and is_hopper(q) and fits
+    fits = (q.shape[3], v.shape[3]) in ((64, 64), (128, 128), (192, 128))
+    return HOPPER_IS_TESTED and is_hopper(q) and q.dtype in (torch.float16, torch.bfloat16) and fits
 
 
-def hopper_gathers(q: Tensor, v: Tensor, block: int, tail: bool = False) -> bool:
+def hopper_gathers(q: Tensor, v: Tensor, block: int) -> bool:
     """Whether the kernels of `hopper_select_fwd` and `hopper_select_bwd` take blocks of `block` tokens."""
-    return block == 64 and hopper_serves(q, v, tail)
+    return block == 64 and hopper_serves(q, v)

@@ -321,7 +321,7 @@ def dense_backward(
     """dq, dk, dv of `dense_forward`, for fitting tensors; a given `dq` is added to in place."""
     if q.numel() == 0 or k.numel() == 0:
         return torch.zeros_like(q) if dq is None else dq, torch.zeros_like(k), torch.zeros_like(v)
-    hopper = tiles is None and hopper_serves(q, v, tail=True)
+    hopper = tiles is None and hopper_serves(q, v)
     sizes = (q.shape[3], v.shape[3], has_large_shared_memory(q))
     by_key, by_query = tiles or (key_tile(q, *sizes), query_tile(q, *sizes))
     splits = num_splits(q, k, v, window, 128 if hopper else by_key["BLOCK_N"])

@@ -147,7 +147,7 @@ def dense_forward(
     out, lse = q.new_empty(B, T, H, Dv), q.new_empty(B, T, H, dtype=torch.float32)
     if out.numel() == 0 or S == 0:
         return out.zero_(), lse.fill_(-torch.inf)
-    if tile is None and hopper_serves(q, v, tail=True):
+    if tile is None and hopper_serves(q, v):
         hopper_forward(q, k, v, out, lse, geometry, layout, window, q_start, k_start, scale)
         return out, lse
     tile = tile or forward_tile(q, Dk, Dv, has_large_shared_memory(q))

@@ -30,7 +30,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from nsa.ops.triton.common import LOG2E, Layout, num_multiprocessors
 from nsa.ops.triton.dense_bwd import Rows
-from nsa.ops.triton.hopper_fwd import describe_box, make_barriers
+from nsa.ops.triton.hopper_fwd import describe_box, describe_parts, make_barriers
 from nsa.ops.triton.hopper_select_fwd import items_of_unit
 from nsa.ops.triton.invert import Chunk, Inversion, Items, item_keys
 
@@ -41,17 +41,28 @@ STAGES = gl.constexpr(4)  # tiles in flight; a multiple of PARTS, so that a grou
 
 
 @gluon.jit
+def _row_places(start, item_entries_ptr, num_rows, G: gl.constexpr, LAYOUT: gl.constexpr):
+    """Numbers of an item's rows from `start` on, their entries, and which rows exist."""
+    row = start + gl.arange(0, ROWS, LAYOUT)
+    live = row < num_rows
+    return row, gl.load(item_entries_ptr + row // G, mask=live, other=0), live
+
+
+@gluon.jit
 def _gather_partition(
-    q_ptr, k_desc, v_desc, dout_ptr, lse_ptr, delta_ptr, key_ptr, q_smem, k_smem, v_smem, dout_smem, lse_smem,
-    delta_smem, place_smem, q_full, q_empty, k_full, k_empty, entries_ptr, item_ptr, first_ptr, doc_ptr, doc_end_ptr,
-    base_ptr, T, S, head_start, num_heads, range_start, num_units, bound, J,
-    G: gl.constexpr, HKV: gl.constexpr, D: gl.constexpr, RATIO: gl.constexpr, SLOTS: gl.constexpr,
-    PACKED: gl.constexpr,
+    q_ptr, k_desc, k_tail_desc, v_desc, dout_ptr, lse_ptr, delta_ptr, key_ptr, q_smem, q_tail_smem, k_smem, k_tail_smem,
+    v_smem, dout_smem, lse_smem, delta_smem, place_smem, q_full, q_empty, k_full, k_empty, entries_ptr, item_ptr,
+    first_ptr, doc_ptr, doc_end_ptr, base_ptr, T, S, head_start, num_heads, range_start, num_units, bound, J,
+    G: gl.constexpr, HKV: gl.constexpr, D: gl.constexpr, TAIL: gl.constexpr, RATIO: gl.constexpr, SLOTS: gl.constexpr,
+    PACKED: gl.constexpr, BUFFERS: gl.constexpr,
 ):  # fmt: skip
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
     ROW: gl.constexpr = gl.SliceLayout(1, LAYOUT)
+    TAIL_LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    TAIL_ROW: gl.constexpr = gl.SliceLayout(1, TAIL_LAYOUT)
     LINE: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     column = gl.arange(0, D, gl.SliceLayout(0, LAYOUT))
+    tail_column = gl.arange(0, 64, gl.SliceLayout(0, TAIL_LAYOUT))
     done = 0
     turn = 0
     step = 0
@@ -73,71 +84,94 @@ def _gather_partition(
                 key_end = gl.minimum(key_end, gl.load(doc_end_ptr + gl.load(entries_ptr + entry) // SLOTS))
             gl.store(key_ptr + (unit * bound + item) * 2, key_start)
             gl.store(key_ptr + (unit * bound + item) * 2 + 1, key_end)
-            buffer = turn % 2
-            mbarrier.wait(k_empty.index(buffer), (turn // 2 & 1) ^ 1)
-            mbarrier.expect(k_full.index(buffer), 4 * BLOCK * D)
+            buffer = turn % BUFFERS
+            mbarrier.wait(k_empty.index(buffer), (turn // BUFFERS & 1) ^ 1)
+            mbarrier.expect(k_full.index(buffer), 2 * BLOCK * (2 * D + TAIL))
             box = [b, key_start, group, 0]
             tma.async_copy_global_to_shared(k_desc, box, k_full.index(buffer), k_smem.index(buffer))
+            if TAIL > 0:
+                tma.async_copy_global_to_shared(k_tail_desc, box, k_full.index(buffer), k_tail_smem.index(buffer))
             tma.async_copy_global_to_shared(v_desc, box, k_full.index(buffer), v_smem.index(buffer))
             turn += 1
 
-            row = gl.arange(0, ROWS, ROW)
-            line = gl.arange(0, ROWS, LINE)
-            t = gl.load(entries_ptr + entry + row // G, mask=row < num_rows, other=0) // SLOTS
-            line_place = gl.load(entries_ptr + entry + line // G, mask=line < num_rows, other=0)
+            # The next tile's tokens are read long before they are needed.
+            row, place, live = _row_places(0, entries_ptr + entry, num_rows, G, ROW)
+            line, line_place, line_live = _row_places(0, entries_ptr + entry, num_rows, G, LINE)
+            tail_row, tail_place, tail_live = row, place, live
+            if TAIL > 0:
+                tail_row, tail_place, tail_live = _row_places(0, entries_ptr + entry, num_rows, G, TAIL_ROW)
             for start in range(0, num_rows, ROWS):
-                # The next tile's tokens are read long before they are needed.
-                next_row = start + ROWS + gl.arange(0, ROWS, ROW)
-                next_line = start + ROWS + gl.arange(0, ROWS, LINE)
-                next_place = gl.load(entries_ptr + entry + next_row // G, mask=next_row < num_rows, other=0)
-                next_line_place = gl.load(entries_ptr + entry + next_line // G, mask=next_line < num_rows, other=0)
-                offset = (unit_row + t * (G * HKV) + row % G) * D
-                line_offset = unit_row + line_place // SLOTS * (G * HKV) + line % G
+                next_row, next_place, next_live = _row_places(start + ROWS, entries_ptr + entry, num_rows, G, ROW)
+                next_line, next_line_place, next_line_live = _row_places(
+                    start + ROWS, entries_ptr + entry, num_rows, G, LINE
+                )
+                source = unit_row + place // SLOTS * (G * HKV) + row % G
+                line_source = unit_row + line_place // SLOTS * (G * HKV) + line % G
                 slot = step % STAGES
-                # Rows beyond the last are zeros and add nothing.
-                live = (row < num_rows)[:, None]
-                line_live = line < num_rows
                 mbarrier.wait(q_empty.index(slot), (step // STAGES & 1) ^ 1)
-                source = offset[:, None] + column[None, :]
-                async_copy.async_copy_global_to_shared(q_smem.index(slot), q_ptr + source, mask=live)
-                async_copy.async_copy_global_to_shared(dout_smem.index(slot), dout_ptr + source, mask=live)
-                async_copy.async_copy_global_to_shared(lse_smem.index(slot), lse_ptr + line_offset, mask=line_live)
-                async_copy.async_copy_global_to_shared(delta_smem.index(slot), delta_ptr + line_offset, mask=line_live)
+                # Rows beyond the last are zeros and add nothing.
+                q_place = source[:, None] * (D + TAIL) + column[None, :]
+                async_copy.async_copy_global_to_shared(q_smem.index(slot), q_ptr + q_place, mask=live[:, None])
+                dout_place = source[:, None] * D + column[None, :]
+                async_copy.async_copy_global_to_shared(dout_smem.index(slot), dout_ptr + dout_place, mask=live[:, None])
+                if TAIL > 0:
+                    next_tail_row, next_tail_place, next_tail_live = _row_places(
+                        start + ROWS, entries_ptr + entry, num_rows, G, TAIL_ROW
+                    )
+                    source = unit_row + tail_place // SLOTS * (G * HKV) + tail_row % G
+                    tail = source[:, None] * (D + TAIL) + D + tail_column[None, :]
+                    async_copy.async_copy_global_to_shared(
+                        q_tail_smem.index(slot), q_ptr + tail, mask=tail_live[:, None]
+                    )
+                    tail_row, tail_place, tail_live = next_tail_row, next_tail_place, next_tail_live
+                async_copy.async_copy_global_to_shared(lse_smem.index(slot), lse_ptr + line_source, mask=line_live)
+                async_copy.async_copy_global_to_shared(delta_smem.index(slot), delta_ptr + line_source, mask=line_live)
                 async_copy.async_copy_global_to_shared(
                     place_smem.index(slot), entries_ptr + entry + line // G, mask=line_live
                 )
                 async_copy.mbarrier_arrive(q_full.index(slot), increment_count=False)
                 step += 1
-                row = next_row
-                line = next_line
-                t = next_place // SLOTS
-                line_place = next_line_place
+                row, place, live = next_row, next_place, next_live
+                line, line_place, line_live = next_line, next_line_place, next_line_live
         done += num_items
 
 
 @gluon.jit
-def _store_part(x_ptr, x, item, D: gl.constexpr, LAYOUT: gl.constexpr):
+def _store_part(x_ptr, x, item, D: gl.constexpr, WIDTH: gl.constexpr, LAYOUT: gl.constexpr):
     row = item.to(gl.int64) * BLOCK + gl.arange(0, BLOCK, gl.SliceLayout(1, LAYOUT))
-    gl.store(x_ptr + row[:, None] * D + gl.arange(0, D, gl.SliceLayout(0, LAYOUT))[None, :], x)
+    gl.store(x_ptr + row[:, None] * WIDTH + gl.arange(0, D, gl.SliceLayout(0, LAYOUT))[None, :], x)
+
+
+@gluon.jit
+def _store_rows(
+    part_ptr, tile, place, row, num_rows, token_start, G: gl.constexpr, D: gl.constexpr, WIDTH: gl.constexpr,
+    SLOTS: gl.constexpr,
+):  # fmt: skip
+    """Store a tile of dQ at the places (token, slot) of its rows."""
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
+    row += gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT))
+    place = place.load(gl.SliceLayout(1, LAYOUT)) - token_start * SLOTS
+    part = (place * G + row % G)[:, None] * WIDTH + gl.arange(0, D, gl.SliceLayout(0, LAYOUT))[None, :]
+    return part_ptr + part, tile.load(LAYOUT), (row < num_rows)[:, None]
 
 
 @gluon.jit
 def _row_partition(
-    PART: gl.constexpr, part_ptr, dk_ptr, dv_ptr, q_smem, k_smem, v_smem, dout_smem, lse_smem, delta_smem, place_smem,
-    ds_smem, q_full, q_empty, k_full, k_empty, entries_ptr, item_ptr, first_ptr, doc_ptr, base_ptr, scale_log2, log2e,
-    S, q_start, head_start, token_start, num_tokens, num_heads, range_start, num_units, bound, J,
-    G: gl.constexpr, D: gl.constexpr, RATIO: gl.constexpr, SLOTS: gl.constexpr, PACKED: gl.constexpr,
+    PART: gl.constexpr, part_ptr, dk_ptr, dv_ptr, q_smem, q_tail_smem, k_smem, k_tail_smem, v_smem, dout_smem, lse_smem,
+    delta_smem, place_smem, ds_smem, q_full, q_empty, k_full, k_empty, entries_ptr, item_ptr, first_ptr, doc_ptr,
+    base_ptr, scale_log2, log2e, S, q_start, head_start, token_start, num_tokens, num_heads, range_start, num_units,
+    bound, J,
+    G: gl.constexpr, D: gl.constexpr, TAIL: gl.constexpr, RATIO: gl.constexpr, SLOTS: gl.constexpr,
+    PACKED: gl.constexpr, BUFFERS: gl.constexpr,
 ):  # fmt: skip
-    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
+    PIECE: gl.constexpr = 32 if TAIL > 0 else ROWS  # rows of which scores are held at a time
+    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PIECE, 16])
     K_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
-    P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, K_LAYOUT, 2)
+    C_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     ROW: gl.constexpr = gl.SliceLayout(0, S_LAYOUT)
-    STORE: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
-    STORE_ROW: gl.constexpr = gl.SliceLayout(1, STORE)
     dtype: gl.constexpr = q_smem.dtype
-    column = gl.arange(0, D, gl.SliceLayout(0, STORE))
-    none = gl.zeros([BLOCK, ROWS], gl.float32, S_LAYOUT)
-    zero = gl.zeros([ROWS, 64], gl.float32, S_LAYOUT)
+    none = gl.zeros([BLOCK, PIECE], gl.float32, S_LAYOUT)
+    zero = gl.zeros([ROWS, 64], gl.float32, C_LAYOUT)
     ds_tile = ds_smem.index(PART)
     done = 0
     turn = 0
@@ -146,7 +180,7 @@ def _row_partition(
         unit_ptr, first, num_items = items_of_unit(
             unit, done, item_ptr, first_ptr, head_start, num_heads, range_start, 1, bound, J
         )
-        unit_part_ptr = part_ptr + unit.to(gl.int64) * num_tokens * (SLOTS * G * D)
+        unit_part_ptr = part_ptr + unit.to(gl.int64) * num_tokens * (SLOTS * G * (D + TAIL))
         for item in range(first, num_items, gl.num_programs(0)):
             block = gl.load(unit_ptr + item * 3)
             entry = gl.load(unit_ptr + item * 3 + 1)
@@ -155,50 +189,80 @@ def _row_partition(
             key_start = item_keys(entries_ptr, entry, block, doc_ptr, base_ptr, SLOTS, RATIO, BLOCK, PACKED)
             key = key_start + gl.arange(0, BLOCK, gl.SliceLayout(1, S_LAYOUT))
             position = gl.minimum(key, S) - q_start
-            buffer = turn % 2
+            buffer = turn % BUFFERS
             k = k_smem.index(buffer).reshape([BLOCK, D])
             v = v_smem.index(buffer).reshape([BLOCK, D])
             dk = gl.zeros([BLOCK, D], gl.float32, K_LAYOUT)
             dv = gl.zeros([BLOCK, D], gl.float32, K_LAYOUT)
-            mbarrier.wait(k_full.index(buffer), turn // 2 & 1)
+            k_tail, dk_tail = k, dk
+            if TAIL > 0:
+                k_tail = k_tail_smem.index(buffer).reshape([BLOCK, TAIL])
+                dk_tail = gl.zeros([BLOCK, TAIL], gl.float32, C_LAYOUT)
+            mbarrier.wait(k_full.index(buffer), turn // BUFFERS & 1)
             for tile in range((PART + step) % PARTS, num_tiles, PARTS):
                 slot = (step + tile) % STAGES
-                q = q_smem.index(slot)
-                dout = dout_smem.index(slot)
+                q_tile = q_smem.index(slot)
                 mbarrier.wait(q_full.index(slot), (step + tile) // STAGES & 1)
                 fence_async_shared()  # rows were written by threads, the products read them as TMA does
-                s = warpgroup_mma(k, q.permute([1, 0]), none, use_acc=False, is_async=True)
-                dp = warpgroup_mma(v, dout.permute([1, 0]), none, use_acc=False, is_async=True)
-                lse = lse_smem.index(slot).load(ROW) * log2e
-                t = place_smem.index(slot).load(ROW) // SLOTS
-                s = warpgroup_mma_wait(1, deps=[s])
-                p = gl.where(position[:, None] <= t[None, :], gl.exp2(s * scale_log2 - lse[None, :]), 0.0)
-                dv = warpgroup_mma(gl.convert_layout(p.to(dtype), P_LAYOUT), dout, dv, is_async=True)
-                dp = warpgroup_mma_wait(1, deps=[dp])
-                delta = delta_smem.index(slot).load(ROW)
-                ds = (p * (dp - delta[None, :])).to(dtype)
-                dk = warpgroup_mma(gl.convert_layout(ds, P_LAYOUT), q, dk, is_async=True)
-                ds_tile.store(ds)
+                for piece in gl.static_range(ROWS // PIECE):
+                    q = q_tile.slice(piece * PIECE, PIECE)
+                    dout = dout_smem.index(slot).slice(piece * PIECE, PIECE)
+                    s = warpgroup_mma(k, q.permute([1, 0]), none, use_acc=False, is_async=True)
+                    q_tail = q
+                    if TAIL > 0:
+                        q_tail = q_tail_smem.index(slot).slice(piece * PIECE, PIECE)
+                        s = warpgroup_mma(k_tail, q_tail.permute([1, 0]), s, is_async=True)
+                    dp = warpgroup_mma(v, dout.permute([1, 0]), none, use_acc=False, is_async=True)
+                    lse = lse_smem.index(slot).slice(piece * PIECE, PIECE).load(ROW) * log2e
+                    t = place_smem.index(slot).slice(piece * PIECE, PIECE).load(ROW) // SLOTS
+                    s = warpgroup_mma_wait(1, deps=[s])
+                    p = gl.where(position[:, None] <= t[None, :], gl.exp2(s * scale_log2 - lse[None, :]), 0.0)
+                    p_operand = gl.convert_layout(p.to(dtype), gl.DotOperandLayout(0, K_LAYOUT, 2))
+                    dv = warpgroup_mma(p_operand, dout, dv, is_async=True)
+                    dp = warpgroup_mma_wait(1, deps=[dp])
+                    delta = delta_smem.index(slot).slice(piece * PIECE, PIECE).load(ROW)
+                    ds = (p * (dp - delta[None, :])).to(dtype)
+                    dk = warpgroup_mma(
+                        gl.convert_layout(ds, gl.DotOperandLayout(0, K_LAYOUT, 2)), q, dk, is_async=True
+                    )  # fmt: skip
+                    if TAIL > 0:
+                        ds_operand = gl.convert_layout(ds, gl.DotOperandLayout(0, C_LAYOUT, 2))
+                        dk_tail = warpgroup_mma(ds_operand, q_tail, dk_tail, is_async=True)
+                    ds_tile.slice(piece * PIECE, PIECE).permute([1, 0]).store(ds)
+                    dv = warpgroup_mma_wait(2 if TAIL > 0 else 1, deps=[dv])
+                    dk = warpgroup_mma_wait(1 if TAIL > 0 else 0, deps=[dk])
+                    if TAIL > 0:
+                        dk_tail = warpgroup_mma_wait(0, deps=[dk_tail])
                 fence_async_shared()
-                dv = warpgroup_mma_wait(1, deps=[dv])
-                dk = warpgroup_mma_wait(0, deps=[dk])
-                # Columns of dQ, a half at a time to save registers, get their layout for whole rows in the place of the
+                # Columns of dQ, 64 at a time to save registers, get their layout for whole rows in the place of the
                 # queries, which are done with.
-                for half in gl.static_range(D // 64):
-                    dq = warpgroup_mma(
-                        ds_tile.permute([1, 0]), k.slice(half * 64, 64, 1), zero, use_acc=False, is_async=True
-                    )
+                for part in gl.static_range(D // 64):
+                    dq = warpgroup_mma(ds_tile, k.slice(part * 64, 64, 1), zero, use_acc=False, is_async=True)
                     dq = warpgroup_mma_wait(0, deps=[dq])
-                    q.slice(half * 64, 64, 1).store(dq.to(dtype))
-                out = q.load(STORE)
-                place = place_smem.index(slot).load(STORE_ROW)
+                    q_tile.slice(part * 64, 64, 1).store(dq.to(dtype))
+                if TAIL > 0:
+                    dq = warpgroup_mma(ds_tile, k_tail, zero, use_acc=False, is_async=True)
+                    dq = warpgroup_mma_wait(0, deps=[dq])
+                    q_tail_smem.index(slot).store(dq.to(dtype))
+                places = place_smem.index(slot)
+                target, out, live = _store_rows(
+                    unit_part_ptr, q_tile, places, tile * ROWS, num_rows, token_start, G, D, D + TAIL, SLOTS
+                )
+                if TAIL > 0:
+                    tail_target, tail_out, tail_live = _store_rows(
+                        unit_part_ptr + D, q_tail_smem.index(slot), places, tile * ROWS, num_rows, token_start, G, TAIL,
+                        D + TAIL, SLOTS,
+                    )  # fmt: skip
                 mbarrier.arrive(q_empty.index(slot), count=1)
-                row = tile * ROWS + gl.arange(0, ROWS, STORE_ROW)
-                part = ((place - token_start * SLOTS) * G + row % G)[:, None] * D + column[None, :]
-                gl.store(unit_part_ptr + part, out, mask=(row < num_rows)[:, None])
+                gl.store(target, out, mask=live)
+                if TAIL > 0:
+                    gl.store(tail_target, tail_out, mask=tail_live)
             mbarrier.arrive(k_empty.index(buffer), count=1)
-            _store_part(dk_ptr, dk, (unit * bound + item) * PARTS + PART, D, K_LAYOUT)
-            _store_part(dv_ptr, dv, (unit * bound + item) * PARTS + PART, D, K_LAYOUT)
+            place = (unit * bound + item) * PARTS + PART
+            _store_part(dk_ptr, dk, place, D, D + TAIL, K_LAYOUT)
+            if TAIL > 0:
+                _store_part(dk_ptr + D, dk_tail, place, TAIL, D + TAIL, C_LAYOUT)
+            _store_part(dv_ptr, dv, place, D, D, K_LAYOUT)
             step += num_tiles
             turn += 1
         done += num_items
@@ -211,48 +275,53 @@ def _row_partition(
     ]
 )  # fmt: skip
 def hopper_select_backward_kernel(
-    q_ptr, k_desc, v_desc, dout_ptr, lse_ptr, delta_ptr, part_ptr, dk_ptr, dv_ptr, key_ptr,
+    q_ptr, k_desc, k_tail_desc, v_desc, dout_ptr, lse_ptr, delta_ptr, part_ptr, dk_ptr, dv_ptr, key_ptr,
     entries_ptr, item_ptr, first_ptr, doc_ptr, doc_end_ptr, base_ptr, scale_log2, log2e,
     T, S, q_start, head_start, token_start, num_tokens, num_heads, range_start, num_units, bound, J,
-    G: gl.constexpr, HKV: gl.constexpr, D: gl.constexpr, RATIO: gl.constexpr, SLOTS: gl.constexpr,
-    PACKED: gl.constexpr,
+    G: gl.constexpr, HKV: gl.constexpr, D: gl.constexpr, TAIL: gl.constexpr, RATIO: gl.constexpr, SLOTS: gl.constexpr,
+    PACKED: gl.constexpr, BUFFERS: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = k_desc.dtype
     tile: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, D], dtype)
     line: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[0])
     q_smem = gl.allocate_shared_memory(dtype, [STAGES, ROWS, D], tile)
     dout_smem = gl.allocate_shared_memory(dtype, [STAGES, ROWS, D], tile)
-    k_smem = gl.allocate_shared_memory(dtype, [2] + k_desc.block_shape, k_desc.layout)
-    v_smem = gl.allocate_shared_memory(dtype, [2] + v_desc.block_shape, v_desc.layout)
+    k_smem = gl.allocate_shared_memory(dtype, [BUFFERS] + k_desc.block_shape, k_desc.layout)
+    v_smem = gl.allocate_shared_memory(dtype, [BUFFERS] + v_desc.block_shape, v_desc.layout)
+    q_tail_smem, k_tail_smem = q_smem, k_smem
+    if TAIL > 0:
+        tail: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, TAIL], dtype)
+        q_tail_smem = gl.allocate_shared_memory(dtype, [STAGES, ROWS, TAIL], tail)
+        k_tail_smem = gl.allocate_shared_memory(dtype, [BUFFERS] + k_tail_desc.block_shape, k_tail_desc.layout)
     ds_smem = gl.allocate_shared_memory(
-        dtype, [PARTS, BLOCK, ROWS], gl.NVMMASharedLayout.get_default_for([BLOCK, ROWS], dtype)
+        dtype, [PARTS, ROWS, BLOCK], gl.NVMMASharedLayout.get_default_for([ROWS, BLOCK], dtype)
     )
     lse_smem = gl.allocate_shared_memory(gl.float32, [STAGES, ROWS], line)
     delta_smem = gl.allocate_shared_memory(gl.float32, [STAGES, ROWS], line)
     place_smem = gl.allocate_shared_memory(gl.int32, [STAGES, ROWS], line)
     q_full = make_barriers(STAGES, 128)  # every thread that gathers
     q_empty = make_barriers(STAGES, 1)
-    k_full = make_barriers(2, 1)
-    k_empty = make_barriers(2, PARTS)
+    k_full = make_barriers(BUFFERS, 1)
+    k_empty = make_barriers(BUFFERS, PARTS)
     fence_async_shared()
     gl.warp_specialize([
         (_row_partition, (
-            0, part_ptr, dk_ptr, dv_ptr, q_smem, k_smem, v_smem, dout_smem, lse_smem, delta_smem, place_smem, ds_smem,
-            q_full, q_empty, k_full, k_empty, entries_ptr, item_ptr, first_ptr, doc_ptr, base_ptr, scale_log2, log2e,
-            S, q_start, head_start, token_start, num_tokens, num_heads, range_start, num_units, bound, J,
-            G, D, RATIO, SLOTS, PACKED,
+            0, part_ptr, dk_ptr, dv_ptr, q_smem, q_tail_smem, k_smem, k_tail_smem, v_smem, dout_smem, lse_smem,
+            delta_smem, place_smem, ds_smem, q_full, q_empty, k_full, k_empty, entries_ptr, item_ptr, first_ptr,
+            doc_ptr, base_ptr, scale_log2, log2e, S, q_start, head_start, token_start, num_tokens, num_heads,
+            range_start, num_units, bound, J, G, D, TAIL, RATIO, SLOTS, PACKED, BUFFERS,
         )),
         (_row_partition, (
-            1, part_ptr, dk_ptr, dv_ptr, q_smem, k_smem, v_smem, dout_smem, lse_smem, delta_smem, place_smem, ds_smem,
-            q_full, q_empty, k_full, k_empty, entries_ptr, item_ptr, first_ptr, doc_ptr, base_ptr, scale_log2, log2e,
-            S, q_start, head_start, token_start, num_tokens, num_heads, range_start, num_units, bound, J,
-            G, D, RATIO, SLOTS, PACKED,
+            1, part_ptr, dk_ptr, dv_ptr, q_smem, q_tail_smem, k_smem, k_tail_smem, v_smem, dout_smem, lse_smem,
+            delta_smem, place_smem, ds_smem, q_full, q_empty, k_full, k_empty, entries_ptr, item_ptr, first_ptr,
+            doc_ptr, base_ptr, scale_log2, log2e, S, q_start, head_start, token_start, num_tokens, num_heads,
+            range_start, num_units, bound, J, G, D, TAIL, RATIO, SLOTS, PACKED, BUFFERS,
         )),
         (_gather_partition, (
-            q_ptr, k_desc, v_desc, dout_ptr, lse_ptr, delta_ptr, key_ptr, q_smem, k_smem, v_smem, dout_smem, lse_smem,
-            delta_smem, place_smem, q_full, q_empty, k_full, k_empty, entries_ptr, item_ptr, first_ptr, doc_ptr,
-            doc_end_ptr, base_ptr, T, S, head_start, num_heads, range_start, num_units, bound, J,
-            G, HKV, D, RATIO, SLOTS, PACKED,
+            q_ptr, k_desc, k_tail_desc, v_desc, dout_ptr, lse_ptr, delta_ptr, key_ptr, q_smem, q_tail_smem, k_smem,
+            k_tail_smem, v_smem, dout_smem, lse_smem, delta_smem, place_smem, q_full, q_empty, k_full, k_empty,
+            entries_ptr, item_ptr, first_ptr, doc_ptr, doc_end_ptr, base_ptr, T, S, head_start, num_heads, range_start,
+            num_units, bound, J, G, HKV, D, TAIL, RATIO, SLOTS, PACKED, BUFFERS,
         )),
     ], [4, 4], [232, 40])  # fmt: skip
 
@@ -262,13 +331,14 @@ def hopper_select_backward(
     inversion: Inversion, items: Items, chunk: Chunk, layout: Layout | None, q_start: int, scale: float,
 ) -> None:  # fmt: skip
     """Write what `select_backward_kernel` gives for tensors that `hopper_gathers` takes, in PARTS parts an item."""
-    B, T, H, D = q.shape
-    S, Hkv = k.shape[1:3]
+    B, T, H, Dk = q.shape
+    S, Hkv, D = k.shape[1], k.shape[2], v.shape[3]
     documents = (q, q, q) if layout is None else (layout.doc_start, layout.doc_end, layout.block_base)
     hopper_select_backward_kernel[(num_multiprocessors(q),)](
-        q, describe_box(k, BLOCK.value, 1), describe_box(v, BLOCK.value, 1), dout, rows.lse, rows.delta, part, dk, dv,
-        item_key, inversion.entries, items.table, items.first, *documents, scale * LOG2E, LOG2E,
+        q, *describe_parts(k, D, BLOCK.value, 1), describe_box(v, BLOCK.value, 1), dout, rows.lse, rows.delta, part,
+        dk, dv, item_key, inversion.entries, items.table, items.first, *documents, scale * LOG2E, LOG2E,
         T, S, q_start, chunk.head, chunk.token, chunk.token_end - chunk.token, B * Hkv,
         chunk.token // items.range_tokens, chunk.head_end - chunk.head, items.table.shape[2], items.first.shape[2] - 1,
-        G=H // Hkv, HKV=Hkv, D=D, RATIO=inversion.ratio, SLOTS=inversion.slots, PACKED=layout is not None, num_warps=4,
+        G=H // Hkv, HKV=Hkv, D=D, TAIL=Dk - D, RATIO=inversion.ratio, SLOTS=inversion.slots, PACKED=layout is not None,
+        BUFFERS=1 if Dk > D else 2, num_warps=4,
     )  # fmt: skip

@@ -10,7 +10,7 @@ from nsa.geometry import BlockGeometry
 from nsa.ops.triton import dense_bwd, dense_fwd, score_topk, select_bwd, select_fwd, select_union
 from nsa.ops.triton.common import KEY_SIZES, VALUE_SIZES, has_large_shared_memory, hopper_gathers, hopper_serves
 
-HOPPER = "a Hopper GPU, heads of 64 or 128"
+HOPPER = "a Hopper GPU, heads of 64 or 128, or keys of 192 with values of 128"
 HOPPER_STAGES = (("forward", "forward"), ("backward, keys", "key"), ("backward, queries", "query"))
 
 

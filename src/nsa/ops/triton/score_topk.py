@@ -230,7 +230,7 @@ def select_blocks(
     out = torch.empty(B, T, Hkv, count, dtype=torch.int32, device=q.device)
     if out.numel() == 0:
         return out
-    hopper = tile is None and hopper_serves(q, k_cmp[..., :128], tail=True)
+    hopper = tile is None and hopper_serves(q, k_cmp[..., :128])
     tile = tile or score_tile(q, H // Hkv, has_large_shared_memory(q))
     tokens_of_tile = tile_tokens(H // Hkv, Dk) if hopper else tile["TOKENS"]
     span, reach = (

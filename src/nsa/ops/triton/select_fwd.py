@@ -224,7 +224,7 @@ def select_forward(
     if out.numel() == 0:
         return out, lse
     init, local = (geometry.num_init_blocks, geometry.num_local_blocks) if forced else (0, 0)
-    gathers = forced is not None and tile is None and hopper_gathers(q, v, geometry.select_block_size, tail=True)
+    gathers = forced is not None and tile is None and hopper_gathers(q, v, geometry.select_block_size)
     tile = tile or select_tile(q, Dk, Dv, has_large_shared_memory(q))
     block_indices = block_indices.contiguous()
     inversion = invert(block_indices, geometry, layout, S, q_start, peel=forced is not None)
