@@ -41,6 +41,10 @@ from nsa.ops.triton import (
 
 Patch = tuple[Any, str, Any]
 PLAIN: tuple[Patch, ...] = ((common, "HOPPER_IS_TESTED", False),)
+TAIL_TILES = [
+    {"GROUPS": 2, "KEYS": 64, "STAGES": 3, "REGISTERS": False},
+    {"GROUPS": 2, "KEYS": 64, "STAGES": 2, "REGISTERS": False},
+]
 FORWARD_TILES = [
     {"GROUPS": 3, "KEYS": 64, "STAGES": 4, "REGISTERS": False},
     {"GROUPS": 2, "KEYS": 64, "STAGES": 4, "REGISTERS": False},
@@ -71,14 +75,15 @@ def row_error(x: Tensor, expected: Tensor) -> float:
 class Stages:
     """Inputs of every stage, and its variants."""
 
-    def __init__(self, T: int, H: int, Hkv: int, D: int) -> None:
+    def __init__(self, T: int, H: int, Hkv: int, D: int, value_size: int) -> None:
         torch.manual_seed(0)
         self.geometry, self.scale, self.window = BlockGeometry(), D**-0.5, BlockGeometry().window_size
 
         def draw(*shape: int) -> Tensor:
             return torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
 
-        self.q, self.k, self.v, self.dout = draw(1, T, H, D), draw(1, T, Hkv, D), draw(1, T, Hkv, D), draw(1, T, H, D)
+        self.q, self.k, self.v = draw(1, T, H, D), draw(1, T, Hkv, D), draw(1, T, Hkv, value_size)
+        self.dout = draw(1, T, H, value_size)
         count = self.geometry.num_compressed(T)
         self.k_cmp, self.v_cmp = (compress.mean_pool(x, self.geometry, None, count) for x in (self.k, self.v))
         with patched(PLAIN):
@@ -140,7 +145,8 @@ class Stages:
 
     def variants(self) -> dict[str, dict[str, tuple[tuple[Patch, ...], Callable[[], tuple[Tensor, ...]]]]]:
         """stage -> variant -> constants and function; the first variant is the plain one."""
-        forward = {str(tile): ((hopper_fwd, "TILE", tile),) for tile in FORWARD_TILES}
+        name, tiles = ("TAIL_TILE", TAIL_TILES) if self.q.shape[3] > 128 else ("TILE", FORWARD_TILES)
+        forward = {str(tile): ((hopper_fwd, name, tile),) for tile in tiles}
         backward = {f"queries in registers {on}": ((hopper_bwd, "QUERY_REGISTERS", on),) for on in (False, True)}
         ranges = {f"{n} rows a range": ((hopper_select_fwd, "RANGE_ROWS", n),) for n in (8, 16, 32, 64, 128)}
         found: dict[str, Any] = {}
@@ -205,7 +211,8 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 65536], help="tokens")
     parser.add_argument("--num_heads", type=int, default=64, help="query heads")
     parser.add_argument("--num_kv_heads", type=int, default=4, help="key/value heads")
-    parser.add_argument("--head_dim", type=int, default=128, help="size of a head")
+    parser.add_argument("--head_dim", type=int, default=128, help="size of a query and key head")
+    parser.add_argument("--value_head_dim", type=int, help="size of a value head; that of keys by default")
     parser.add_argument("--repeats", type=int, default=7, help="rounds that count")
     parser.add_argument("--only", default="", help="a word of the stages to measure")
     parser.add_argument("--out", type=Path, help="CSV to write")
@@ -213,7 +220,8 @@ def main() -> None:
     common.HOPPER_IS_TESTED = True
     lines = []
     for length in arguments.lengths:
-        stages = Stages(length, arguments.num_heads, arguments.num_kv_heads, arguments.head_dim)
+        sizes = (arguments.head_dim, arguments.value_head_dim or arguments.head_dim)
+        stages = Stages(length, arguments.num_heads, arguments.num_kv_heads, *sizes)
         lines += measure(stages, length, arguments.repeats, arguments.only)
         del stages
     if arguments.out:

@@ -33,6 +33,8 @@ CASES = [
     # More blocks than a list has, so that rows are gathered: whole and cut items, group sizes of every kind.
     (1, 1500, 16, 1, 128, 128, PAPER, None, 0, 0, torch.bfloat16),
     (2, 1400, 8, 2, 128, 128, PAPER, None, 0, 0, torch.float16),
+    (1, 1500, 16, 1, 192, 128, PAPER, None, 0, 0, torch.bfloat16),
+    (1, 1600, 4, 1, 192, 128, PAPER, [0, 0, 1500, 1531, 1599], 0, 0, torch.bfloat16),
     (1, 2000, 6, 1, 64, 64, PAPER, None, 0, 0, torch.bfloat16),
     (1, 2400, 3, 1, 64, 64, PAPER, [0, 0, 1400, 1431, 2399], 0, 0, torch.bfloat16),
     (1, 1200, 32, 1, 64, 64, PAPER, None, 0, 0, torch.bfloat16),

@@ -57,14 +57,15 @@ def compiled(architecture: int, dtype: str, group_size: int, head_dim: int, pack
         (90, "bfloat16", 16, 128, False),
         (90, "float16", 4, 64, True),
         (90, "bfloat16", 5, 128, False),
+        (90, "bfloat16", 16, 192, False),
         (90, "bfloat16", 4, 96, False),
         (100, "bfloat16", 5, 64, True),
     ],
 )
 def test_all_kernels_compile_within_shared_memory(architecture, dtype, group_size, head_dim, packed, tmp_path):
-    """Hopper has kernels of its own for heads of 64 and 128."""
+    """Hopper has kernels of its own for heads of 64 and 128, and for keys of 192."""
     kernels = compiled(architecture, dtype, group_size, head_dim, packed, tmp_path)
-    hopper = architecture == 90 and head_dim in (64, 128)
+    hopper = architecture == 90 and head_dim in (64, 128, 192)
     matrix = HOPPER_KERNELS if hopper else PLAIN_KERNELS
     others = ({"_pack_rows_kernel"} if hopper else set()) | (LAYOUT_KERNELS if packed else set())
     assert {kernel["kernel"] for kernel in kernels} == KERNELS | matrix | others

@@ -57,21 +57,23 @@ def compile_only(architecture: int) -> list[tuple[str, Any]]:
 
 
 def launch_all(dtype: torch.dtype, group_size: int, head_dim: int, packed: bool) -> None:
+    """Values have the size of keys, 128 at most."""
     geometry, T = BlockGeometry(), 2048
     q = torch.zeros(1, T, group_size, head_dim, dtype=dtype)
     k = torch.zeros(1, T, 1, head_dim, dtype=dtype)
+    v = torch.zeros(1, T, 1, min(head_dim, 128), dtype=dtype)
     cu = torch.tensor([0, 100, T], dtype=torch.int32) if packed else None
     tail = (cu, geometry.as_tuple())
-    k_cmp = backend.mean_pool_forward(k, *tail, geometry.num_compressed(T))
+    k_cmp, v_cmp = (backend.mean_pool_forward(x, *tail, geometry.num_compressed(T)) for x in (k, v))
     backend.mean_pool_backward(k_cmp, *tail, T)
-    out, lse = backend.compressed_attention_forward(q, k_cmp, k_cmp, *tail, 0, 1.0)
-    backend.compressed_attention_backward(out, lse, q, k_cmp, k_cmp, out, lse, *tail, 0, 1.0)
+    out, lse = backend.compressed_attention_forward(q, k_cmp, v_cmp, *tail, 0, 1.0)
+    backend.compressed_attention_backward(out, lse, q, k_cmp, v_cmp, out, lse, *tail, 0, 1.0)
     blocks = backend.select_blocks_forward(q, k_cmp, lse, *tail, 0, 1.0)
-    out, lse = backend.selected_attention_forward(q, k, k, blocks, *tail, 0, 1.0)
-    backend.selected_attention_backward(out, lse, q, k, k, out, lse, blocks, *tail, 0, 1.0)
-    out, lse = backend.window_attention_forward(q, k, k, *tail, 0, 0, 1.0)
-    backend.window_attention_backward(out, lse, q, k, k, out, lse, *tail, 0, 0, 1.0)
-    tensors = (q, k, k, k_cmp, k_cmp, k, k, q[..., :3].contiguous())
+    out, lse = backend.selected_attention_forward(q, k, v, blocks, *tail, 0, 1.0)
+    backend.selected_attention_backward(out, lse, q, k, v, out, lse, blocks, *tail, 0, 1.0)
+    out, lse = backend.window_attention_forward(q, k, v, *tail, 0, 0, 1.0)
+    backend.window_attention_backward(out, lse, q, k, v, out, lse, *tail, 0, 0, 1.0)
+    tensors = (q, k, v, k_cmp, v_cmp, k, v, q[..., :3].contiguous())
     whole = (cu, geometry.as_tuple(), 1.0)
     for union in (False, True):
         backend._union_pays = lambda *_, union=union: union
