@@ -30,7 +30,7 @@ from nsa.ops.triton import (
     dense_bwd,
     dense_fwd,
     forced,
-    hopper_bwd,
+    hopper_bwd_queries,
     hopper_fwd,
     hopper_select_fwd,
     score_topk,
@@ -147,7 +147,7 @@ class Stages:
         """stage -> variant -> constants and function; the first variant is the plain one."""
         name, tiles = ("TAIL_TILE", TAIL_TILES) if self.q.shape[3] > 128 else ("TILE", FORWARD_TILES)
         forward = {str(tile): ((hopper_fwd, name, tile),) for tile in tiles}
-        backward = {f"queries in registers {on}": ((hopper_bwd, "QUERY_REGISTERS", on),) for on in (False, True)}
+        backward = {f"queries in registers {on}": ((hopper_bwd_queries, "REGISTERS", on),) for on in (False, True)}
         ranges = {f"{n} rows a range": ((hopper_select_fwd, "RANGE_ROWS", n),) for n in (8, 16, 32, 64, 128)}
         found: dict[str, Any] = {}
         for stage, run, others in (

@@ -8,7 +8,16 @@ from torch import Tensor
 
 from nsa import BlockGeometry, mean_pool, nsa_attention
 from nsa.ops.routing import choose_backend, explain_backend
-from nsa.ops.triton import dense_fwd, hopper_bwd, hopper_fwd, hopper_select_bwd, hopper_select_fwd, select_fwd
+from nsa.ops.triton import (
+    dense_fwd,
+    hopper_bwd_keys,
+    hopper_bwd_queries,
+    hopper_fwd,
+    hopper_score,
+    hopper_select_bwd,
+    hopper_select_fwd,
+    select_fwd,
+)
 
 SMALL = BlockGeometry(8, 4, 16, 4, 1, 2, 24)
 
@@ -159,9 +168,9 @@ def test_new_lengths_do_not_compile_new_kernels():
     for T in (300, 301, 333):
         step(*inputs(T=T), geometry=geometry)
     kernels = (
-        dense_fwd.dense_forward_kernel, hopper_fwd.hopper_forward_kernel, hopper_bwd.hopper_key_kernel,
-        hopper_bwd.hopper_query_kernel, select_fwd.select_forward_kernel, hopper_select_fwd.hopper_select_kernel,
-        hopper_select_bwd.hopper_select_backward_kernel,
+        dense_fwd.dense_forward_kernel, hopper_fwd.hopper_forward_kernel, hopper_bwd_keys.hopper_key_kernel,
+        hopper_bwd_queries.hopper_query_kernel, hopper_score.hopper_score_kernel, select_fwd.select_forward_kernel,
+        hopper_select_fwd.hopper_select_kernel, hopper_select_bwd.hopper_select_backward_kernel,
     )  # fmt: skip
     before = [sum(len(cache[0]) for cache in kernel.device_caches.values()) for kernel in kernels]
     for T in (310, 350, 384, 401, 512, 517):

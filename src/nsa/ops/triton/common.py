@@ -26,8 +26,8 @@ from nsa.geometry import BlockGeometry
 
 LOG2E = 1.4426950408889634
 LN2 = 0.6931471805599453
-# Whether tests/gpu has passed with the kernels of `hopper_fwd` and `hopper_bwd` as they are. Until then the plain
-# kernels run everywhere but in those tests, which switch this on.
+# Whether tests/gpu has passed with the kernels of the `hopper_*` files as they are. Until then the plain kernels run
+# everywhere but in those tests, which switch this on.
 HOPPER_IS_TESTED = False
 SENTINEL = 2**30  # start of "no document": beyond every token
 VALUE_SIZES = (16, 32, 64, 128, 256)

@@ -33,7 +33,8 @@ from nsa.ops.triton.common import (
     query_interval,
 )
 from nsa.ops.triton.dense_fwd import describe, describe_keys
-from nsa.ops.triton.hopper_bwd import hopper_key_backward, hopper_query_backward
+from nsa.ops.triton.hopper_bwd_keys import hopper_key_backward
+from nsa.ops.triton.hopper_bwd_queries import hopper_query_backward
 
 MAX_SPLIT_BYTES = 512 * 2**20
 
