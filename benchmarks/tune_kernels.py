@@ -165,6 +165,12 @@ class Stages:
         for count in (8, 16):
             patch = ((select_fwd, "REDUCE_UNROLL", count),)
             found["selected forward"][f"{count} slots at a time in the sum"] = (patch, self.selected)
+        for count in (3, 4, 6):
+            patch = ((select_fwd, "REDUCE_STAGES", count),)
+            found["selected forward"][f"{count} slots on their way in the sum"] = (patch, self.selected)
+        for count in (1024, 4096):
+            patch = ((select_fwd, "REDUCE_ELEMENTS", count),)
+            found["selected forward"][f"{count} elements a program of the sum"] = (patch, self.selected)
         for rows in (2048, 8192, 16384):
             run = lambda rows=rows: self.selected_backward(item_rows=rows)  # noqa: E731
             found["selected backward"][f"{rows} rows an item"] = ((), run)

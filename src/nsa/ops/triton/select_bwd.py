@@ -141,14 +141,14 @@ def select_query_reduce_kernel(
     choice_ptr += (token_row * HKV + head % HKV) * (SLOTS // RATIO)
     acc = tl.zeros([ROWS, PADDED], tl.float32)
     column = tl.arange(0, PADDED)[None, :]
-    for slot in tl.range(0, SLOTS, loop_unroll_factor=4):
-        used = live & (tl.load(choice_ptr + slot // RATIO, mask=live, other=-1) >= 0)
-        place = part + slot * G
-        acc += tl.load(part_ptr + place[:, None] * DK + column, mask=used[:, None] & (column < DK), other=0.0).to(
-            tl.float32
-        )
-    dq_row = token_row * H + (head % HKV) * G + row % G
     inside = live[:, None] & (column < DK)
+    for slot in tl.range(0, SLOTS, loop_unroll_factor=4):
+        # Read what an unused slot holds too, rather than wait for the choice before every read.
+        used = tl.load(choice_ptr + slot // RATIO, mask=live, other=-1) >= 0
+        place = part + slot * G
+        value = tl.load(part_ptr + place[:, None] * DK + column, mask=inside, other=0.0)
+        acc += tl.where(used[:, None], value.to(tl.float32), 0.0)
+    dq_row = token_row * H + (head % HKV) * G + row % G
     dq_ptrs = dq_ptr + dq_row[:, None] * DK + column
     dq = acc * scale
     if ADD:

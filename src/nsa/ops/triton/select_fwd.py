@@ -38,7 +38,7 @@ from nsa.ops.triton.invert import cut_chunks, invert, item_keys, plan
 SCRATCH_BYTES = 768 * 2**20
 ITEM_ROWS = 1024
 REDUCE_ELEMENTS = 2048
-REDUCE_UNROLL = 4  # slots read at a time
+REDUCE_UNROLL, REDUCE_STAGES = 4, 0  # slots read at a time; or on their way through shared memory, if not 0
 
 
 class Gated(NamedTuple):
@@ -137,13 +137,27 @@ def gated_sum(out, cmp_ptr, win_ptr, gate_ptr, sum_ptr, row, place, live):
     tl.store(sum_ptr + place, out.to(sum_ptr.dtype.element_ty), mask=live[:, None])
 
 
+@triton.jit
+def _add_slot(
+    acc, slot, part_ptr, part_lse_ptr, choice_ptr, part, column, best, live, last_free,
+    G: tl.constexpr, DV: tl.constexpr, RATIO: tl.constexpr,
+):  # fmt: skip
+    """Add the part of a slot; what an unused one holds is read too, rather than wait for the choice before it."""
+    chosen = tl.load(choice_ptr + slot // RATIO, mask=live, other=-1)
+    used = live & (chosen >= 0) & (chosen <= last_free)
+    place = part + slot * G
+    weight = tl.math.exp2(tl.load(part_lse_ptr + place, mask=live, other=0.0) - best)
+    value = tl.load(part_ptr + place[:, None] * DV + column, mask=live[:, None], other=0.0)
+    return acc + tl.where(used[:, None], value.to(tl.float32) * weight[:, None], 0.0)
+
+
 @triton.jit(do_not_specialize=["T", "q_start", "head_start", "token_start", "num_tokens"])
 def select_reduce_kernel(
     part_ptr, part_lse_ptr, choice_ptr, forced_ptr, forced_lse_ptr, out_ptr, lse_ptr, cmp_ptr, win_ptr, gate_ptr,
     sum_ptr, doc_ptr, log2e, T, q_start, head_start, token_start, num_tokens,
     H: tl.constexpr, HKV: tl.constexpr, DV: tl.constexpr, RATIO: tl.constexpr, SLOTS: tl.constexpr, FREE: tl.constexpr,
     BLOCK: tl.constexpr, INIT: tl.constexpr, LOCAL: tl.constexpr, PACKED: tl.constexpr, GATED: tl.constexpr,
-    PADDED: tl.constexpr, ROWS: tl.constexpr, LN2: tl.constexpr, UNROLL: tl.constexpr,
+    PADDED: tl.constexpr, ROWS: tl.constexpr, LN2: tl.constexpr, UNROLL: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Weigh the parts of a row by their log-sum-exps and add them: the forced blocks, then slot by slot.
 
@@ -186,13 +200,16 @@ def select_reduce_kernel(
         total += weight
         forced = tl.load(forced_ptr + out_row[:, None] * DV + column, mask=live[:, None], other=0.0)
         acc = forced.to(tl.float32) * weight[:, None]
-    for slot in tl.range(0, FREE, loop_unroll_factor=UNROLL):
-        chosen = tl.load(choice_ptr + slot // RATIO, mask=live, other=-1)
-        used = live & (chosen >= 0) & (chosen <= last_free)
-        place = part + slot * G
-        weight = tl.math.exp2(tl.load(part_lse_ptr + place, mask=used, other=float("-inf")) - best)
-        value = tl.load(part_ptr + place[:, None] * DV + column, mask=used[:, None], other=0.0)
-        acc += value.to(tl.float32) * weight[:, None]
+    if STAGES > 0:
+        for slot in tl.range(0, FREE, num_stages=STAGES):
+            acc = _add_slot(
+                acc, slot, part_ptr, part_lse_ptr, choice_ptr, part, column, best, live, last_free, G, DV, RATIO
+            )
+    else:
+        for slot in tl.range(0, FREE, loop_unroll_factor=UNROLL):
+            acc = _add_slot(
+                acc, slot, part_ptr, part_lse_ptr, choice_ptr, part, column, best, live, last_free, G, DV, RATIO
+            )
     out = acc / tl.where(total == 0.0, 1.0, total)[:, None]
     place = out_row[:, None] * DV + column
     tl.store(out_ptr + place, out.to(out_ptr.dtype.element_ty), mask=live[:, None])
@@ -263,7 +280,7 @@ def select_forward(
             part, part_lse, block_indices, *(forced or (out, lse)), out, lse, *(gated or (out, out, out, out)),
             documents[0], LOG2E, T, q_start, chunk.head, chunk.token, tokens,
             BLOCK=geometry.select_block_size, INIT=init, LOCAL=local, GATED=gated is not None,
-            PADDED=triton.next_power_of_2(max(free, 1)), ROWS=rows, LN2=LN2, UNROLL=REDUCE_UNROLL,
+            PADDED=triton.next_power_of_2(max(free, 1)), ROWS=rows, LN2=LN2, UNROLL=REDUCE_UNROLL, STAGES=REDUCE_STAGES,
             num_warps=4, **shape,
         )  # fmt: skip
     return out, lse
