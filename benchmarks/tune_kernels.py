@@ -160,6 +160,9 @@ class Stages:
             ("selected backward", self.selected_backward, {"Hopper's": ()}),
         ):
             found[stage] = {"plain": (PLAIN, run), **{name: (patch, run) for name, patch in others.items()}}
+        for count in (64, 96, 128):
+            patch = ((score_topk, "CHOICE_REGISTERS", count),)
+            found["choice"][f"{count} registers"] = (patch, self.choose)
         patch = ((hopper_select_fwd, "STREAM", False),)
         found["selected forward"]["partial results may stay in L2"] = (patch, self.selected)
         for count in (8, 16):

@@ -37,6 +37,7 @@ from nsa.ops.triton.hopper_score import hopper_score, tile_tokens
 from nsa.ops.triton.invert import Chunk, cut_chunks
 
 SCRATCH_BYTES = 512 * 2**20
+CHOICE_REGISTERS = 72  # for a thread of the choice: 28 of its warps fit a multiprocessor, where 106 leave room for 18
 
 
 def score_tile(q: Tensor, group_size: int, large: bool) -> dict[str, int]:
@@ -273,7 +274,8 @@ def select_blocks(
         choice_kernel[(tokens, heads)](
             mass, lists, out, *documents, T, N, q_start, chunk.head, chunk.token, tokens, width,
             COUNT=count, INIT=geometry.num_init_blocks,
-            LOCAL=geometry.num_local_blocks, PADDED=padded, CHUNK=candidates, num_warps=1, **shape,
+            LOCAL=geometry.num_local_blocks, PADDED=padded, CHUNK=candidates, num_warps=1,
+            maxnreg=CHOICE_REGISTERS, **shape,
         )  # fmt: skip
     return out
 
