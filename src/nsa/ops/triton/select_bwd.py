@@ -28,6 +28,7 @@ from nsa.ops.triton.select_fwd import REDUCE_ELEMENTS
 
 SCRATCH_BYTES = 768 * 2**20
 ITEM_ROWS = 4096
+KEYS_OF_SUM = 16  # keys whose gradients a program adds up
 
 
 def select_backward_tile(
@@ -160,16 +161,17 @@ def select_query_reduce_kernel(
 def select_key_reduce_kernel(
     item_dk_ptr, item_dv_ptr, key_ptr, first_ptr, dk_ptr, dv_ptr, scale, S, first_stride, head_start, bound,
     HKV: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr,
-    PARTS: tl.constexpr, BLOCK_N: tl.constexpr,
+    PARTS: tl.constexpr, BLOCK_N: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """Add the items of a block, in order and PARTS each, to the fp32 gradients of its keys."""
-    j = tl.program_id(0)
+    """Add the items of a block, in order and PARTS each, to the fp32 gradients of KEYS of its keys."""
+    PIECES: tl.constexpr = BLOCK_N // KEYS
+    j = tl.program_id(0) // PIECES
     head = head_start + tl.program_id(1)
     first_ptr += tl.program_id(1).to(tl.int64) * first_stride + j
     first, end = tl.load(first_ptr), tl.load(first_ptr + 1)
     if first < end:
         item = tl.program_id(1) * bound + first
-        n = tl.arange(0, BLOCK_N)
+        n = tl.program_id(0) % PIECES * KEYS + tl.arange(0, KEYS)
         key = tl.load(key_ptr + 2 * item) + n
         # A short last block ends where the next document begins.
         live = (key < tl.load(key_ptr + 2 * item + 1))[:, None]
@@ -250,8 +252,9 @@ def select_backward(
                 H=H, HKV=Hkv, DK=Dk, RATIO=inversion.ratio, SLOTS=slots, PADDED=padded, ADD=add, ROWS=reduce_rows,
                 num_warps=4,
             )  # fmt: skip
-        select_key_reduce_kernel[(num_blocks, heads)](
+        select_key_reduce_kernel[(num_blocks * (block_n // KEYS_OF_SUM), heads)](
             item_dk, item_dv, item_key, first, dk, dv, scale, S, num_blocks + 1, chunk.head, bound,
-            HKV=Hkv, DK=Dk, DV=Dv, PADDED=padded, BLOCK=block, PARTS=parts, BLOCK_N=block_n, num_warps=8,
+            HKV=Hkv, DK=Dk, DV=Dv, PADDED=padded, BLOCK=block, PARTS=parts, BLOCK_N=block_n, KEYS=KEYS_OF_SUM,
+            num_warps=4,
         )  # fmt: skip
     return dq, dk.to(k.dtype), dv.to(v.dtype)
