@@ -143,11 +143,11 @@ def _store_part(x_ptr, x, item, D: gl.constexpr, WIDTH: gl.constexpr, LAYOUT: gl
 
 
 @gluon.jit
-def _store_rows(
+def _rows_to_store(
     part_ptr, tile, place, row, num_rows, token_start, G: gl.constexpr, D: gl.constexpr, WIDTH: gl.constexpr,
     SLOTS: gl.constexpr,
 ):  # fmt: skip
-    """Store a tile of dQ at the places (token, slot) of its rows."""
+    """Where the rows of a tile of dQ go, by token and slot, their values, and which rows exist."""
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
     row += gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT))
     place = place.load(gl.SliceLayout(1, LAYOUT)) - token_start * SLOTS
@@ -245,11 +245,11 @@ def _row_partition(
                     dq = warpgroup_mma_wait(0, deps=[dq])
                     q_tail_smem.index(slot).store(dq.to(dtype))
                 places = place_smem.index(slot)
-                target, out, live = _store_rows(
+                target, out, live = _rows_to_store(
                     unit_part_ptr, q_tile, places, tile * ROWS, num_rows, token_start, G, D, D + TAIL, SLOTS
                 )
                 if TAIL > 0:
-                    tail_target, tail_out, tail_live = _store_rows(
+                    tail_target, tail_out, tail_live = _rows_to_store(
                         unit_part_ptr + D, q_tail_smem.index(slot), places, tile * ROWS, num_rows, token_start, G, TAIL,
                         D + TAIL, SLOTS,
                     )  # fmt: skip
