@@ -39,7 +39,9 @@ def kernels(q: Tensor, k: Tensor, v: Tensor, geometry: BlockGeometry, num_docs: 
     loads = "boxes" if by_key["BLOCK_M"] % group == 0 else "rows"
     reckoned = (q.shape[0] * q.shape[1], num_docs, group, geometry, select_union.BLOCK_M)
     found = []
-    hopper = hopper_serves(q, v)
+    # What the kernels see once heads are padded.
+    fitting = q[..., :1].expand(*q.shape[:3], key), v[..., :1].expand(*v.shape[:3], value)
+    hopper, gathers = hopper_serves(*fitting), hopper_gathers(*fitting, geometry.select_block_size)
     for stage in ("compressed", "window"):
         if hopper:
             found += [Kernel(f"{stage} {what}", f"hopper_{name}", {}, HOPPER) for what, name in HOPPER_STAGES]
@@ -52,16 +54,22 @@ def kernels(q: Tensor, k: Tensor, v: Tensor, geometry: BlockGeometry, num_docs: 
     else:
         found.append(Kernel("choice of blocks", "score, choice", score_topk.score_tile(q, group, large), fits))
     union = select_union.union_pays(*reckoned, select_union.FORWARD_RATIO)
-    gathers = not union and hopper_gathers(q, v, geometry.select_block_size)
-    how = f"forced_forward, {'hopper_select' if gathers else 'select_forward'}, select_reduce"
-    how = "union, union_forward" if union else how
-    tile = forward if union else {} if gathers else select_fwd.select_tile(*size)
+    if union:
+        how, tile = "union, union_forward", forward
+    elif gathers:
+        how, tile = "forced_forward, hopper_select, select_reduce", {}
+    else:
+        how, tile = "forced_forward, select_forward, select_reduce", select_fwd.select_tile(*size)
     found.append(Kernel("selected forward and gated sum", how, tile, _why(union)))
     union = select_union.union_pays(*reckoned, select_union.BACKWARD_RATIO)
-    how = "union, union_query, " if union else ""
-    reduced = "select_key_reduce" if union else "select_query_reduce, select_key_reduce"
     tile = select_bwd.select_backward_tile(*size, queries=not union)
-    found.append(Kernel("selected backward", f"{how}select_backward, {reduced}", tile, _why(union)))
+    if union:
+        how = "union, union_query, select_backward, select_key_reduce"
+    elif gathers:
+        how, tile = "hopper_select_backward, select_query_reduce, select_key_reduce", {}
+    else:
+        how = "select_backward, select_query_reduce, select_key_reduce"
+    found.append(Kernel("selected backward", how, tile, _why(union)))
     found.append(Kernel("gates backward", "gate_backward", {}, fits))
     return found
 
