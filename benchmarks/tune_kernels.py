@@ -30,7 +30,6 @@ from nsa.ops.triton import (
     dense_bwd,
     dense_fwd,
     forced,
-    hopper_bwd_queries,
     hopper_fwd,
     hopper_select_fwd,
     score_topk,
@@ -41,16 +40,11 @@ from nsa.ops.triton import (
 
 Patch = tuple[Any, str, Any]
 PLAIN: tuple[Patch, ...] = ((common, "HOPPER_IS_TESTED", False),)
-TAIL_TILES = [
-    {"GROUPS": 2, "KEYS": 64, "STAGES": 3, "REGISTERS": False},
-    {"GROUPS": 2, "KEYS": 64, "STAGES": 2, "REGISTERS": False},
-]
+TAIL_TILES = [{"GROUPS": 2, "KEYS": 64, "STAGES": 3}, {"GROUPS": 3, "KEYS": 64, "STAGES": 2}]
 FORWARD_TILES = [
-    {"GROUPS": 3, "KEYS": 64, "STAGES": 4, "REGISTERS": False},
-    {"GROUPS": 2, "KEYS": 64, "STAGES": 4, "REGISTERS": False},
-    {"GROUPS": 2, "KEYS": 64, "STAGES": 4, "REGISTERS": True},
-    {"GROUPS": 2, "KEYS": 128, "STAGES": 2, "REGISTERS": False},
-    {"GROUPS": 2, "KEYS": 128, "STAGES": 2, "REGISTERS": True},
+    {"GROUPS": 3, "KEYS": 64, "STAGES": 4},
+    {"GROUPS": 2, "KEYS": 64, "STAGES": 4},
+    {"GROUPS": 2, "KEYS": 128, "STAGES": 2},
 ]
 
 
@@ -147,7 +141,6 @@ class Stages:
         """stage -> variant -> constants and function; the first variant is the plain one."""
         name, tiles = ("TAIL_TILE", TAIL_TILES) if self.q.shape[3] > 128 else ("TILE", FORWARD_TILES)
         forward = {str(tile): ((hopper_fwd, name, tile),) for tile in tiles}
-        backward = {f"queries in registers {on}": ((hopper_bwd_queries, "REGISTERS", on),) for on in (False, True)}
         ranges = {f"{n} rows a range": ((hopper_select_fwd, "RANGE_ROWS", n),) for n in (8, 16, 32, 64, 128)}
         found: dict[str, Any] = {}
         for stage, run, others in (
@@ -155,8 +148,8 @@ class Stages:
             ("window forward", self.windowed, forward),
             ("choice", self.choose, {"Hopper's": ()}),
             ("selected forward", self.selected, ranges),
-            ("compressed backward", self.compressed_backward, backward),
-            ("window backward", self.window_backward, backward),
+            ("compressed backward", self.compressed_backward, {"Hopper's": ()}),
+            ("window backward", self.window_backward, {"Hopper's": ()}),
             ("selected backward", self.selected_backward, {"Hopper's": ()}),
         ):
             found[stage] = {"plain": (PLAIN, run), **{name: (patch, run) for name, patch in others.items()}}

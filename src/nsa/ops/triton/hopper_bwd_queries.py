@@ -43,7 +43,6 @@ from nsa.ops.triton.hopper_fwd import (
 ROWS = gl.constexpr(64)  # rows of a group of four warps
 KEYS = gl.constexpr(64)  # keys of a step
 STAGES = gl.constexpr(3)  # steps in flight
-REGISTERS = True  # whether these hold queries and output gradients, where keys have no tail
 
 
 @gluon.jit
@@ -109,7 +108,7 @@ def _query_partition(
     dout_smem, k_smem, k_tail_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty, doc_ptr, cmp_ptr,
     scale, scale_log2, log2e, T, S, q_start, k_start, num_tiles, heads,
     G: gl.constexpr, HKV: gl.constexpr, D: gl.constexpr, TAIL: gl.constexpr, SIZE: gl.constexpr, STRIDE: gl.constexpr,
-    WINDOW: gl.constexpr, PACKED: gl.constexpr, ADD: gl.constexpr, REGISTERS: gl.constexpr, BUFFERS: gl.constexpr,
+    WINDOW: gl.constexpr, PACKED: gl.constexpr, ADD: gl.constexpr, BUFFERS: gl.constexpr,
     BOXES: gl.constexpr,
 ):  # fmt: skip
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
@@ -176,24 +175,19 @@ def _query_partition(
                     q_ptr, dout_ptr, q_smem, q_tail_smem, dout_smem, (turn + 1) % 2 * 2 + HALF, next_row, next_b,
                     next_group, T, G, HKV, D, TAIL,
                 )  # fmt: skip
-        q = q_tile
-        dout = dout_tile
-        if REGISTERS:
-            q = q_tile.load(gl.DotOperandLayout(0, S_LAYOUT, 2))
-            dout = dout_tile.load(gl.DotOperandLayout(0, S_LAYOUT, 2))
         for key_start in range(tile_first, tile_end, KEYS):
             slot = step % STAGES
             phase = step // STAGES & 1
             k = k_smem.index(slot).reshape([KEYS, D])
             v = v_smem.index(slot).reshape([KEYS, D])
             mbarrier.wait(k_full.index(slot), phase)
-            s = warpgroup_mma(q, k.permute([1, 0]), none, use_acc=False, is_async=True)
+            s = warpgroup_mma(q_tile, k.permute([1, 0]), none, use_acc=False, is_async=True)
             k_tail = k
             if TAIL > 0:
                 k_tail = k_tail_smem.index(slot).reshape([KEYS, TAIL])
                 s = warpgroup_mma(q_tail, k_tail.permute([1, 0]), s, is_async=True)
             mbarrier.wait(v_full.index(slot), phase)
-            dp = warpgroup_mma(dout, v.permute([1, 0]), none, use_acc=False, is_async=True)
+            dp = warpgroup_mma(dout_tile, v.permute([1, 0]), none, use_acc=False, is_async=True)
             s = warpgroup_mma_wait(1, deps=[s])
             p = gl.exp2(s * scale_log2 - lse[:, None])
             if (key_start < plain_first) | (key_start + KEYS > plain_end):
@@ -237,7 +231,7 @@ def hopper_query_kernel(
     q_desc, q_tail_desc, k_desc, k_tail_desc, v_desc, dout_desc, dq_desc, dq_tail_desc, q_ptr, dout_ptr, dq_ptr,
     lse_ptr, delta_ptr, doc_ptr, cmp_ptr, scale, scale_log2, log2e, T, S, q_start, k_start, num_tiles, heads,
     G: gl.constexpr, HKV: gl.constexpr, D: gl.constexpr, TAIL: gl.constexpr, SIZE: gl.constexpr, STRIDE: gl.constexpr,
-    WINDOW: gl.constexpr, PACKED: gl.constexpr, ADD: gl.constexpr, REGISTERS: gl.constexpr, BUFFERS: gl.constexpr,
+    WINDOW: gl.constexpr, PACKED: gl.constexpr, ADD: gl.constexpr, BUFFERS: gl.constexpr,
     BOXES: gl.constexpr,
 ):  # fmt: skip
     q_smem = gl.allocate_shared_memory(q_desc.dtype, [2 * BUFFERS] + q_desc.block_shape, q_desc.layout)
@@ -262,13 +256,13 @@ def hopper_query_kernel(
             0, q_ptr, dout_ptr, dq_desc, dq_tail_desc, dq_ptr, lse_ptr, delta_ptr, q_smem, q_tail_smem, dout_smem,
             k_smem, k_tail_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty, doc_ptr, cmp_ptr, scale,
             scale_log2, log2e, T, S, q_start, k_start, num_tiles, heads, G, HKV, D, TAIL, SIZE, STRIDE, WINDOW, PACKED,
-            ADD, REGISTERS, BUFFERS, BOXES,
+            ADD, BUFFERS, BOXES,
         )),
         (_query_partition, (
             1, q_ptr, dout_ptr, dq_desc, dq_tail_desc, dq_ptr, lse_ptr, delta_ptr, q_smem, q_tail_smem, dout_smem,
             k_smem, k_tail_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty, doc_ptr, cmp_ptr, scale,
             scale_log2, log2e, T, S, q_start, k_start, num_tiles, heads, G, HKV, D, TAIL, SIZE, STRIDE, WINDOW, PACKED,
-            ADD, REGISTERS, BUFFERS, BOXES,
+            ADD, BUFFERS, BOXES,
         )),
         (_query_load_partition, (
             q_desc, q_tail_desc, k_desc, k_tail_desc, v_desc, dout_desc, q_smem, q_tail_smem, dout_smem, k_smem,
@@ -296,6 +290,6 @@ def hopper_query_backward(
         describe_box(dout, *box), *describe_parts(dq, D, *box), q, dout, dq, lse, delta, *documents,
         scale, scale * LOG2E, LOG2E, T, S, q_start, k_start, num_tiles, B * Hkv,
         G=G, HKV=Hkv, D=D, TAIL=tail, SIZE=geometry.compress_block_size, STRIDE=geometry.compress_stride,
-        WINDOW=window, PACKED=layout is not None, ADD=add, REGISTERS=REGISTERS and not tail,
+        WINDOW=window, PACKED=layout is not None, ADD=add,
         BUFFERS=1 if tail else 2, BOXES=boxes, num_warps=4,
     )  # fmt: skip

@@ -35,10 +35,9 @@ from nsa.geometry import BlockGeometry
 from nsa.ops.triton.common import LN2, LOG2E, Layout, key_interval, num_multiprocessors
 
 ROWS = gl.constexpr(64)  # rows of a group of four warps, as one wgmma takes
-# GROUPS groups of four warps, KEYS keys of a step, STAGES steps in flight; whether REGISTERS hold the queries, which
-# spares shared memory, whose bandwidth products are close to.
-TILE = {"GROUPS": 3, "KEYS": 64, "STAGES": 4, "REGISTERS": False}
-TAIL_TILE = {"GROUPS": 2, "KEYS": 64, "STAGES": 3, "REGISTERS": False}  # for keys of 192 = 128 + 64
+# GROUPS groups of four warps, KEYS keys of a step, STAGES steps in flight.
+TILE = {"GROUPS": 3, "KEYS": 64, "STAGES": 4}
+TAIL_TILE = {"GROUPS": 2, "KEYS": 64, "STAGES": 3}  # for keys of 192 = 128 + 64
 
 
 def describe_box(x: Tensor, tokens: int, heads: int) -> TensorDescriptor:
@@ -189,9 +188,9 @@ def _soften(
 
 
 @gluon.jit
-def _scores(q, q_tail, k_smem, k_tail_smem, slot, none, KEYS: gl.constexpr, D: gl.constexpr, TAIL: gl.constexpr):
+def _scores(q_tile, q_tail, k_smem, k_tail_smem, slot, none, KEYS: gl.constexpr, D: gl.constexpr, TAIL: gl.constexpr):
     s = warpgroup_mma(
-        q, k_smem.index(slot).reshape([KEYS, D]).permute([1, 0]), none, use_acc=False, is_async=True
+        q_tile, k_smem.index(slot).reshape([KEYS, D]).permute([1, 0]), none, use_acc=False, is_async=True
     )  # fmt: skip
     if TAIL > 0:
         s = warpgroup_mma(q_tail, k_tail_smem.index(slot).reshape([KEYS, TAIL]).permute([1, 0]), s, is_async=True)
@@ -202,7 +201,7 @@ def _scores(q, q_tail, k_smem, k_tail_smem, slot, none, KEYS: gl.constexpr, D: g
 def _attend(
     q_tile, q_tail, k_smem, k_tail_smem, v_smem, k_full, k_empty, v_full, v_empty, step, tile_first, tile_end,
     first, end, plain_first, plain_end, scale_log2, D: gl.constexpr, TAIL: gl.constexpr, LEFT: gl.constexpr,
-    S_LAYOUT: gl.constexpr, O_LAYOUT: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr,
+    S_LAYOUT: gl.constexpr, O_LAYOUT: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Sum of values, running maximum and sum of a group's rows, and the number of the next step."""
     P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, O_LAYOUT, 2)
@@ -211,12 +210,9 @@ def _attend(
     acc = gl.zeros([ROWS, D], gl.float32, O_LAYOUT)
     best = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, S_LAYOUT))
     total = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, S_LAYOUT))
-    q = q_tile
-    if REGISTERS:
-        q = q_tile.load(gl.DotOperandLayout(0, S_LAYOUT, 2))
     slot = step % STAGES
     mbarrier.wait(k_full.index(slot), step // STAGES & 1)
-    s = _scores(q, q_tail, k_smem, k_tail_smem, slot, none, KEYS, D, TAIL)
+    s = _scores(q_tile, q_tail, k_smem, k_tail_smem, slot, none, KEYS, D, TAIL)
     s = warpgroup_mma_wait(0, deps=[s])
     mbarrier.arrive(k_empty.index(slot), count=1)
     p, best, total, _fading = _soften(
@@ -229,7 +225,7 @@ def _attend(
         step += 1
         slot = step % STAGES
         mbarrier.wait(k_full.index(slot), step // STAGES & 1)
-        s = _scores(q, q_tail, k_smem, k_tail_smem, slot, none, KEYS, D, TAIL)
+        s = _scores(q_tile, q_tail, k_smem, k_tail_smem, slot, none, KEYS, D, TAIL)
         mbarrier.wait(v_full.index(old_slot), old_phase)
         acc = warpgroup_mma(p, v_smem.index(old_slot).reshape([KEYS, D]), acc, is_async=True)
         s = warpgroup_mma_wait(1, deps=[s])
@@ -254,7 +250,7 @@ def _row_partition(
     q_empty, k_full, k_empty, v_full, v_empty, doc_ptr, cmp_ptr, scale_log2, T, S, q_start, k_start, num_tiles, heads,
     G: gl.constexpr, HKV: gl.constexpr, D: gl.constexpr, TAIL: gl.constexpr, SIZE: gl.constexpr, STRIDE: gl.constexpr,
     WINDOW: gl.constexpr, PACKED: gl.constexpr, LN2: gl.constexpr, GROUPS: gl.constexpr, KEYS: gl.constexpr,
-    STAGES: gl.constexpr, REGISTERS: gl.constexpr, BOXES: gl.constexpr,
+    STAGES: gl.constexpr, BOXES: gl.constexpr,
 ):  # fmt: skip
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
     O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
@@ -296,7 +292,7 @@ def _row_partition(
         acc, best, total, step = _attend(
             q, q_tail, k_smem, k_tail_smem, v_smem, k_full, k_empty, v_full, v_empty, step, tile_first, tile_end,
             first, end, plain_first, plain_end, scale_log2, D, TAIL, PACKED or WINDOW > 0, S_LAYOUT, O_LAYOUT, KEYS,
-            STAGES, REGISTERS,
+            STAGES,
         )  # fmt: skip
 
         share = 1.0 / gl.where(total == 0.0, 1.0, total)
@@ -321,7 +317,7 @@ def hopper_forward_kernel(
     T, S, q_start, k_start, num_tiles, heads,
     G: gl.constexpr, HKV: gl.constexpr, D: gl.constexpr, TAIL: gl.constexpr, SIZE: gl.constexpr, STRIDE: gl.constexpr,
     WINDOW: gl.constexpr, PACKED: gl.constexpr, LN2: gl.constexpr, GROUPS: gl.constexpr, KEYS: gl.constexpr,
-    STAGES: gl.constexpr, REGISTERS: gl.constexpr, BOXES: gl.constexpr,
+    STAGES: gl.constexpr, BOXES: gl.constexpr,
 ):  # fmt: skip
     q_smem = gl.allocate_shared_memory(q_desc.dtype, [2 * GROUPS] + q_desc.block_shape, q_desc.layout)
     k_smem = gl.allocate_shared_memory(k_desc.dtype, [STAGES] + k_desc.block_shape, k_desc.layout)
@@ -344,17 +340,17 @@ def hopper_forward_kernel(
             (_row_partition, (
                 0, q_ptr, out_ptr, out_desc, lse_ptr, q_smem, q_tail_smem, k_smem, k_tail_smem, v_smem, q_full, q_empty,
                 k_full, k_empty, v_full, v_empty, doc_ptr, cmp_ptr, scale_log2, T, S, q_start, k_start, num_tiles,
-                heads, G, HKV, D, TAIL, SIZE, STRIDE, WINDOW, PACKED, LN2, GROUPS, KEYS, STAGES, REGISTERS, BOXES,
+                heads, G, HKV, D, TAIL, SIZE, STRIDE, WINDOW, PACKED, LN2, GROUPS, KEYS, STAGES, BOXES,
             )),
             (_row_partition, (
                 1, q_ptr, out_ptr, out_desc, lse_ptr, q_smem, q_tail_smem, k_smem, k_tail_smem, v_smem, q_full, q_empty,
                 k_full, k_empty, v_full, v_empty, doc_ptr, cmp_ptr, scale_log2, T, S, q_start, k_start, num_tiles,
-                heads, G, HKV, D, TAIL, SIZE, STRIDE, WINDOW, PACKED, LN2, GROUPS, KEYS, STAGES, REGISTERS, BOXES,
+                heads, G, HKV, D, TAIL, SIZE, STRIDE, WINDOW, PACKED, LN2, GROUPS, KEYS, STAGES, BOXES,
             )),
             (_row_partition, (
                 2, q_ptr, out_ptr, out_desc, lse_ptr, q_smem, q_tail_smem, k_smem, k_tail_smem, v_smem, q_full, q_empty,
                 k_full, k_empty, v_full, v_empty, doc_ptr, cmp_ptr, scale_log2, T, S, q_start, k_start, num_tiles,
-                heads, G, HKV, D, TAIL, SIZE, STRIDE, WINDOW, PACKED, LN2, GROUPS, KEYS, STAGES, REGISTERS, BOXES,
+                heads, G, HKV, D, TAIL, SIZE, STRIDE, WINDOW, PACKED, LN2, GROUPS, KEYS, STAGES, BOXES,
             )),
             (_load_partition, (
                 q_desc, q_tail_desc, k_desc, k_tail_desc, v_desc, q_smem, q_tail_smem, k_smem, k_tail_smem, v_smem,
@@ -367,12 +363,12 @@ def hopper_forward_kernel(
             (_row_partition, (
                 0, q_ptr, out_ptr, out_desc, lse_ptr, q_smem, q_tail_smem, k_smem, k_tail_smem, v_smem, q_full, q_empty,
                 k_full, k_empty, v_full, v_empty, doc_ptr, cmp_ptr, scale_log2, T, S, q_start, k_start, num_tiles,
-                heads, G, HKV, D, TAIL, SIZE, STRIDE, WINDOW, PACKED, LN2, GROUPS, KEYS, STAGES, REGISTERS, BOXES,
+                heads, G, HKV, D, TAIL, SIZE, STRIDE, WINDOW, PACKED, LN2, GROUPS, KEYS, STAGES, BOXES,
             )),
             (_row_partition, (
                 1, q_ptr, out_ptr, out_desc, lse_ptr, q_smem, q_tail_smem, k_smem, k_tail_smem, v_smem, q_full, q_empty,
                 k_full, k_empty, v_full, v_empty, doc_ptr, cmp_ptr, scale_log2, T, S, q_start, k_start, num_tiles,
-                heads, G, HKV, D, TAIL, SIZE, STRIDE, WINDOW, PACKED, LN2, GROUPS, KEYS, STAGES, REGISTERS, BOXES,
+                heads, G, HKV, D, TAIL, SIZE, STRIDE, WINDOW, PACKED, LN2, GROUPS, KEYS, STAGES, BOXES,
             )),
             (_load_partition, (
                 q_desc, q_tail_desc, k_desc, k_tail_desc, v_desc, q_smem, q_tail_smem, k_smem, k_tail_smem, v_smem,
