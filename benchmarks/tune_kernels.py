@@ -15,10 +15,12 @@ import csv
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
@@ -30,8 +32,6 @@ from nsa.ops.triton import (
     dense_bwd,
     dense_fwd,
     forced,
-    hopper_fwd,
-    hopper_select_fwd,
     score_topk,
     select_bwd,
     select_fwd,
@@ -39,13 +39,7 @@ from nsa.ops.triton import (
 )
 
 Patch = tuple[Any, str, Any]
-PLAIN: tuple[Patch, ...] = ((common, "HOPPER_IS_TESTED", False),)
-TAIL_TILES = [{"GROUPS": 2, "KEYS": 64, "STAGES": 3}, {"GROUPS": 3, "KEYS": 64, "STAGES": 2}]
-FORWARD_TILES = [
-    {"GROUPS": 3, "KEYS": 64, "STAGES": 4},
-    {"GROUPS": 2, "KEYS": 64, "STAGES": 4},
-    {"GROUPS": 2, "KEYS": 128, "STAGES": 2},
-]
+PLAIN: tuple[Patch, ...] = ((common, "is_hopper", lambda x: False),)
 
 
 @contextmanager
@@ -64,6 +58,15 @@ def patched(patches: tuple[Patch, ...]) -> Iterator[None]:
 def row_error(x: Tensor, expected: Tensor) -> float:
     difference = (x.float() - expected.float()).norm(dim=-1).max()
     return float(difference / expected.float().norm(dim=-1).square().mean().sqrt())
+
+
+def score_tiles(q: Tensor, num_kv_heads: int) -> Iterator[dict[str, int]]:
+    """Tiles of the scores: 64 to 256 columns, 64 or 128 keys a step."""
+    heads = triton.next_power_of_2(q.shape[2] // num_kv_heads)
+    for columns, keys, warps, stages in product((64, 128, 256), (64, 128), (4, 8), (2, 3, 4)):
+        if columns >= heads and columns * keys <= 4096 * warps:
+            sizes = {"HEADS": heads, "TOKENS": columns // heads, "BLOCK_N": keys}
+            yield {**sizes, "num_warps": warps, "num_stages": stages}
 
 
 class Stages:
@@ -96,8 +99,9 @@ class Stages:
     def windowed(self) -> tuple[Tensor, ...]:
         return dense_fwd.dense_forward(self.q, self.k, self.v, self.geometry, None, self.window, 0, 0, self.scale)
 
-    def choose(self) -> tuple[Tensor, ...]:
-        return (score_topk.select_blocks(self.q, self.k_cmp, self.cmp[1], self.geometry, None, 0, self.scale),)
+    def choose(self, **options: Any) -> tuple[Tensor, ...]:
+        what = (self.q, self.k_cmp, self.cmp[1], self.geometry, None, 0, self.scale)
+        return (score_topk.select_blocks(*what, **options),)
 
     def selected(self, union: bool = False) -> tuple[Tensor, ...]:
         what = (self.q, self.k, self.v)
@@ -139,35 +143,34 @@ class Stages:
 
     def variants(self) -> dict[str, dict[str, tuple[tuple[Patch, ...], Callable[[], tuple[Tensor, ...]]]]]:
         """stage -> variant -> constants and function; the first variant is the plain one."""
-        name, tiles = ("TAIL_TILE", TAIL_TILES) if self.q.shape[3] > 128 else ("TILE", FORWARD_TILES)
-        forward = {str(tile): ((hopper_fwd, name, tile),) for tile in tiles}
-        ranges = {f"{n} rows a range": ((hopper_select_fwd, "RANGE_ROWS", n),) for n in (8, 16, 32, 64, 128)}
         found: dict[str, Any] = {}
-        for stage, run, others in (
-            ("compressed forward", self.compressed, forward),
-            ("window forward", self.windowed, forward),
-            ("choice", self.choose, {"Hopper's": ()}),
-            ("selected forward", self.selected, ranges),
-            ("compressed backward", self.compressed_backward, {"Hopper's": ()}),
-            ("window backward", self.window_backward, {"Hopper's": ()}),
-            ("selected backward", self.selected_backward, {"Hopper's": ()}),
+        for stage, run in (
+            ("compressed forward", self.compressed),
+            ("window forward", self.windowed),
+            ("choice", self.choose),
+            ("selected forward", self.selected),
+            ("compressed backward", self.compressed_backward),
+            ("window backward", self.window_backward),
+            ("selected backward", self.selected_backward),
         ):
-            found[stage] = {"plain": (PLAIN, run), **{name: (patch, run) for name, patch in others.items()}}
-        for count in (64, 96, 128):
+            found[stage] = {"plain": (PLAIN, run)}
+            if "compressed" in stage or "window" in stage:
+                found[stage]["Hopper's"] = ((), run)
+        for tile in score_tiles(self.q, self.k.shape[2]):
+            found["choice"][str(tile)] = ((), lambda tile=tile: self.choose(tile=tile))
+        for count in (64, 96):
             patch = ((score_topk, "CHOICE_REGISTERS", count),)
             found["choice"][f"{count} registers"] = (patch, self.choose)
-        patch = ((hopper_select_fwd, "STREAM", False),)
-        found["selected forward"]["partial results may stay in L2"] = (patch, self.selected)
-        for count in (8, 16):
-            patch = ((select_fwd, "REDUCE_UNROLL", count),)
-            found["selected forward"][f"{count} slots at a time in the sum"] = (patch, self.selected)
-        for count in (3, 4, 6):
-            patch = ((select_fwd, "REDUCE_STAGES", count),)
-            found["selected forward"][f"{count} slots on their way in the sum"] = (patch, self.selected)
-        for count in (1024, 4096):
-            patch = ((select_fwd, "REDUCE_ELEMENTS", count),)
-            found["selected forward"][f"{count} elements a program of the sum"] = (patch, self.selected)
-        for rows in (2048, 8192, 16384):
+        for count in (128, 512, 1024):
+            found["choice"][f"{count} candidates"] = ((), lambda count=count: self.choose(max_chunk=count))
+        for stages, elements in ((2, 1024), (4, 1024), (4, 2048), (6, 512), (6, 1024), (6, 2048)):
+            patch = ((select_fwd, "REDUCE_STAGES", stages), (select_fwd, "REDUCE_ELEMENTS", elements))
+            name = f"{stages} slots on their way, {elements} elements a program of the sum"
+            found["selected forward"][name] = (patch, self.selected)
+        for mib in (768, 1536, 3072):
+            run = lambda mib=mib: self.selected_backward(scratch_bytes=mib * 2**20)  # noqa: E731
+            found["selected backward"][f"{mib} MiB of scratch"] = ((), run)
+        for rows in (2048, 8192):
             run = lambda rows=rows: self.selected_backward(item_rows=rows)  # noqa: E731
             found["selected backward"][f"{rows} rows an item"] = ((), run)
         found["window forward"]["PyTorch's FlashAttention"] = ((), self.flash_window)
@@ -219,7 +222,6 @@ def main() -> None:
     parser.add_argument("--only", default="", help="a word of the stages to measure")
     parser.add_argument("--out", type=Path, help="CSV to write")
     arguments = parser.parse_args()
-    common.HOPPER_IS_TESTED = True
     lines = []
     for length in arguments.lengths:
         sizes = (arguments.head_dim, arguments.value_head_dim or arguments.head_dim)

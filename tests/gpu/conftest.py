@@ -6,13 +6,6 @@ import pytest
 import torch
 
 
-@pytest.fixture(autouse=True)
-def hopper_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Hopper's own kernels run here, that `hopper_serves` keeps back until these tests have passed on a GPU."""
-    common = pytest.importorskip("nsa.ops.triton.common")
-    monkeypatch.setattr(common, "HOPPER_IS_TESTED", True)
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "tests/gpu" in item.path.as_posix():

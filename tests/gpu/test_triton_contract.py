@@ -13,9 +13,7 @@ from nsa.ops.triton import (
     hopper_bwd_keys,
     hopper_bwd_queries,
     hopper_fwd,
-    hopper_score,
-    hopper_select_bwd,
-    hopper_select_fwd,
+    score_topk,
     select_fwd,
 )
 
@@ -169,8 +167,8 @@ def test_new_lengths_do_not_compile_new_kernels():
         step(*inputs(T=T), geometry=geometry)
     kernels = (
         dense_fwd.dense_forward_kernel, hopper_fwd.hopper_forward_kernel, hopper_bwd_keys.hopper_key_kernel,
-        hopper_bwd_queries.hopper_query_kernel, hopper_score.hopper_score_kernel, select_fwd.select_forward_kernel,
-        hopper_select_fwd.hopper_select_kernel, hopper_select_bwd.hopper_select_backward_kernel,
+        hopper_bwd_queries.hopper_query_kernel, select_fwd.select_forward_kernel, score_topk.score_kernel,
+        score_topk.choice_kernel,
     )  # fmt: skip
     before = [sum(len(cache[0]) for cache in kernel.device_caches.values()) for kernel in kernels]
     for T in (310, 350, 384, 401, 512, 517):

@@ -26,9 +26,6 @@ from nsa.geometry import BlockGeometry
 
 LOG2E = 1.4426950408889634
 LN2 = 0.6931471805599453
-# Whether tests/gpu has passed with the kernels of the `hopper_*` files as they are. Until then the plain kernels run
-# everywhere but in those tests, which switch this on.
-HOPPER_IS_TESTED = False
 SENTINEL = 2**30  # start of "no document": beyond every token
 VALUE_SIZES = (16, 32, 64, 128, 256)
 # Sizes of keys may have a tail: a power of two is multiplied first, a smaller one after it.
@@ -234,13 +231,7 @@ def is_hopper(x: Tensor) -> bool:
 def hopper_serves(q: Tensor, v: Tensor) -> bool:
     """Whether Hopper's own kernels take these fitting tensors.
 
-    False while HOPPER_IS_TESTED is. Other head sizes, fp32 and other devices keep the plain kernels; the results differ
-    by rounding only.
+    Other head sizes, fp32 and other devices keep the plain kernels; the results differ by rounding only.
     """
     fits = (q.shape[3], v.shape[3]) in ((64, 64), (128, 128), (192, 128))
-    return HOPPER_IS_TESTED and is_hopper(q) and q.dtype in (torch.float16, torch.bfloat16) and fits
-
-
-def hopper_gathers(q: Tensor, v: Tensor, block: int) -> bool:
-    """Whether the kernels of `hopper_select_fwd` and `hopper_select_bwd` take blocks of `block` tokens."""
-    return block == 64 and hopper_serves(q, v)
+    return is_hopper(q) and q.dtype in (torch.float16, torch.bfloat16) and fits

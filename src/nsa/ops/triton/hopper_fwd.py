@@ -35,9 +35,9 @@ from nsa.geometry import BlockGeometry
 from nsa.ops.triton.common import LN2, LOG2E, Layout, key_interval, num_multiprocessors
 
 ROWS = gl.constexpr(64)  # rows of a group of four warps, as one wgmma takes
-# GROUPS groups of four warps, KEYS keys of a step, STAGES steps in flight.
-TILE = {"GROUPS": 3, "KEYS": 64, "STAGES": 4}
-TAIL_TILE = {"GROUPS": 2, "KEYS": 64, "STAGES": 3}  # for keys of 192 = 128 + 64
+GROUPS = gl.constexpr(3)  # groups of four warps
+KEYS = gl.constexpr(64)  # keys of a step
+STAGES, TAIL_STAGES = 4, 2  # steps in flight; where keys have a tail, 192 = 128 + 64, there is room for fewer
 
 
 def describe_box(x: Tensor, tokens: int, heads: int) -> TensorDescriptor:
@@ -135,7 +135,7 @@ def _load_partition(
     q_desc, q_tail_desc, k_desc, k_tail_desc, v_desc, q_smem, q_tail_smem, k_smem, k_tail_smem, v_smem, q_full, q_empty,
     k_full, k_empty, v_full, v_empty, doc_ptr, cmp_ptr, T, S, q_start, k_start, num_tiles, heads,
     G: gl.constexpr, HKV: gl.constexpr, D: gl.constexpr, TAIL: gl.constexpr, SIZE: gl.constexpr, STRIDE: gl.constexpr,
-    WINDOW: gl.constexpr, PACKED: gl.constexpr, GROUPS: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr,
+    WINDOW: gl.constexpr, PACKED: gl.constexpr, STAGES: gl.constexpr,
     BOXES: gl.constexpr,
 ):  # fmt: skip
     step = 0
@@ -171,7 +171,6 @@ def _load_partition(
 @gluon.jit
 def _soften(
     s, best, total, key_start, first, end, plain_first, plain_end, scale_log2, LEFT: gl.constexpr, LAYOUT: gl.constexpr,
-    KEYS: gl.constexpr,
 ):  # fmt: skip
     """One step of the online softmax, in base 2, and by how much the previous steps' results fade."""
     if (key_start < plain_first) | (key_start + KEYS > plain_end):
@@ -188,7 +187,7 @@ def _soften(
 
 
 @gluon.jit
-def _scores(q_tile, q_tail, k_smem, k_tail_smem, slot, none, KEYS: gl.constexpr, D: gl.constexpr, TAIL: gl.constexpr):
+def _scores(q_tile, q_tail, k_smem, k_tail_smem, slot, none, D: gl.constexpr, TAIL: gl.constexpr):
     s = warpgroup_mma(
         q_tile, k_smem.index(slot).reshape([KEYS, D]).permute([1, 0]), none, use_acc=False, is_async=True
     )  # fmt: skip
@@ -201,7 +200,7 @@ def _scores(q_tile, q_tail, k_smem, k_tail_smem, slot, none, KEYS: gl.constexpr,
 def _attend(
     q_tile, q_tail, k_smem, k_tail_smem, v_smem, k_full, k_empty, v_full, v_empty, step, tile_first, tile_end,
     first, end, plain_first, plain_end, scale_log2, D: gl.constexpr, TAIL: gl.constexpr, LEFT: gl.constexpr,
-    S_LAYOUT: gl.constexpr, O_LAYOUT: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr,
+    S_LAYOUT: gl.constexpr, O_LAYOUT: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Sum of values, running maximum and sum of a group's rows, and the number of the next step."""
     P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, O_LAYOUT, 2)
@@ -212,11 +211,11 @@ def _attend(
     total = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, S_LAYOUT))
     slot = step % STAGES
     mbarrier.wait(k_full.index(slot), step // STAGES & 1)
-    s = _scores(q_tile, q_tail, k_smem, k_tail_smem, slot, none, KEYS, D, TAIL)
+    s = _scores(q_tile, q_tail, k_smem, k_tail_smem, slot, none, D, TAIL)
     s = warpgroup_mma_wait(0, deps=[s])
     mbarrier.arrive(k_empty.index(slot), count=1)
     p, best, total, _fading = _soften(
-        s, best, total, tile_first, first, end, plain_first, plain_end, scale_log2, LEFT, S_LAYOUT, KEYS
+        s, best, total, tile_first, first, end, plain_first, plain_end, scale_log2, LEFT, S_LAYOUT
     )
     p = gl.convert_layout(p.to(dtype), P_LAYOUT)
     for key_start in range(tile_first + KEYS, tile_end, KEYS):
@@ -225,13 +224,13 @@ def _attend(
         step += 1
         slot = step % STAGES
         mbarrier.wait(k_full.index(slot), step // STAGES & 1)
-        s = _scores(q_tile, q_tail, k_smem, k_tail_smem, slot, none, KEYS, D, TAIL)
+        s = _scores(q_tile, q_tail, k_smem, k_tail_smem, slot, none, D, TAIL)
         mbarrier.wait(v_full.index(old_slot), old_phase)
         acc = warpgroup_mma(p, v_smem.index(old_slot).reshape([KEYS, D]), acc, is_async=True)
         s = warpgroup_mma_wait(1, deps=[s])
         mbarrier.arrive(k_empty.index(slot), count=1)
         fresh, best, total, decay = _soften(
-            s, best, total, key_start, first, end, plain_first, plain_end, scale_log2, LEFT, S_LAYOUT, KEYS
+            s, best, total, key_start, first, end, plain_first, plain_end, scale_log2, LEFT, S_LAYOUT
         )
         acc = warpgroup_mma_wait(0, deps=[acc])
         mbarrier.arrive(v_empty.index(old_slot), count=1)
@@ -249,8 +248,7 @@ def _row_partition(
     PART: gl.constexpr, q_ptr, out_ptr, out_desc, lse_ptr, q_smem, q_tail_smem, k_smem, k_tail_smem, v_smem, q_full,
     q_empty, k_full, k_empty, v_full, v_empty, doc_ptr, cmp_ptr, scale_log2, T, S, q_start, k_start, num_tiles, heads,
     G: gl.constexpr, HKV: gl.constexpr, D: gl.constexpr, TAIL: gl.constexpr, SIZE: gl.constexpr, STRIDE: gl.constexpr,
-    WINDOW: gl.constexpr, PACKED: gl.constexpr, LN2: gl.constexpr, GROUPS: gl.constexpr, KEYS: gl.constexpr,
-    STAGES: gl.constexpr, BOXES: gl.constexpr,
+    WINDOW: gl.constexpr, PACKED: gl.constexpr, LN2: gl.constexpr, STAGES: gl.constexpr, BOXES: gl.constexpr,
 ):  # fmt: skip
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
     O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
@@ -291,8 +289,7 @@ def _row_partition(
                 _copy_queries(q_ptr, q_smem, q_tail_smem, next_place, next_row, next_b, next_group, T, G, HKV, D, TAIL)
         acc, best, total, step = _attend(
             q, q_tail, k_smem, k_tail_smem, v_smem, k_full, k_empty, v_full, v_empty, step, tile_first, tile_end,
-            first, end, plain_first, plain_end, scale_log2, D, TAIL, PACKED or WINDOW > 0, S_LAYOUT, O_LAYOUT, KEYS,
-            STAGES,
+            first, end, plain_first, plain_end, scale_log2, D, TAIL, PACKED or WINDOW > 0, S_LAYOUT, O_LAYOUT, STAGES,
         )  # fmt: skip
 
         share = 1.0 / gl.where(total == 0.0, 1.0, total)
@@ -316,8 +313,7 @@ def hopper_forward_kernel(
     q_desc, q_tail_desc, k_desc, k_tail_desc, v_desc, out_desc, q_ptr, out_ptr, lse_ptr, doc_ptr, cmp_ptr, scale_log2,
     T, S, q_start, k_start, num_tiles, heads,
     G: gl.constexpr, HKV: gl.constexpr, D: gl.constexpr, TAIL: gl.constexpr, SIZE: gl.constexpr, STRIDE: gl.constexpr,
-    WINDOW: gl.constexpr, PACKED: gl.constexpr, LN2: gl.constexpr, GROUPS: gl.constexpr, KEYS: gl.constexpr,
-    STAGES: gl.constexpr, BOXES: gl.constexpr,
+    WINDOW: gl.constexpr, PACKED: gl.constexpr, LN2: gl.constexpr, STAGES: gl.constexpr, BOXES: gl.constexpr,
 ):  # fmt: skip
     q_smem = gl.allocate_shared_memory(q_desc.dtype, [2 * GROUPS] + q_desc.block_shape, q_desc.layout)
     k_smem = gl.allocate_shared_memory(k_desc.dtype, [STAGES] + k_desc.block_shape, k_desc.layout)
@@ -335,65 +331,47 @@ def hopper_forward_kernel(
     v_full = make_barriers(STAGES, 1)
     v_empty = make_barriers(STAGES, GROUPS)
     fence_async_shared()
-    if GROUPS == 3:
-        gl.warp_specialize([
-            (_row_partition, (
-                0, q_ptr, out_ptr, out_desc, lse_ptr, q_smem, q_tail_smem, k_smem, k_tail_smem, v_smem, q_full, q_empty,
-                k_full, k_empty, v_full, v_empty, doc_ptr, cmp_ptr, scale_log2, T, S, q_start, k_start, num_tiles,
-                heads, G, HKV, D, TAIL, SIZE, STRIDE, WINDOW, PACKED, LN2, GROUPS, KEYS, STAGES, BOXES,
-            )),
-            (_row_partition, (
-                1, q_ptr, out_ptr, out_desc, lse_ptr, q_smem, q_tail_smem, k_smem, k_tail_smem, v_smem, q_full, q_empty,
-                k_full, k_empty, v_full, v_empty, doc_ptr, cmp_ptr, scale_log2, T, S, q_start, k_start, num_tiles,
-                heads, G, HKV, D, TAIL, SIZE, STRIDE, WINDOW, PACKED, LN2, GROUPS, KEYS, STAGES, BOXES,
-            )),
-            (_row_partition, (
-                2, q_ptr, out_ptr, out_desc, lse_ptr, q_smem, q_tail_smem, k_smem, k_tail_smem, v_smem, q_full, q_empty,
-                k_full, k_empty, v_full, v_empty, doc_ptr, cmp_ptr, scale_log2, T, S, q_start, k_start, num_tiles,
-                heads, G, HKV, D, TAIL, SIZE, STRIDE, WINDOW, PACKED, LN2, GROUPS, KEYS, STAGES, BOXES,
-            )),
-            (_load_partition, (
-                q_desc, q_tail_desc, k_desc, k_tail_desc, v_desc, q_smem, q_tail_smem, k_smem, k_tail_smem, v_smem,
-                q_full, q_empty, k_full, k_empty, v_full, v_empty, doc_ptr, cmp_ptr, T, S, q_start, k_start, num_tiles,
-                heads, G, HKV, D, TAIL, SIZE, STRIDE, WINDOW, PACKED, GROUPS, KEYS, STAGES, BOXES,
-            )),
-        ], [4, 4, 1], [160, 160, 24])  # fmt: skip
-    else:
-        gl.warp_specialize([
-            (_row_partition, (
-                0, q_ptr, out_ptr, out_desc, lse_ptr, q_smem, q_tail_smem, k_smem, k_tail_smem, v_smem, q_full, q_empty,
-                k_full, k_empty, v_full, v_empty, doc_ptr, cmp_ptr, scale_log2, T, S, q_start, k_start, num_tiles,
-                heads, G, HKV, D, TAIL, SIZE, STRIDE, WINDOW, PACKED, LN2, GROUPS, KEYS, STAGES, BOXES,
-            )),
-            (_row_partition, (
-                1, q_ptr, out_ptr, out_desc, lse_ptr, q_smem, q_tail_smem, k_smem, k_tail_smem, v_smem, q_full, q_empty,
-                k_full, k_empty, v_full, v_empty, doc_ptr, cmp_ptr, scale_log2, T, S, q_start, k_start, num_tiles,
-                heads, G, HKV, D, TAIL, SIZE, STRIDE, WINDOW, PACKED, LN2, GROUPS, KEYS, STAGES, BOXES,
-            )),
-            (_load_partition, (
-                q_desc, q_tail_desc, k_desc, k_tail_desc, v_desc, q_smem, q_tail_smem, k_smem, k_tail_smem, v_smem,
-                q_full, q_empty, k_full, k_empty, v_full, v_empty, doc_ptr, cmp_ptr, T, S, q_start, k_start, num_tiles,
-                heads, G, HKV, D, TAIL, SIZE, STRIDE, WINDOW, PACKED, GROUPS, KEYS, STAGES, BOXES,
-            )),
-        ], [4, 1], [240, 24])  # fmt: skip
+    gl.warp_specialize([
+        (_row_partition, (
+            0, q_ptr, out_ptr, out_desc, lse_ptr, q_smem, q_tail_smem, k_smem, k_tail_smem, v_smem, q_full, q_empty,
+            k_full, k_empty, v_full, v_empty, doc_ptr, cmp_ptr, scale_log2, T, S, q_start, k_start, num_tiles,
+            heads, G, HKV, D, TAIL, SIZE, STRIDE, WINDOW, PACKED, LN2, STAGES, BOXES,
+        )),
+        (_row_partition, (
+            1, q_ptr, out_ptr, out_desc, lse_ptr, q_smem, q_tail_smem, k_smem, k_tail_smem, v_smem, q_full, q_empty,
+            k_full, k_empty, v_full, v_empty, doc_ptr, cmp_ptr, scale_log2, T, S, q_start, k_start, num_tiles,
+            heads, G, HKV, D, TAIL, SIZE, STRIDE, WINDOW, PACKED, LN2, STAGES, BOXES,
+        )),
+        (_row_partition, (
+            2, q_ptr, out_ptr, out_desc, lse_ptr, q_smem, q_tail_smem, k_smem, k_tail_smem, v_smem, q_full, q_empty,
+            k_full, k_empty, v_full, v_empty, doc_ptr, cmp_ptr, scale_log2, T, S, q_start, k_start, num_tiles,
+            heads, G, HKV, D, TAIL, SIZE, STRIDE, WINDOW, PACKED, LN2, STAGES, BOXES,
+        )),
+        (_load_partition, (
+            q_desc, q_tail_desc, k_desc, k_tail_desc, v_desc, q_smem, q_tail_smem, k_smem, k_tail_smem, v_smem,
+            q_full, q_empty, k_full, k_empty, v_full, v_empty, doc_ptr, cmp_ptr, T, S, q_start, k_start, num_tiles,
+            heads, G, HKV, D, TAIL, SIZE, STRIDE, WINDOW, PACKED, STAGES, BOXES,
+        )),
+    ], [4, 4, 1], [160, 160, 24])  # fmt: skip
 
 
 def hopper_forward(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, geometry: BlockGeometry, layout: Layout | None,
-    window: int, q_start: int, k_start: int, scale: float, tile: dict[str, int] | None = None,
+    window: int, q_start: int, k_start: int, scale: float,
 ) -> None:  # fmt: skip
     """Write what `dense_forward` gives for tensors that `hopper_serves` takes."""
     B, T, H, Dk = q.shape
     S, Hkv, D = k.shape[1], k.shape[2], v.shape[3]
     G, tail = H // Hkv, Dk - D
-    tile = tile or (TAIL_TILE if tail else TILE)
-    keys, boxes = tile["KEYS"], ROWS.value % G == 0
+    boxes = ROWS.value % G == 0
     box = (ROWS.value // G, G) if boxes else (ROWS.value, 1)
     documents = (q, q) if layout is None else (layout.doc_start, layout.cmp_start)
-    num_tiles = triton.cdiv(T * G, tile["GROUPS"] * ROWS.value)
+    num_tiles = triton.cdiv(T * G, GROUPS.value * ROWS.value)
     hopper_forward_kernel[(min(num_multiprocessors(q), num_tiles * B * Hkv),)](
-        *describe_parts(q, D, *box), *describe_parts(k, D, keys, 1), describe_box(v, keys, 1), describe_box(out, *box),
+        *describe_parts(q, D, *box), *describe_parts(k, D, KEYS.value, 1), describe_box(v, KEYS.value, 1),
+        describe_box(out, *box),
         q, out, lse, *documents, scale * LOG2E, T, S, q_start, k_start, num_tiles, B * Hkv,
         G=G, HKV=Hkv, D=D, TAIL=tail, SIZE=geometry.compress_block_size, STRIDE=geometry.compress_stride,
-        WINDOW=window, PACKED=layout is not None, LN2=LN2, BOXES=boxes, num_warps=4, **tile,
+        WINDOW=window, PACKED=layout is not None, LN2=LN2, STAGES=TAIL_STAGES if tail else STAGES,
+        BOXES=boxes, num_warps=4,
     )  # fmt: skip

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from nsa.geometry import BlockGeometry
 from nsa.ops.triton import dense_bwd, dense_fwd, score_topk, select_bwd, select_fwd, select_union
-from nsa.ops.triton.common import KEY_SIZES, VALUE_SIZES, has_large_shared_memory, hopper_gathers, hopper_serves
+from nsa.ops.triton.common import KEY_SIZES, VALUE_SIZES, has_large_shared_memory, hopper_serves
 
 HOPPER = "a Hopper GPU, heads of 64 or 128, or keys of 192 with values of 128"
 HOPPER_STAGES = (("forward", "forward"), ("backward, keys", "key"), ("backward, queries", "query"))
@@ -41,7 +41,7 @@ def kernels(q: Tensor, k: Tensor, v: Tensor, geometry: BlockGeometry, num_docs: 
     found = []
     # What the kernels see once heads are padded.
     fitting = q[..., :1].expand(*q.shape[:3], key), v[..., :1].expand(*v.shape[:3], value)
-    hopper, gathers = hopper_serves(*fitting), hopper_gathers(*fitting, geometry.select_block_size)
+    hopper = hopper_serves(*fitting)
     for stage in ("compressed", "window"):
         if hopper:
             found += [Kernel(f"{stage} {what}", f"hopper_{name}", {}, HOPPER) for what, name in HOPPER_STAGES]
@@ -49,15 +49,10 @@ def kernels(q: Tensor, k: Tensor, v: Tensor, geometry: BlockGeometry, num_docs: 
         found.append(Kernel(f"{stage} forward", "dense_forward", forward, fits))
         found.append(Kernel(f"{stage} backward, keys", "dense_key", by_key, f"{fits}, queries loaded as {loads}"))
         found.append(Kernel(f"{stage} backward, queries", "dense_query", by_query, fits))
-    if hopper:
-        found.append(Kernel("choice of blocks", "hopper_score, choice", {}, HOPPER))
-    else:
-        found.append(Kernel("choice of blocks", "score, choice", score_topk.score_tile(q, group, large), fits))
+    found.append(Kernel("choice of blocks", "score, choice", score_topk.score_tile(q, group, large), fits))
     union = select_union.union_pays(*reckoned, select_union.FORWARD_RATIO)
     if union:
         how, tile = "union, union_forward", forward
-    elif gathers:
-        how, tile = "forced_forward, hopper_select, select_reduce", {}
     else:
         how, tile = "forced_forward, select_forward, select_reduce", select_fwd.select_tile(*size)
     found.append(Kernel("selected forward and gated sum", how, tile, _why(union)))
@@ -65,8 +60,6 @@ def kernels(q: Tensor, k: Tensor, v: Tensor, geometry: BlockGeometry, num_docs: 
     tile = select_bwd.select_backward_tile(*size, queries=not union)
     if union:
         how = "union, union_query, select_backward, select_key_reduce"
-    elif gathers:
-        how, tile = "hopper_select_backward, select_query_reduce, select_key_reduce", {}
     else:
         how = "select_backward, select_query_reduce, select_key_reduce"
     found.append(Kernel("selected backward", how, tile, _why(union)))

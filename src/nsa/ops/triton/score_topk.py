@@ -28,12 +28,10 @@ from nsa.ops.triton.common import (
     Layout,
     dot_precision,
     has_large_shared_memory,
-    hopper_serves,
     key_tail,
     place_of_tile,
 )
 from nsa.ops.triton.dense_fwd import describe_keys
-from nsa.ops.triton.hopper_score import hopper_score, tile_tokens
 from nsa.ops.triton.invert import Chunk, cut_chunks
 
 SCRATCH_BYTES = 512 * 2**20
@@ -139,16 +137,22 @@ def score_kernel(
 
 
 @triton.jit
-def _threshold(bits, COUNT: tl.constexpr):
-    """A bound that the COUNT largest non-negative int32 keys reach and, ties aside, no others; 0 if there are fewer."""
-    threshold = 0
-    bit = 30
-    while bit >= 0:
-        higher = threshold + (1 << bit)
-        reached = tl.sum((bits >= higher).to(tl.int32), 0)
-        threshold = tl.where(reached >= COUNT, higher, threshold)
-        bit = tl.where(reached == COUNT, -1, bit - 1)  # exactly these: no need to look closer
-    return threshold
+def _threshold(bits, low, COUNT: tl.constexpr):
+    """A bound that the COUNT largest non-negative int32 keys reach and, ties aside, no others; 0 if there are fewer.
+
+    `low` is a bound that at least COUNT reach, or 0. The search lies between it and the largest key that is not forced:
+    most scores share their exponent, which need not be found again.
+    """
+    high = tl.max(tl.where(bits < 0x7F800000, bits, 0), 0) + 1
+    low = tl.minimum(low, high)  # COUNT forced keys may be all there are
+    low = tl.where(tl.sum((bits >= high).to(tl.int32), 0) >= COUNT, high, low)
+    high = tl.where(tl.sum((bits >= 0).to(tl.int32), 0) <= COUNT, 1, high)
+    while high - low > 1:
+        middle = low + (high - low) // 2
+        reached = tl.sum((bits >= middle).to(tl.int32), 0)
+        low = tl.where(reached >= COUNT, middle, low)
+        high = tl.where(reached > COUNT, high, middle)  # exactly these: no need to look closer
+    return low
 
 
 @triton.jit(do_not_specialize=["T", "N", "q_start", "head_start", "token_start", "num_tokens"])
@@ -198,7 +202,9 @@ def choice_kernel(
             bits = tl.where(c < PADDED, old, tl.where(fresh, bits, -1))
             block = tl.where(c < PADDED, tl.load(list_ptr + PADDED + c, mask=listed, other=-1), j)
 
-            threshold = _threshold(bits, COUNT)
+            # What the list's last member reaches, a full list reaches.
+            least = tl.min(tl.where(c < COUNT, old, 0x7FFFFFFF), 0)
+            threshold = _threshold(bits, tl.maximum(least, 0), COUNT)
             above = (bits > threshold).to(tl.int32)
             tied = (bits == threshold).to(tl.int32)
             # Numbers of those above and, in the upper half, of those equal, up to each candidate.
@@ -231,9 +237,7 @@ def select_blocks(
     out = torch.empty(B, T, Hkv, count, dtype=torch.int32, device=q.device)
     if out.numel() == 0:
         return out
-    hopper = tile is None and hopper_serves(q, k_cmp[..., :128])
     tile = tile or score_tile(q, H // Hkv, has_large_shared_memory(q))
-    tokens_of_tile = tile_tokens(H // Hkv, Dk) if hopper else tile["TOKENS"]
     span, reach = (
         geometry.select_block_size // geometry.compress_stride,
         geometry.compress_block_size // geometry.compress_stride,
@@ -258,13 +262,7 @@ def select_blocks(
     for chunk in chunks:
         heads, tokens = chunk.head_end - chunk.head, chunk.token_end - chunk.token
         if N:
-            first_tile, num_tiles = _tiles(chunk, tokens_of_tile, num_docs)
-        if N and hopper:
-            hopper_score(
-                q, k_cmp, lse, mass, bounds, geometry, chunk, first_tile, num_tiles, num_docs, q_start, scale, width,
-                layout is not None, pooled,
-            )  # fmt: skip
-        elif N:
+            first_tile, num_tiles = _tiles(chunk, tile["TOKENS"], num_docs)
             score_kernel[(num_tiles, heads)](
                 q, *describe_keys(k_cmp, tile["BLOCK_N"]), lse, mass, *bounds, scale * LOG2E, LOG2E, T, N, q_start,
                 num_docs,

@@ -20,13 +20,12 @@ import triton.language as tl
 from torch import Tensor
 
 from nsa.geometry import BlockGeometry
-from nsa.ops.triton.common import LOG2E, Layout, dot_precision, has_large_shared_memory, hopper_gathers, key_tail
+from nsa.ops.triton.common import LOG2E, Layout, dot_precision, has_large_shared_memory, key_tail
 from nsa.ops.triton.dense_bwd import Rows
-from nsa.ops.triton.hopper_select_bwd import PARTS, hopper_select_backward
 from nsa.ops.triton.invert import cut_chunks, invert, item_keys, plan
-from nsa.ops.triton.select_fwd import REDUCE_ELEMENTS
+from nsa.ops.triton.select_fwd import REDUCE_ELEMENTS, REDUCE_STAGES
 
-SCRATCH_BYTES = 768 * 2**20
+SCRATCH_BYTES = 2**31  # large chunks give blocks more rows, so that fewer items share them
 ITEM_ROWS = 4096
 KEYS_OF_SUM = 16  # keys whose gradients a program adds up
 
@@ -130,7 +129,7 @@ def select_backward_kernel(
 def select_query_reduce_kernel(
     part_ptr, choice_ptr, dq_ptr, scale, T, head_start, token_start, num_tokens,
     H: tl.constexpr, HKV: tl.constexpr, DK: tl.constexpr, RATIO: tl.constexpr, SLOTS: tl.constexpr,
-    PADDED: tl.constexpr, ADD: tl.constexpr, ROWS: tl.constexpr,
+    PADDED: tl.constexpr, ADD: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """dQ of a row: the sum over its slots, in fp32; ADD puts it on top of what `dq_ptr` holds."""
     G: tl.constexpr = H // HKV
@@ -143,8 +142,8 @@ def select_query_reduce_kernel(
     acc = tl.zeros([ROWS, PADDED], tl.float32)
     column = tl.arange(0, PADDED)[None, :]
     inside = live[:, None] & (column < DK)
-    for slot in tl.range(0, SLOTS, loop_unroll_factor=4):
-        # Read what an unused slot holds too, rather than wait for the choice before every read.
+    for slot in tl.range(0, SLOTS, num_stages=STAGES):
+        # What an unused slot holds is read too, rather than wait for the choice before it.
         used = tl.load(choice_ptr + slot // RATIO, mask=live, other=-1) >= 0
         place = part + slot * G
         value = tl.load(part_ptr + place[:, None] * DK + column, mask=inside, other=0.0)
@@ -161,9 +160,9 @@ def select_query_reduce_kernel(
 def select_key_reduce_kernel(
     item_dk_ptr, item_dv_ptr, key_ptr, first_ptr, dk_ptr, dv_ptr, scale, S, first_stride, head_start, bound,
     HKV: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr,
-    PARTS: tl.constexpr, BLOCK_N: tl.constexpr, KEYS: tl.constexpr,
+    BLOCK_N: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """Add the items of a block, in order and PARTS each, to the fp32 gradients of KEYS of its keys."""
+    """Add the items of a block, in order, to the fp32 gradients of KEYS of its keys."""
     PIECES: tl.constexpr = BLOCK_N // KEYS
     j = tl.program_id(0) // PIECES
     head = head_start + tl.program_id(1)
@@ -180,8 +179,8 @@ def select_key_reduce_kernel(
         live_dk = live & (dk_column < DK)
         dk = tl.load(dk_ptr + key_row * DK + dk_column, mask=live_dk, other=0.0)
         dv = tl.load(dv_ptr + key_row * DV + dv_column, mask=live, other=0.0)
-        for i in range(first * PARTS, end * PARTS):
-            item_row = ((tl.program_id(1) * bound * PARTS + i).to(tl.int64) * BLOCK + n)[:, None]
+        for i in range(first, end):
+            item_row = ((tl.program_id(1) * bound + i).to(tl.int64) * BLOCK + n)[:, None]
             dk += tl.load(item_dk_ptr + item_row * DK + dk_column, mask=live_dk, other=0.0) * scale
             dv += tl.load(item_dv_ptr + item_row * DV + dv_column, mask=live, other=0.0)
         tl.store(dk_ptr + key_row * DK + dk_column, dk, mask=live_dk)
@@ -208,8 +207,6 @@ def select_backward(
     dv = torch.zeros(v.shape, dtype=torch.float32, device=v.device)
     if q.numel() == 0:
         return dq, dk.to(k.dtype), dv.to(v.dtype)
-    gathers = queries and tile is None and hopper_gathers(q, v, geometry.select_block_size)
-    parts = PARTS.value if gathers else 1
     tile = tile or select_backward_tile(q, Dk, Dv, has_large_shared_memory(q), queries)
     block_indices = block_indices.contiguous()
     inversion = invert(block_indices, geometry, layout, S)
@@ -225,8 +222,8 @@ def select_backward(
     items = plan(inversion, T, max(c.token_end - c.token for c in chunks), item_entries)
     bound, num_blocks = items.table.shape[2], items.first.shape[2] - 1
     most_items = max(c.head_end - c.head for c in chunks) * bound
-    item_dk = torch.empty(most_items * parts * block, Dk, dtype=torch.float32, device=k.device)
-    item_dv = torch.empty(most_items * parts * block, Dv, dtype=torch.float32, device=k.device)
+    item_dk = torch.empty(most_items * block, Dk, dtype=torch.float32, device=k.device)
+    item_dv = torch.empty(most_items * block, Dv, dtype=torch.float32, device=k.device)
     item_key = torch.empty(most_items, 2, dtype=torch.int32, device=k.device)
     padded = triton.next_power_of_2(Dk)
     reduce_rows = max(1, REDUCE_ELEMENTS // padded)
@@ -234,27 +231,21 @@ def select_backward(
         heads, tokens = chunk.head_end - chunk.head, chunk.token_end - chunk.token
         place = (chunk.token // items.range_tokens, slice(chunk.head, chunk.head_end))
         table, first = items.table[place], items.first[place]
-        if gathers:
-            hopper_select_backward(
-                q, k, v, dout, rows, part, item_dk, item_dv, item_key, inversion, items, chunk, layout, q_start, scale
-            )
-        else:
-            select_backward_kernel[(bound, heads)](
-                q, k, v, dout, rows.lse, rows.delta, part, item_dk, item_dv, item_key,
-                inversion.entries, table, *documents,
-                scale * LOG2E, LOG2E, T, S, q_start, chunk.head, chunk.token, tokens, bound,
-                H=H, HKV=Hkv, DK=Dk, TAIL=key_tail(Dk), DV=Dv, BLOCK=block, RATIO=inversion.ratio, SLOTS=slots,
-                PACKED=layout is not None, QUERIES=queries, PRECISION=dot_precision(q), BLOCK_N=block_n, **tile,
-            )  # fmt: skip
+        select_backward_kernel[(bound, heads)](
+            q, k, v, dout, rows.lse, rows.delta, part, item_dk, item_dv, item_key, inversion.entries, table, *documents,
+            scale * LOG2E, LOG2E, T, S, q_start, chunk.head, chunk.token, tokens, bound,
+            H=H, HKV=Hkv, DK=Dk, TAIL=key_tail(Dk), DV=Dv, BLOCK=block, RATIO=inversion.ratio, SLOTS=slots,
+            PACKED=layout is not None, QUERIES=queries, PRECISION=dot_precision(q), BLOCK_N=block_n, **tile,
+        )  # fmt: skip
         if queries:
             select_query_reduce_kernel[(triton.cdiv(tokens * G, reduce_rows), heads)](
                 part, block_indices, dq, scale, T, chunk.head, chunk.token, tokens,
                 H=H, HKV=Hkv, DK=Dk, RATIO=inversion.ratio, SLOTS=slots, PADDED=padded, ADD=add, ROWS=reduce_rows,
-                num_warps=4,
+                STAGES=REDUCE_STAGES, num_warps=4,
             )  # fmt: skip
         select_key_reduce_kernel[(num_blocks * (block_n // KEYS_OF_SUM), heads)](
             item_dk, item_dv, item_key, first, dk, dv, scale, S, num_blocks + 1, chunk.head, bound,
-            HKV=Hkv, DK=Dk, DV=Dv, PADDED=padded, BLOCK=block, PARTS=parts, BLOCK_N=block_n, KEYS=KEYS_OF_SUM,
+            HKV=Hkv, DK=Dk, DV=Dv, PADDED=padded, BLOCK=block, BLOCK_N=block_n, KEYS=KEYS_OF_SUM,
             num_warps=4,
         )  # fmt: skip
     return dq, dk.to(k.dtype), dv.to(v.dtype)

@@ -23,22 +23,13 @@ import triton.language as tl
 from torch import Tensor
 
 from nsa.geometry import BlockGeometry
-from nsa.ops.triton.common import (
-    LN2,
-    LOG2E,
-    Layout,
-    dot_precision,
-    has_large_shared_memory,
-    hopper_gathers,
-    key_tail,
-)
-from nsa.ops.triton.hopper_select_fwd import hopper_select, range_tokens
+from nsa.ops.triton.common import LN2, LOG2E, Layout, dot_precision, has_large_shared_memory, key_tail
 from nsa.ops.triton.invert import cut_chunks, invert, item_keys, plan
 
 SCRATCH_BYTES = 768 * 2**20
 ITEM_ROWS = 1024
-REDUCE_ELEMENTS = 2048
-REDUCE_UNROLL, REDUCE_STAGES = 4, 0  # slots read at a time; or on their way through shared memory, if not 0
+REDUCE_ELEMENTS = 1024
+REDUCE_STAGES = 6  # slots on their way through shared memory
 
 
 class Gated(NamedTuple):
@@ -137,27 +128,13 @@ def gated_sum(out, cmp_ptr, win_ptr, gate_ptr, sum_ptr, row, place, live):
     tl.store(sum_ptr + place, out.to(sum_ptr.dtype.element_ty), mask=live[:, None])
 
 
-@triton.jit
-def _add_slot(
-    acc, slot, part_ptr, part_lse_ptr, choice_ptr, part, column, best, live, last_free,
-    G: tl.constexpr, DV: tl.constexpr, RATIO: tl.constexpr,
-):  # fmt: skip
-    """Add the part of a slot; what an unused one holds is read too, rather than wait for the choice before it."""
-    chosen = tl.load(choice_ptr + slot // RATIO, mask=live, other=-1)
-    used = live & (chosen >= 0) & (chosen <= last_free)
-    place = part + slot * G
-    weight = tl.math.exp2(tl.load(part_lse_ptr + place, mask=live, other=0.0) - best)
-    value = tl.load(part_ptr + place[:, None] * DV + column, mask=live[:, None], other=0.0)
-    return acc + tl.where(used[:, None], value.to(tl.float32) * weight[:, None], 0.0)
-
-
 @triton.jit(do_not_specialize=["T", "q_start", "head_start", "token_start", "num_tokens"])
 def select_reduce_kernel(
     part_ptr, part_lse_ptr, choice_ptr, forced_ptr, forced_lse_ptr, out_ptr, lse_ptr, cmp_ptr, win_ptr, gate_ptr,
     sum_ptr, doc_ptr, log2e, T, q_start, head_start, token_start, num_tokens,
     H: tl.constexpr, HKV: tl.constexpr, DV: tl.constexpr, RATIO: tl.constexpr, SLOTS: tl.constexpr, FREE: tl.constexpr,
     BLOCK: tl.constexpr, INIT: tl.constexpr, LOCAL: tl.constexpr, PACKED: tl.constexpr, GATED: tl.constexpr,
-    PADDED: tl.constexpr, ROWS: tl.constexpr, LN2: tl.constexpr, UNROLL: tl.constexpr, STAGES: tl.constexpr,
+    PADDED: tl.constexpr, ROWS: tl.constexpr, LN2: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Weigh the parts of a row by their log-sum-exps and add them: the forced blocks, then slot by slot.
 
@@ -200,16 +177,14 @@ def select_reduce_kernel(
         total += weight
         forced = tl.load(forced_ptr + out_row[:, None] * DV + column, mask=live[:, None], other=0.0)
         acc = forced.to(tl.float32) * weight[:, None]
-    if STAGES > 0:
-        for slot in tl.range(0, FREE, num_stages=STAGES):
-            acc = _add_slot(
-                acc, slot, part_ptr, part_lse_ptr, choice_ptr, part, column, best, live, last_free, G, DV, RATIO
-            )
-    else:
-        for slot in tl.range(0, FREE, loop_unroll_factor=UNROLL):
-            acc = _add_slot(
-                acc, slot, part_ptr, part_lse_ptr, choice_ptr, part, column, best, live, last_free, G, DV, RATIO
-            )
+    for slot in tl.range(0, FREE, num_stages=STAGES):
+        # What an unused slot holds is read too, rather than wait for the choice before it.
+        chosen = tl.load(choice_ptr + slot // RATIO, mask=live, other=-1)
+        used = live & (chosen >= 0) & (chosen <= last_free)
+        place = part + slot * G
+        weight = tl.math.exp2(tl.load(part_lse_ptr + place, mask=live, other=0.0) - best)
+        value = tl.load(part_ptr + place[:, None] * DV + column, mask=live[:, None], other=0.0)
+        acc += tl.where(used[:, None], value.to(tl.float32) * weight[:, None], 0.0)
     out = acc / tl.where(total == 0.0, 1.0, total)[:, None]
     place = out_row[:, None] * DV + column
     tl.store(out_ptr + place, out.to(out_ptr.dtype.element_ty), mask=live[:, None])
@@ -241,7 +216,6 @@ def select_forward(
     if out.numel() == 0:
         return out, lse
     init, local = (geometry.num_init_blocks, geometry.num_local_blocks) if forced else (0, 0)
-    gathers = forced is not None and tile is None and hopper_gathers(q, v, geometry.select_block_size)
     tile = tile or select_tile(q, Dk, Dv, has_large_shared_memory(q))
     block_indices = block_indices.contiguous()
     inversion = invert(block_indices, geometry, layout, S, q_start, peel=forced is not None)
@@ -252,21 +226,15 @@ def select_forward(
              "PACKED": layout is not None}  # fmt: skip
     item_entries = max(1, item_rows // G)
     token_bytes = chunk_token_bytes(G * max(free, 1) * (Dv * q.element_size() + 4), H * Dk, scratch_bytes)
-    granule = inversion.segment
-    if gathers:
-        granule = range_tokens(inversion.ends.shape[1], G, inversion.segment, scratch_bytes // token_bytes)
-    chunks = cut_chunks(B * Hkv, T, token_bytes, granule, scratch_bytes)
+    chunks = cut_chunks(B * Hkv, T, token_bytes, inversion.segment, scratch_bytes)
     most = max((c.head_end - c.head) * (c.token_end - c.token) for c in chunks)
     part = q.new_empty(most * G * free, Dv)
     part_lse = q.new_empty(most * G * free, dtype=torch.float32)
-    range_size = granule if gathers else max(c.token_end - c.token for c in chunks)
-    items = plan(inversion, T, range_size, item_entries)
+    items = plan(inversion, T, max(c.token_end - c.token for c in chunks), item_entries)
     bound = items.table.shape[2]
     for chunk in chunks:
         heads, tokens = chunk.head_end - chunk.head, chunk.token_end - chunk.token
-        if free and gathers:
-            hopper_select(q, k, v, part, part_lse, inversion, items, chunk, layout, init * ratio, free, scale)
-        elif free:
+        if free:
             table = items.table[chunk.token // items.range_tokens, chunk.head : chunk.head_end]
             select_forward_kernel[(bound, heads)](
                 q, k, v, part, part_lse, inversion.entries, table, *documents,
@@ -280,7 +248,7 @@ def select_forward(
             part, part_lse, block_indices, *(forced or (out, lse)), out, lse, *(gated or (out, out, out, out)),
             documents[0], LOG2E, T, q_start, chunk.head, chunk.token, tokens,
             BLOCK=geometry.select_block_size, INIT=init, LOCAL=local, GATED=gated is not None,
-            PADDED=triton.next_power_of_2(max(free, 1)), ROWS=rows, LN2=LN2, UNROLL=REDUCE_UNROLL, STAGES=REDUCE_STAGES,
+            PADDED=triton.next_power_of_2(max(free, 1)), ROWS=rows, LN2=LN2, STAGES=REDUCE_STAGES,
             num_warps=4, **shape,
         )  # fmt: skip
     return out, lse
