@@ -158,11 +158,10 @@ class Stages:
                 found[stage]["Hopper's"] = ((), run)
         for tile in score_tiles(self.q, self.k.shape[2]):
             found["choice"][str(tile)] = ((), lambda tile=tile: self.choose(tile=tile))
-        for count in (64, 96):
-            patch = ((score_topk, "CHOICE_REGISTERS", count),)
-            found["choice"][f"{count} registers"] = (patch, self.choose)
-        for count in (128, 512, 1024):
-            found["choice"][f"{count} candidates"] = ((), lambda count=count: self.choose(max_chunk=count))
+        for count, registers in product((128, 256, 512, 1024), (64, 72, 96, 128, 168)):
+            patch = ((score_topk, "CHOICE_REGISTERS", registers),)
+            run = lambda count=count: self.choose(max_chunk=count)  # noqa: E731
+            found["choice"][f"{count} candidates, {registers} registers"] = (patch, run)
         for stages, elements in ((2, 1024), (4, 1024), (4, 2048), (6, 512), (6, 1024), (6, 2048)):
             patch = ((select_fwd, "REDUCE_STAGES", stages), (select_fwd, "REDUCE_ELEMENTS", elements))
             name = f"{stages} slots on their way, {elements} elements a program of the sum"

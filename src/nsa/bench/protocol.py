@@ -65,7 +65,8 @@ def median_ms(
         candidates: name -> steps that belong together and run in order, for example a forward and its backward. In
             each round every candidate runs once.
         warmup, repeats: rounds that do not count, and rounds that do.
-        ahead: as in `timed_s`.
+        ahead: as in `timed_s`; there each candidate also runs once before it is timed, in every round. A GPU at its
+            power limit lowers its clocks for a while after heavy work: so it does for the candidate's own only.
 
     Returns:
         `{"candidate_step": ms, ..., "candidate_total": ms}`.
@@ -78,6 +79,9 @@ def median_ms(
     seconds: dict[str, list[float]] = {}
     for _ in range(warmup + repeats):
         for name, steps in candidates.items():
+            if ahead and device.type == "cuda":
+                for run in steps.values():
+                    run()
             taken = {step: timed_s(run, device, ahead) for step, run in steps.items()}
             for step, value in (*taken.items(), ("total", sum(taken.values()))):
                 seconds.setdefault(f"{name}_{step}", []).append(value)

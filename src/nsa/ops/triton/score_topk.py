@@ -45,7 +45,7 @@ def score_tile(q: Tensor, group_size: int, large: bool) -> dict[str, int]:
         return {"HEADS": heads, "TOKENS": max(2, 32 // heads), "BLOCK_N": 16, "num_warps": 4, "num_stages": 1}
     if not large or q.shape[3] > 128:
         return {"HEADS": heads, "TOKENS": max(4, 64 // heads), "BLOCK_N": 64, "num_warps": 4, "num_stages": 1}
-    return {"HEADS": heads, "TOKENS": max(4, 128 // heads), "BLOCK_N": 64, "num_warps": 4, "num_stages": 3}
+    return {"HEADS": heads, "TOKENS": max(4, 128 // heads), "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}
 
 
 @triton.jit
@@ -229,7 +229,7 @@ def choice_kernel(
 
 def select_blocks(
     q: Tensor, k_cmp: Tensor, lse: Tensor, geometry: BlockGeometry, layout: Layout | None, q_start: int, scale: float,
-    tile: dict[str, int] | None = None, scratch_bytes: int = SCRATCH_BYTES, max_chunk: int = 256,
+    tile: dict[str, int] | None = None, scratch_bytes: int = SCRATCH_BYTES, max_chunk: int = 128,
 ) -> Tensor:  # fmt: skip
     """int32 `[B, T, Hkv, n]`, ascending, padded with -1 (Eq. 8-12), for fitting tensors."""
     B, T, H, Dk = q.shape

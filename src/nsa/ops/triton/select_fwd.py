@@ -26,7 +26,7 @@ from nsa.geometry import BlockGeometry
 from nsa.ops.triton.common import LN2, LOG2E, Layout, dot_precision, has_large_shared_memory, key_tail
 from nsa.ops.triton.invert import cut_chunks, invert, item_keys, plan
 
-SCRATCH_BYTES = 768 * 2**20
+SCRATCH_BYTES = 2**30
 ITEM_ROWS = 1024
 REDUCE_ELEMENTS = 1024
 REDUCE_STAGES = 6  # slots on their way through shared memory
