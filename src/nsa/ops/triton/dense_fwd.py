@@ -61,29 +61,20 @@ def attend_tile(
     scale_log2, TAIL: tl.constexpr, MAIN: tl.constexpr, MASKED: tl.constexpr, BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One step of the online softmax, in base 2; `best` is the running maximum, `total` the sum.
-
-    MASKED: with "keys" a row sees those from `first` to `end`, with "rows" all or, where `end` is 0, none.
-    """
+    """One step of the online softmax, in base 2; `best` is the running maximum, `total` the sum."""
     k = k_desc.load([first_row + key_start, column_k])
     s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     if TAIL > 0:
         k = k_tail_desc.load([first_row + key_start, column_k + MAIN])
         s = tl.dot(q_tail, tl.trans(k), s, input_precision=PRECISION)
-    if MASKED == "keys":
+    if MASKED:
         key = key_start + tl.arange(0, BLOCK_N)
         s = tl.where((key[None, :] >= first[:, None]) & (key[None, :] < end[:, None]), s, float("-inf"))
-    largest = tl.max(s, 1) * scale_log2
-    if MASKED == "rows":
-        largest = tl.where(end > 0, largest, float("-inf"))
-    new_best = tl.maximum(best, largest)
+    new_best = tl.maximum(best, tl.max(s, 1) * scale_log2)
     safe = new_best
-    if MASKED != "":
+    if MASKED:
         safe = tl.where(new_best == float("-inf"), 0.0, new_best)
-    shift = safe
-    if MASKED == "rows":
-        shift = tl.where(end > 0, safe, float("inf"))
-    p = tl.math.exp2(s * scale_log2 - shift[:, None])
+    p = tl.math.exp2(s * scale_log2 - safe[:, None])
     decay = tl.math.exp2(best - safe)
     total = total * decay + tl.sum(p, 1)
     v = v_desc.load([first_row + key_start, column_v])
@@ -130,13 +121,13 @@ def dense_forward_kernel(
     for key_start in tl.range(full_start, full_end, BLOCK_N):
         acc, best, total = attend_tile(
             acc, best, total, q, q_tail, k_desc, k_tail_desc, v_desc, key_start, b * S, group * DK, group * DV, first,
-            end, scale_log2, TAIL, MAIN, "", BLOCK_N, PRECISION,
+            end, scale_log2, TAIL, MAIN, False, BLOCK_N, PRECISION,
         )  # fmt: skip
     for i in tl.range(num_masked):
         key_start = tl.where(i < num_left, first_low + i * BLOCK_N, full_end + (i - num_left) * BLOCK_N)
         acc, best, total = attend_tile(
             acc, best, total, q, q_tail, k_desc, k_tail_desc, v_desc, key_start, b * S, group * DK, group * DV, first,
-            end, scale_log2, TAIL, MAIN, "keys", BLOCK_N, PRECISION,
+            end, scale_log2, TAIL, MAIN, True, BLOCK_N, PRECISION,
         )  # fmt: skip
 
     out = acc / tl.where(total == 0.0, 1.0, total)[:, None]

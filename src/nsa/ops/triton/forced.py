@@ -77,7 +77,7 @@ def forced_forward_kernel(
             if seen:
                 acc, best, total = attend_tile(
                     acc, best, total, q, q_tail, k_desc, k_tail_desc, v_desc, key_start, b * S, group * DK, group * DV,
-                    first, end, scale_log2, TAIL, MAIN, "keys", BLOCK_N, PRECISION,
+                    first, end, scale_log2, TAIL, MAIN, True, BLOCK_N, PRECISION,
                 )  # fmt: skip
     out = acc / tl.where(total == 0.0, 1.0, total)[:, None]
     lse = tl.where(total == 0.0, float("-inf"), (best + tl.math.log2(total)) * LN2)

@@ -32,7 +32,7 @@ BLOCK_M = 64  # rows of a tile, about; what `union_pays` reckons with
 NOTHING = 2**31 - 1
 # Blocks of the unions over blocks of the lists, in full tiles: below these the union is faster (H200, docs/kernels.md).
 FORWARD_RATIO = 3.0
-BACKWARD_RATIO = 2.5
+BACKWARD_RATIO = 2.0
 
 
 class Unions(NamedTuple):
@@ -41,7 +41,7 @@ class Unions(NamedTuple):
     Attributes:
         starts: int32 `[B*Hkv, tiles, width]`, first key of each block.
         masks: int64, likewise; bit i is set if the tile's i-th token chose it.
-        counts: int32 `[B*Hkv, tiles, 2]`: all of them, and how many come before any that a token of the tile lies in.
+        counts: int32 `[B*Hkv, tiles]`.
         tokens: of a tile.
     """
 
@@ -72,9 +72,9 @@ def union_pays(
     return unions * rows < ratio * chosen * tokens * group_size
 
 
-@triton.jit(do_not_specialize=["T", "q_start", "num_tiles"])
+@triton.jit(do_not_specialize=["T", "num_tiles"])
 def union_kernel(
-    choice_ptr, doc_ptr, sorted_ptr, start_ptr, mask_ptr, count_ptr, T, q_start, num_tiles,
+    choice_ptr, doc_ptr, sorted_ptr, start_ptr, mask_ptr, count_ptr, T, num_tiles,
     HKV: tl.constexpr, COUNT: tl.constexpr, BLOCK: tl.constexpr, TOKENS: tl.constexpr, PACKED: tl.constexpr,
     PADDED: tl.constexpr, SIZE: tl.constexpr, NOTHING: tl.constexpr,
 ):  # fmt: skip
@@ -100,14 +100,10 @@ def union_kernel(
     tl.store(start_ptr + place, pair >> 6, mask=first)
     bit = tl.full([SIZE], 1, tl.int64) << (pair & 63).to(tl.int64)
     tl.atomic_add(mask_ptr + place, bit, mask=live, sem="relaxed")  # distinct bits: the order does not matter
-    past = first & ((pair >> 6) + BLOCK <= tl.program_id(0) * TOKENS + q_start + 1)
-    tl.store(count_ptr + 2 * tile, tl.sum(first.to(tl.int32), 0))
-    tl.store(count_ptr + 2 * tile + 1, tl.sum(past.to(tl.int32), 0))
+    tl.store(count_ptr + tile, tl.sum(first.to(tl.int32), 0))
 
 
-def make_unions(
-    block_indices: Tensor, geometry: BlockGeometry, layout: Layout | None, q_start: int, tokens: int
-) -> Unions:
+def make_unions(block_indices: Tensor, geometry: BlockGeometry, layout: Layout | None, tokens: int) -> Unions:
     """Unions of `tokens` tokens each from `block_indices` int32 `[B, T, Hkv, n]`, contiguous."""
     B, T, Hkv, count = block_indices.shape
     tiles, device = triton.cdiv(T, tokens), block_indices.device
@@ -116,10 +112,9 @@ def make_unions(
     pairs = torch.empty(B * Hkv * tiles * size, dtype=torch.int32, device=device)
     starts = torch.empty(B * Hkv, tiles, tokens * count, dtype=torch.int32, device=device)
     masks = torch.zeros(starts.shape, dtype=torch.int64, device=device)
-    counts = torch.empty(B * Hkv, tiles, 2, dtype=torch.int32, device=device)
+    counts = torch.empty(B * Hkv, tiles, dtype=torch.int32, device=device)
     union_kernel[(tiles, B * Hkv)](
-        block_indices, block_indices if layout is None else layout.doc_start, pairs, starts, masks, counts, T, q_start,
-        tiles,
+        block_indices, block_indices if layout is None else layout.doc_start, pairs, starts, masks, counts, T, tiles,
         HKV=Hkv, COUNT=count, BLOCK=geometry.select_block_size, TOKENS=tokens, PACKED=layout is not None,
         PADDED=padded, SIZE=size, NOTHING=NOTHING, num_warps=1 if size <= 256 else 4,
     )  # fmt: skip
@@ -177,21 +172,12 @@ def union_forward_kernel(
     first = tl.zeros([BLOCK_M], tl.int32)
     start_ptr += tile * (TOKENS * COUNT)
     mask_ptr += tile * (TOKENS * COUNT)
-    num_past = tl.load(count_ptr + 2 * tile + 1)
-    WHOLE_MASK: tl.constexpr = "rows" if BLOCK % BLOCK_N == 0 else "keys"  # the last step may go beyond the block
-    for i in tl.range(0, num_past):
+    for i in tl.range(0, tl.load(count_ptr + tile)):
         key_start, end = visible_end(start_ptr, mask_ptr, i, t, bit, live, q_start, BLOCK)
         for part in tl.static_range(0, BLOCK, BLOCK_N):
             acc, best, total = attend_tile(
                 acc, best, total, q, q_tail, k_desc, k_tail_desc, v_desc, key_start + part, b * S, group * DK,
-                group * DV, first, end, scale_log2, TAIL, MAIN, WHOLE_MASK, BLOCK_N, PRECISION,
-            )  # fmt: skip
-    for i in tl.range(num_past, tl.load(count_ptr + 2 * tile)):
-        key_start, end = visible_end(start_ptr, mask_ptr, i, t, bit, live, q_start, BLOCK)
-        for part in tl.static_range(0, BLOCK, BLOCK_N):
-            acc, best, total = attend_tile(
-                acc, best, total, q, q_tail, k_desc, k_tail_desc, v_desc, key_start + part, b * S, group * DK,
-                group * DV, first, end, scale_log2, TAIL, MAIN, "keys", BLOCK_N, PRECISION,
+                group * DV, first, end, scale_log2, TAIL, MAIN, True, BLOCK_N, PRECISION,
             )  # fmt: skip
     out = acc / tl.where(total == 0.0, 1.0, total)[:, None]
     place = row_64[:, None] * DV + tl.arange(0, DV)[None, :]
@@ -212,7 +198,7 @@ def union_forward(
     if out.numel() == 0:
         return out, lse
     tile = fit_tile(tile or forward_tile(q, Dk, Dv, has_large_shared_memory(q)), H // Hkv, geometry)
-    unions = make_unions(block_indices, geometry, layout, q_start, min(MAX_TOKENS, tile["BLOCK_M"] // (H // Hkv)))
+    unions = make_unions(block_indices, geometry, layout, min(MAX_TOKENS, tile["BLOCK_M"] // (H // Hkv)))
     union_forward_kernel[(unions.counts.shape[1], B * Hkv)](
         q, *describe_keys(k, tile["BLOCK_N"]), describe(v, tile["BLOCK_N"]), out, lse, *(gated or (out, out, out, out)),
         unions.starts, unions.masks, unions.counts, scale * LOG2E, T, S, q_start,
@@ -248,16 +234,7 @@ def union_query_kernel(
     first = tl.zeros([BLOCK_M], tl.int32)
     start_ptr += tile * (TOKENS * COUNT)
     mask_ptr += tile * (TOKENS * COUNT)
-    num_past = tl.load(count_ptr + 2 * tile + 1)
-    for i in tl.range(0, num_past):
-        key_start, end = visible_end(start_ptr, mask_ptr, i, t, bit, live, q_start, BLOCK)
-        seen_lse = tl.where(end > 0, lse, float("inf"))  # a row that did not choose the block has no part in it
-        for part in tl.static_range(0, BLOCK, BLOCK_N):
-            dq, dq_tail = query_step(
-                dq, dq_tail, q, q_tail, dout, seen_lse, delta, k_desc, k_tail_desc, v_desc, key_start + part, b * S,
-                group * DK, group * DV, first, end, scale_log2, TAIL, MAIN, BLOCK % BLOCK_N != 0, BLOCK_N, PRECISION,
-            )  # fmt: skip
-    for i in tl.range(num_past, tl.load(count_ptr + 2 * tile)):
+    for i in tl.range(0, tl.load(count_ptr + tile)):
         key_start, end = visible_end(start_ptr, mask_ptr, i, t, bit, live, q_start, BLOCK)
         for part in tl.static_range(0, BLOCK, BLOCK_N):
             dq, dq_tail = query_step(
@@ -287,7 +264,7 @@ def union_query_backward(
     if q.numel() == 0:
         return dq
     tile = fit_tile(tile or query_tile(q, Dk, Dv, has_large_shared_memory(q)), H // Hkv, geometry)
-    unions = make_unions(block_indices, geometry, layout, q_start, min(MAX_TOKENS, tile["BLOCK_M"] // (H // Hkv)))
+    unions = make_unions(block_indices, geometry, layout, min(MAX_TOKENS, tile["BLOCK_M"] // (H // Hkv)))
     union_query_kernel[(unions.counts.shape[1], B * Hkv)](
         q, *describe_keys(k, tile["BLOCK_N"]), describe(v, tile["BLOCK_N"]), dout, *rows, dq, unions.starts,
         unions.masks, unions.counts, scale, scale * LOG2E, LOG2E, T, S, q_start,
