@@ -120,7 +120,7 @@ def copy_rows(
 
 
 @gluon.jit
-def _copy_queries(
+def copy_queries(
     q_ptr, q_smem, q_tail_smem, place, low, b, group, T, G: gl.constexpr, HKV: gl.constexpr, D: gl.constexpr,
     TAIL: gl.constexpr,
 ):  # fmt: skip
@@ -187,7 +187,7 @@ def _soften(
 
 
 @gluon.jit
-def _scores(q_tile, q_tail, k_smem, k_tail_smem, slot, none, D: gl.constexpr, TAIL: gl.constexpr):
+def scores(q_tile, q_tail, k_smem, k_tail_smem, slot, none, D: gl.constexpr, TAIL: gl.constexpr):
     s = warpgroup_mma(
         q_tile, k_smem.index(slot).reshape([KEYS, D]).permute([1, 0]), none, use_acc=False, is_async=True
     )  # fmt: skip
@@ -211,7 +211,7 @@ def _attend(
     total = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, S_LAYOUT))
     slot = step % STAGES
     mbarrier.wait(k_full.index(slot), step // STAGES & 1)
-    s = _scores(q_tile, q_tail, k_smem, k_tail_smem, slot, none, D, TAIL)
+    s = scores(q_tile, q_tail, k_smem, k_tail_smem, slot, none, D, TAIL)
     s = warpgroup_mma_wait(0, deps=[s])
     mbarrier.arrive(k_empty.index(slot), count=1)
     p, best, total, _fading = _soften(
@@ -224,7 +224,7 @@ def _attend(
         step += 1
         slot = step % STAGES
         mbarrier.wait(k_full.index(slot), step // STAGES & 1)
-        s = _scores(q_tile, q_tail, k_smem, k_tail_smem, slot, none, D, TAIL)
+        s = scores(q_tile, q_tail, k_smem, k_tail_smem, slot, none, D, TAIL)
         mbarrier.wait(v_full.index(old_slot), old_phase)
         acc = warpgroup_mma(p, v_smem.index(old_slot).reshape([KEYS, D]), acc, is_async=True)
         s = warpgroup_mma_wait(1, deps=[s])
@@ -257,7 +257,7 @@ def _row_partition(
     rounds = num_rounds(num_tiles * heads)
     if not BOXES:
         first_row, first_b, first_group = tile_of_round(0, num_tiles, heads, HKV, GROUPS * ROWS)
-        _copy_queries(
+        copy_queries(
             q_ptr, q_smem, q_tail_smem, PART, first_row + PART * ROWS, first_b, first_group, T, G, HKV, D, TAIL
         )
     for turn in range(rounds):
@@ -286,7 +286,7 @@ def _row_partition(
                 next_row, next_b, next_group = tile_of_round(turn + 1, num_tiles, heads, HKV, GROUPS * ROWS)
                 next_place = (turn + 1) % 2 * GROUPS + PART
                 next_row += PART * ROWS
-                _copy_queries(q_ptr, q_smem, q_tail_smem, next_place, next_row, next_b, next_group, T, G, HKV, D, TAIL)
+                copy_queries(q_ptr, q_smem, q_tail_smem, next_place, next_row, next_b, next_group, T, G, HKV, D, TAIL)
         acc, best, total, step = _attend(
             q, q_tail, k_smem, k_tail_smem, v_smem, k_full, k_empty, v_full, v_empty, step, tile_first, tile_end,
             first, end, plain_first, plain_end, scale_log2, D, TAIL, PACKED or WINDOW > 0, S_LAYOUT, O_LAYOUT, STAGES,

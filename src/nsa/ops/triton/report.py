@@ -9,6 +9,7 @@ from torch import Tensor
 from nsa.geometry import BlockGeometry
 from nsa.ops.triton import dense_bwd, dense_fwd, score_topk, select_bwd, select_fwd, select_union
 from nsa.ops.triton.common import KEY_SIZES, VALUE_SIZES, has_large_shared_memory, hopper_serves
+from nsa.ops.triton.hopper_union import hopper_union_serves
 
 HOPPER = "a Hopper GPU, heads of 64 or 128, or keys of 192 with values of 128"
 HOPPER_STAGES = (("forward", "forward"), ("backward, keys", "key"), ("backward, queries", "query"))
@@ -51,7 +52,9 @@ def kernels(q: Tensor, k: Tensor, v: Tensor, geometry: BlockGeometry, num_docs: 
         found.append(Kernel(f"{stage} backward, queries", "dense_query", by_query, fits))
     found.append(Kernel("choice of blocks", "score, choice", score_topk.score_tile(q, group, large), fits))
     union = select_union.union_pays(*reckoned, select_union.FORWARD_RATIO)
-    if union:
+    if union and hopper_union_serves(*fitting, group, geometry):
+        how, tile = "union, hopper_union_forward", {}
+    elif union:
         how, tile = "union, union_forward", forward
     else:
         how, tile = "forced_forward, select_forward, select_reduce", select_fwd.select_tile(*size)

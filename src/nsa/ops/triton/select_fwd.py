@@ -117,14 +117,20 @@ def select_forward_kernel(
 
 
 @triton.jit
-def gated_sum(out, cmp_ptr, win_ptr, gate_ptr, sum_ptr, row, place, live):
-    """Store the gated sum of the branches (Eq. 5), of which the selected one is `out`."""
+def add_branches(out, cmp_ptr, win_ptr, gate_ptr, row, place, live):
+    """The gated sum of the branches (Eq. 5), of which the selected one is `out`."""
     gate_ptr += row * 3
     out *= tl.load(gate_ptr + 1, mask=live, other=0.0).to(tl.float32)[:, None]
     gate = tl.load(gate_ptr, mask=live, other=0.0).to(tl.float32)[:, None]
     out += gate * tl.load(cmp_ptr + place, mask=live[:, None], other=0.0).to(tl.float32)
     gate = tl.load(gate_ptr + 2, mask=live, other=0.0).to(tl.float32)[:, None]
-    out += gate * tl.load(win_ptr + place, mask=live[:, None], other=0.0).to(tl.float32)
+    return out + gate * tl.load(win_ptr + place, mask=live[:, None], other=0.0).to(tl.float32)
+
+
+@triton.jit
+def gated_sum(out, cmp_ptr, win_ptr, gate_ptr, sum_ptr, row, place, live):
+    """Store the gated sum."""
+    out = add_branches(out, cmp_ptr, win_ptr, gate_ptr, row, place, live)
     tl.store(sum_ptr + place, out.to(sum_ptr.dtype.element_ty), mask=live[:, None])
 
 

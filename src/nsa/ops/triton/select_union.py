@@ -25,6 +25,7 @@ from nsa.geometry import BlockGeometry
 from nsa.ops.triton.common import LN2, LOG2E, Layout, dot_precision, has_large_shared_memory, key_tail
 from nsa.ops.triton.dense_bwd import Rows, query_step, query_tile
 from nsa.ops.triton.dense_fwd import attend_tile, describe, describe_keys, forward_tile
+from nsa.ops.triton.hopper_union import hopper_union_forward, hopper_union_serves, tile_tokens
 from nsa.ops.triton.select_fwd import Gated, gated_sum
 
 MAX_TOKENS = 64  # of a tile: bits of a mask
@@ -196,6 +197,10 @@ def union_forward(
     S, Hkv, Dv = k.shape[1], k.shape[2], v.shape[3]
     out, lse = q.new_empty(B, T, H, Dv), q.new_empty(B, T, H, dtype=torch.float32)
     if out.numel() == 0:
+        return out, lse
+    if tile is None and hopper_union_serves(q, v, H // Hkv, geometry):
+        unions = make_unions(block_indices, geometry, layout, tile_tokens(H // Hkv))
+        hopper_union_forward(q, k, v, out, lse, *unions[:3], geometry, q_start, scale, gated)
         return out, lse
     tile = fit_tile(tile or forward_tile(q, Dk, Dv, has_large_shared_memory(q)), H // Hkv, geometry)
     unions = make_unions(block_indices, geometry, layout, min(MAX_TOKENS, tile["BLOCK_M"] // (H // Hkv)))
