@@ -26,10 +26,11 @@ WIDE = BlockGeometry(8, 4, 16, 4, 1, 2, 150)
 EDGE = BlockGeometry(8, 4, 16, 4, 1, 2, 127)  # intervals begin and end one from where a step does
 BLOCKS = BlockGeometry(4, 2, 64, 4, 1, 1, 40)
 ODD = BlockGeometry(8, 4, 48, 3, 1, 1, 40)
+FEW = BlockGeometry(4, 2, 64, 2, 1, 1, 40)
 
 # name -> batch, tokens, heads, groups, size of keys (values have 128 at most), geometry, document bounds, q_start,
-# k_start, dtype, multiprocessors, what runs: compressed and window branch, the whole operator, with scratch for few
-# tokens at a time
+# k_start, dtype, multiprocessors, what runs: compressed, window and selected branch (that by unions), all of the
+# operator, in which unions run or there is scratch for few tokens (kept) at a time
 CASES = {
     "batch of two, two groups": (2, 75, 8, 2, 64, SMALL, None, 0, 0, "bfloat16", 2, "cw"),
     "many steps": (1, 230, 4, 1, 64, WIDE, None, 0, 0, "float16", 1, "w"),
@@ -50,6 +51,17 @@ CASES = {
     "whole, keys of 192": (1, 400, 4, 1, 192, BLOCKS, None, 0, 0, "float16", 2, "a"),
     "whole, blocks of 48 tokens": (1, 190, 4, 1, 64, ODD, None, 0, 0, "float16", 2, "a"),
     "whole, packed, five heads a group": (1, 450, 5, 1, 64, BLOCKS, [0, 0, 20, 440], 0, 0, "float16", 2, "ak"),
+    "whole, unions": (1, 420, 8, 2, 64, BLOCKS, None, 0, 0, "float16", 3, "au"),
+    "whole, unions, packed, five heads a group": (1, 350, 5, 1, 64, BLOCKS, [0, 0, 20, 340], 0, 0, "float16", 2, "au"),
+    "unions, 16 heads a group": (1, 190, 16, 1, 64, FEW, None, 1300, 0, "float16", 2, "s"),
+    "unions, 32 heads a group, batch of two": (2, 31, 64, 2, 64, FEW, None, 1000, 0, "bfloat16", 3, "s"),
+    "unions, 64 heads a group": (1, 40, 64, 1, 64, FEW, None, 1279, 0, "float16", 1, "s"),
+    "unions, 6 heads a group, short documents": (1, 310, 6, 1, 64, FEW, [0, 3, 3, 67, 300], 0, 0, "float16", 2, "s"),
+    "unions, 4 heads a group": (1, 120, 8, 2, 64, FEW, None, 850, 0, "float16", 2, "s"),
+    "unions, three heads a group, keys of 192": (1, 230, 3, 1, 192, FEW, None, 900, 0, "bfloat16", 2, "s"),
+    "unions, 48 heads a group, keys of 192": (1, 11, 48, 1, 192, FEW, None, 1000, 0, "float16", 1, "s"),
+    "unions, head size 128": (1, 61, 16, 1, 128, FEW, [0, 61], 0, 0, "float16", 1, "s"),
+    "unions, a tile partly beyond the tokens": (1, 70, 16, 1, 128, FEW, None, 500, 0, "bfloat16", 5, "s"),
 }  # fmt: skip
 SEEDS = range(3)
 NAMES = ("q", "k", "v", "k_cmp", "v_cmp", "k_win", "v_win", "gates")
@@ -93,7 +105,7 @@ class Case:
         for module in MODULES:
             if hasattr(module, "num_multiprocessors"):
                 module.num_multiprocessors = lambda x: multiprocessors
-        select_union.union_pays = lambda *_: False
+        select_union.union_pays = lambda *_: "u" in branches
 
     def draw(self, *shape: int) -> Tensor:
         return torch.randn(*shape).to(self.dtype)
@@ -103,6 +115,8 @@ class Case:
             self.branch("compressed_attention", *self.compressed, (self.q_start, self.scale))
         if "w" in self.branches:
             self.branch("window_attention", *self.window, (self.q_start, self.k_start, self.scale))
+        if "s" in self.branches:
+            self.unions()
         if "a" in self.branches:
             self.whole("k" in self.branches)
         return self.errors
@@ -145,6 +159,50 @@ class Case:
         numbers = (self.q_start, self.k_start if window else 0, self.scale)
         mine = dense_bwd.dense_backward(dout, *inputs, rows, self.geometry, layout, window, *numbers, before)[0]
         self.errors[f"{name} dq on top"] = row_error(mine, expected)
+
+    def lists(self) -> Tensor:
+        """Random blocks of each token, and -1.
+
+        Of three runs of neighbours, as many as a group of warps holds, one knows the first and the last block only: it
+        skips what lies between.
+        """
+        B, T, H = self.q.shape[:3]
+        Hkv, count, size = self.numbers[2], self.geometry.num_selected_blocks, self.geometry.select_block_size
+        tokens = 64 // (H // Hkv)
+        bounds = [0, T] if self.cu is None else self.cu.tolist()
+        lists = torch.full((B, T, Hkv, count), -1, dtype=torch.int32)
+        for b in range(B):
+            for first, end in pairwise(bounds):
+                for t in range(first, end):
+                    seen = (t - first + self.q_start) // size + 1
+                    for group in range(Hkv):
+                        known = torch.randperm(seen) if (t // tokens + group) % 3 else torch.tensor([0, seen - 1])
+                        known = known.unique() if len(known) == 2 else known
+                        known = known[: count if t % 5 else 1]
+                        lists[b, t, group, : len(known)] = known
+        return lists
+
+    def unions(self) -> None:
+        """Compare the selected branch by unions, for lists that need not come from scores."""
+        B, S, Hkv, _N = self.numbers
+        k, v = self.draw(B, S, Hkv, self.q.shape[3]), self.draw(B, S, Hkv, self.value_size)
+        lists, used = self.lists(), self.used
+        layout = common.make_layout(self.cu, self.geometry, self.q.shape[1], 0)
+        shape = (*self.q.shape[:3], self.value_size)
+        cmp, win, gates = self.draw(*shape), self.draw(*shape), self.draw(*shape[:3], 3)
+        cut = [self.q[:, :used], *(x[:, :used] if self.cu is not None else x for x in (k, v))]
+        what = (lists[:, :used], self.geometry, self.cu, self.q_start, self.scale)
+        expected, expected_lse = reference.selected_attention(*(x.double() for x in cut), *what)
+        for name, gated in (("", None), ("gated ", select_fwd.Gated(cmp, win, gates, torch.empty_like(cmp)))):
+            out, lse = select_union.union_forward(
+                self.q, k, v, lists, self.geometry, layout, self.q_start, self.scale, gated
+            )  # fmt: skip
+            self.errors[f"unions {name}out"] = row_error(out[:, :used], expected)
+            self.errors[f"unions {name}lse"] = row_error(lse[:, :used], expected_lse)
+            self.errors[f"unions {name}outside"] = float(out[:, used:].abs().sum() + torch.isfinite(lse[:, used:]).sum())
+        g = gates[:, :used].double().unsqueeze(-1)
+        total = g[..., 0, :] * cmp[:, :used] + g[..., 1, :] * expected + g[..., 2, :] * win[:, :used]
+        self.errors["unions sum"] = row_error(gated.out[:, :used], total)
 
     def whole(self, small_scratch: bool) -> None:
         """Compare the whole operator with its branches by the reference, for the blocks that it chose."""

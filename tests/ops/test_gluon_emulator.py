@@ -31,8 +31,8 @@ from ops.gluon_values import EmulationError
 
 PROGRAM = Path(__file__).with_name("gluon_cases.py")
 PATHS = [str(Path(__file__).parents[2] / "src"), str(Path(__file__).parents[1])]
-NUM_CASES, NUM_SEEDS = 19, 3
-KERNELS = {"hopper_forward_kernel", "hopper_key_kernel", "hopper_query_kernel"}
+NUM_CASES, NUM_SEEDS = 30, 3
+KERNELS = {"hopper_forward_kernel", "hopper_key_kernel", "hopper_query_kernel", "hopper_union_forward_kernel"}
 
 
 def test_hopper_kernels_equal_the_reference_under_every_schedule():

@@ -88,7 +88,7 @@ def union_kernel(
     chosen = tl.load(choice_ptr + ((b.to(tl.int64) * T + t) * HKV + group) * COUNT + slot, mask=live, other=-1)
     start = chosen * BLOCK
     if PACKED:
-        start += tl.load(doc_ptr + t, mask=live, other=0)
+        start += tl.load(doc_ptr + t, mask=chosen >= 0, other=0)
     pair = tl.sort(tl.where(chosen >= 0, start * 64 + token, NOTHING))
     tile = tl.program_id(1).to(tl.int64) * num_tiles + tl.program_id(0)
     sorted_ptr += tile * SIZE
