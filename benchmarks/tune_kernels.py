@@ -61,12 +61,11 @@ def row_error(x: Tensor, expected: Tensor) -> float:
 
 
 def score_tiles(q: Tensor, num_kv_heads: int) -> Iterator[dict[str, int]]:
-    """Tiles of the scores: 64 to 256 columns, 64 or 128 keys a step."""
+    """Tiles of the scores: 64 to 256 columns."""
     heads = triton.next_power_of_2(q.shape[2] // num_kv_heads)
-    for columns, keys, warps, stages in product((64, 128, 256), (64, 128), (4, 8), (2, 3, 4)):
-        if columns >= heads and columns * keys <= 4096 * warps:
-            sizes = {"HEADS": heads, "TOKENS": columns // heads, "BLOCK_N": keys}
-            yield {**sizes, "num_warps": warps, "num_stages": stages}
+    for columns, stages in product((64, 128, 256), (2, 3)):
+        if columns >= heads:
+            yield {"HEADS": heads, "TOKENS": columns // heads, "BLOCK_N": 64, "num_warps": 4, "num_stages": stages}
 
 
 class Stages:
@@ -158,10 +157,9 @@ class Stages:
                 found[stage]["Hopper's"] = ((), run)
         for tile in score_tiles(self.q, self.k.shape[2]):
             found["choice"][str(tile)] = ((), lambda tile=tile: self.choose(tile=tile))
-        for count, registers in product((128, 256, 512, 1024), (64, 72, 96, 128, 168)):
-            patch = ((score_topk, "CHOICE_REGISTERS", registers),)
-            run = lambda count=count: self.choose(max_chunk=count)  # noqa: E731
-            found["choice"][f"{count} candidates, {registers} registers"] = (patch, run)
+        for count, mib in product((128, 256, 512), (128, 256, 512, 8192)):
+            run = lambda count=count, mib=mib: self.choose(max_chunk=count, scratch_bytes=mib * 2**20)  # noqa: E731
+            found["choice"][f"{count} candidates, {mib} MiB of scratch"] = ((), run)
         for stages, elements in ((2, 1024), (4, 1024), (4, 2048), (6, 512), (6, 1024), (6, 2048)):
             patch = ((select_fwd, "REDUCE_STAGES", stages), (select_fwd, "REDUCE_ELEMENTS", elements))
             name = f"{stages} slots on their way, {elements} elements a program of the sum"
@@ -174,7 +172,8 @@ class Stages:
             found["selected backward"][f"{rows} rows an item"] = ((), run)
         found["window forward"]["PyTorch's FlashAttention"] = ((), self.flash_window)
         found["window backward"]["PyTorch's FlashAttention"] = ((), self.flash_window_backward)
-        if self.q.shape[1] <= 16384:  # beyond, unions hold most blocks
+        if self.q.shape[1] <= 32768:  # beyond, unions are long
+            found["selected forward"]["union, plain"] = (PLAIN, lambda: self.selected(union=True))
             found["selected forward"]["union"] = ((), lambda: self.selected(union=True))
             found["selected backward"]["union"] = ((), lambda: self.selected_backward(union=True))
         return found

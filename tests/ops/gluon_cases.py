@@ -199,7 +199,9 @@ class Case:
             )  # fmt: skip
             self.errors[f"unions {name}out"] = row_error(out[:, :used], expected)
             self.errors[f"unions {name}lse"] = row_error(lse[:, :used], expected_lse)
-            self.errors[f"unions {name}outside"] = float(out[:, used:].abs().sum() + torch.isfinite(lse[:, used:]).sum())
+            self.errors[f"unions {name}outside"] = float(
+                out[:, used:].abs().sum() + torch.isfinite(lse[:, used:]).sum()
+            )
         g = gates[:, :used].double().unsqueeze(-1)
         total = g[..., 0, :] * cmp[:, :used] + g[..., 1, :] * expected + g[..., 2, :] * win[:, :used]
         self.errors["unions sum"] = row_error(gated.out[:, :used], total)
