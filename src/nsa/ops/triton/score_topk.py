@@ -17,8 +17,6 @@ Shapes: q `[B, T, H, Dk]`, k_cmp `[B, N, Hkv, Dk]`, lse `[B, T, H]`, out int32 `
 # pyright: reportGeneralTypeIssues=false, reportPossiblyUnboundVariable=false
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
@@ -36,32 +34,19 @@ from nsa.ops.triton.common import (
 from nsa.ops.triton.dense_fwd import describe_keys
 from nsa.ops.triton.invert import Chunk, cut_chunks
 
-SCRATCH_BYTES = 512 * 2**20
+SCRATCH_BYTES = 2**31
 CHOICE_REGISTERS = 72  # for a thread of the choice: 28 of its warps fit a multiprocessor, where 106 leave room for 18
 
 
-def score_tile(q: Tensor, group_size: int, large: bool) -> dict[str, int]:
-    """Tile sizes: HEADS heads (a power of two) by TOKENS tokens of columns, BLOCK_N keys a step."""
+def score_tile(q: Tensor, group_size: int, num_keys: int, large: bool) -> dict[str, int]:
+    """Tile sizes: HEADS heads (a power of two) by TOKENS tokens of columns, BLOCK_N of `num_keys` keys a step."""
     heads = triton.next_power_of_2(group_size)
     if q.dtype == torch.float32:
         return {"HEADS": heads, "TOKENS": max(2, 32 // heads), "BLOCK_N": 16, "num_warps": 4, "num_stages": 1}
     if not large or q.shape[3] > 128:
         return {"HEADS": heads, "TOKENS": max(4, 64 // heads), "BLOCK_N": 64, "num_warps": 4, "num_stages": 1}
-    return {"HEADS": heads, "TOKENS": max(4, 128 // heads), "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}
-
-
-class Streams(NamedTuple):
-    """The stream that waits for all in the end, one beside it, and the last work there on each of two places."""
-
-    main: torch.cuda.Stream
-    side: torch.cuda.Stream
-    done: tuple[torch.cuda.Event, torch.cuda.Event]
-
-
-def two_streams(device: torch.device) -> Streams:
-    return Streams(
-        torch.cuda.current_stream(device), torch.cuda.Stream(device), (torch.cuda.Event(), torch.cuda.Event())
-    )
+    stages = 2 if num_keys <= 4096 else 3  # three programs a multiprocessor, or deeper reads once L2 is short of room
+    return {"HEADS": heads, "TOKENS": max(4, 128 // heads), "BLOCK_N": 64, "num_warps": 4, "num_stages": stages}
 
 
 @triton.jit
@@ -245,7 +230,7 @@ def choice_kernel(
 
 def select_blocks(
     q: Tensor, k_cmp: Tensor, lse: Tensor, geometry: BlockGeometry, layout: Layout | None, q_start: int, scale: float,
-    tile: dict[str, int] | None = None, scratch_bytes: int = SCRATCH_BYTES, max_chunk: int = 128,
+    tile: dict[str, int] | None = None, scratch_bytes: int = SCRATCH_BYTES, max_chunk: int | None = None,
 ) -> Tensor:  # fmt: skip
     """int32 `[B, T, Hkv, n]`, ascending, padded with -1 (Eq. 8-12), for fitting tensors."""
     B, T, H, Dk = q.shape
@@ -253,7 +238,7 @@ def select_blocks(
     out = torch.empty(B, T, Hkv, count, dtype=torch.int32, device=q.device)
     if out.numel() == 0:
         return out
-    tile = tile or score_tile(q, H // Hkv, has_large_shared_memory(q))
+    tile = tile or score_tile(q, H // Hkv, N, has_large_shared_memory(q))
     span, reach = (
         geometry.select_block_size // geometry.compress_stride,
         geometry.compress_block_size // geometry.compress_stride,
@@ -264,43 +249,32 @@ def select_blocks(
         width = width // span * (1 if reach == 1 else 2)
     padded = max(16, triton.next_power_of_2(count))
     num_blocks = geometry.num_select_blocks(q_start + T)
+    max_chunk = max_chunk or (128 if num_blocks <= 1024 else 256)
     candidates = min(max(max_chunk, 2 * padded), max(2 * padded, triton.next_power_of_2(padded + num_blocks)))
     chunks = cut_chunks(B * Hkv, T, width * 4, 128, scratch_bytes)
     rows = max((c.head_end - c.head) * (c.token_end - c.token) for c in chunks)
-    places = min(2, len(chunks))
-    mass = torch.empty(places, rows, width, dtype=torch.float32, device=q.device)
-    lists = torch.empty(places, rows, 2, padded, dtype=torch.int32, device=q.device)
+    mass = torch.empty(rows, width, dtype=torch.float32, device=q.device)
+    lists = torch.empty(rows, 2, padded, dtype=torch.int32, device=q.device)
     lse = lse.float().contiguous()
     shape = {"HKV": Hkv, "SIZE": geometry.compress_block_size, "STRIDE": geometry.compress_stride,
              "BLOCK": geometry.select_block_size, "POOLED": pooled, "PACKED": layout is not None}  # fmt: skip
     bounds = (lists, lists) if layout is None else (layout.cu_seqlens, layout.cu_compressed)
     documents = (lists, lists) if layout is None else (layout.doc_start, layout.doc_end)
     num_docs = 0 if layout is None else layout.cu_seqlens.numel() - 1
-    # Products of a chunk beside the choice of the one before, which is integer arithmetic.
-    streams = two_streams(q.device) if q.is_cuda and places == 2 else None
-    for i, chunk in enumerate(chunks):
-        heads, tokens, place = chunk.head_end - chunk.head, chunk.token_end - chunk.token, i % places
-        if streams:
-            streams.main.wait_event(streams.done[place])
+    for chunk in chunks:
+        heads, tokens = chunk.head_end - chunk.head, chunk.token_end - chunk.token
         if N:
             first_tile, num_tiles = _tiles(chunk, tile["TOKENS"], num_docs)
             score_kernel[(num_tiles, heads)](
-                q, *describe_keys(k_cmp, tile["BLOCK_N"]), lse, mass[place], *bounds, scale * LOG2E, LOG2E, T, N,
-                q_start, num_docs, (num_docs + 1).bit_length(), chunk.head, chunk.token, chunk.token_end, first_tile,
-                width, H=H, DK=Dk, TAIL=key_tail(Dk), PRECISION=dot_precision(q), **shape, **tile,
+                q, *describe_keys(k_cmp, tile["BLOCK_N"]), lse, mass, *bounds, scale * LOG2E, LOG2E, T, N, q_start,
+                num_docs, (num_docs + 1).bit_length(), chunk.head, chunk.token, chunk.token_end, first_tile, width,
+                H=H, DK=Dk, TAIL=key_tail(Dk), PRECISION=dot_precision(q), **shape, **tile,
             )  # fmt: skip
-        if streams:
-            streams.side.wait_stream(streams.main)
-        with torch.cuda.stream(streams.side if streams else None):
-            choice_kernel[(tokens, heads)](
-                mass[place], lists[place], out, *documents, T, N, q_start, chunk.head, chunk.token, tokens, width,
-                COUNT=count, INIT=geometry.num_init_blocks, LOCAL=geometry.num_local_blocks, PADDED=padded,
-                CHUNK=candidates, num_warps=1, maxnreg=CHOICE_REGISTERS, **shape,
-            )  # fmt: skip
-        if streams:
-            streams.done[place].record(streams.side)
-    if streams:
-        streams.main.wait_stream(streams.side)
+        choice_kernel[(tokens, heads)](
+            mass, lists, out, *documents, T, N, q_start, chunk.head, chunk.token, tokens, width,
+            COUNT=count, INIT=geometry.num_init_blocks, LOCAL=geometry.num_local_blocks, PADDED=padded,
+            CHUNK=candidates, num_warps=1, maxnreg=CHOICE_REGISTERS, **shape,
+        )  # fmt: skip
     return out
 
 
