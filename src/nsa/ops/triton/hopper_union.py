@@ -146,8 +146,7 @@ def _attend(
     total = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, S_LAYOUT))
     key_start = gl.where(count > 0, gl.load(starts), 0)
     mine = tokens_of_part(gl.load(masks), PART, TOKENS)
-    ahead = gl.maximum(gl.minimum(1, count - 1), 0)
-    next_start, next_mask = gl.load(starts + ahead), gl.load(masks + ahead)
+    next_start, next_mask = gl.load(starts + 1), gl.load(masks + 1)  # long before they are needed
     held = step  # the step whose values are still to be multiplied
     slot = step % STAGES
     mbarrier.wait(k_full.index(slot), step // STAGES & 1)
