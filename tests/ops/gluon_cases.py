@@ -192,8 +192,10 @@ class Case:
         shape = (*self.q.shape[:3], self.value_size)
         cmp, win, gates = self.draw(*shape), self.draw(*shape), self.draw(*shape[:3], 3)
         cut = [self.q[:, :used], *(x if self.cu is None else x[:, :used] for x in (k, v))]
+        q, *exact = (x.double() for x in cut)
+        q.requires_grad_()
         what = (lists[:, :used], self.geometry, self.cu, self.q_start, self.scale)
-        expected, expected_lse = reference.selected_attention(*(x.double() for x in cut), *what)
+        expected, expected_lse = reference.selected_attention(q, *exact, *what)
         gated = select_fwd.Gated(cmp, win, gates, torch.empty_like(cmp))
         for name, given in (("", None), ("gated ", gated)):
             what = (lists, self.geometry, layout, self.q_start, self.scale, given)
@@ -205,6 +207,17 @@ class Case:
         g = gates[:, :used].double().unsqueeze(-1)
         total = g[..., 0, :] * cmp[:, :used] + g[..., 1, :] * expected + g[..., 2, :] * win[:, :used]
         self.errors["unions sum"] = row_error(gated.out[:, :used], total)
+
+        dout, dlse, before = self.draw(*shape), torch.randn(lse.shape), self.draw(*self.q.shape)
+        finite = torch.where(torch.isfinite(expected_lse), expected_lse, 0.0)
+        loss = (expected * dout[:, :used]).sum() + (finite * dlse[:, :used]).sum()
+        wanted = torch.zeros(self.q.shape, dtype=torch.float64)
+        wanted[:, :used] = torch.autograd.grad(loss, q)[0]
+        rows = dense_bwd.Rows(lse, dense_bwd.make_delta(out, dout, dlse))
+        what = (dout, self.q, k, v, rows, lists, self.geometry, layout, self.q_start, self.scale)
+        self.errors["unions dq"] = row_error(select_union.union_query_backward(*what), wanted)
+        on_top = before.double() + wanted
+        self.errors["unions dq on top"] = row_error(select_union.union_query_backward(*what, before), on_top)
 
     def whole(self, small_scratch: bool) -> None:
         """Compare the whole operator with its branches by the reference, for the blocks that it chose."""

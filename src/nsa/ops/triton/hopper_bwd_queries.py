@@ -84,7 +84,7 @@ def _query_load_partition(
 
 
 @gluon.jit
-def _copy_query_rows(
+def copy_query_rows(
     q_ptr, dout_ptr, q_smem, q_tail_smem, dout_smem, place, low, b, group, T, G: gl.constexpr, HKV: gl.constexpr,
     D: gl.constexpr, TAIL: gl.constexpr,
 ):  # fmt: skip
@@ -96,7 +96,7 @@ def _copy_query_rows(
 
 
 @gluon.jit
-def _load_rows(x_ptr, row, live, D: gl.constexpr, WIDTH: gl.constexpr, LAYOUT: gl.constexpr):
+def load_rows(x_ptr, row, live, D: gl.constexpr, WIDTH: gl.constexpr, LAYOUT: gl.constexpr):
     place = gl.convert_layout(row, gl.SliceLayout(1, LAYOUT))[:, None] * WIDTH
     place += gl.arange(0, D, gl.SliceLayout(0, LAYOUT))[None, :]
     return gl.load(x_ptr + place, mask=gl.convert_layout(live, gl.SliceLayout(1, LAYOUT))[:, None], other=0.0)
@@ -123,7 +123,7 @@ def _query_partition(
     if not BOXES and BUFFERS == 2:
         first_row, first_b, first_group = tile_of_round(0, num_tiles, heads, HKV, 2 * ROWS)
         first_row += HALF * ROWS
-        _copy_query_rows(
+        copy_query_rows(
             q_ptr, dout_ptr, q_smem, q_tail_smem, dout_smem, HALF, first_row, first_b, first_group, T, G, HKV, D, TAIL
         )
     for turn in range(rounds):
@@ -153,9 +153,9 @@ def _query_partition(
             dq_tail = gl.zeros([ROWS, TAIL], gl.float32, S_LAYOUT)
             before_tail = dq_tail.to(dtype)
         if ADD:  # read long before it is needed
-            before = _load_rows(dq_ptr, row_64, live, D, D + TAIL, Q_LAYOUT)
+            before = load_rows(dq_ptr, row_64, live, D, D + TAIL, Q_LAYOUT)
             if TAIL > 0:
-                before_tail = _load_rows(dq_ptr + D, row_64, live, TAIL, D + TAIL, S_LAYOUT)
+                before_tail = load_rows(dq_ptr + D, row_64, live, TAIL, D + TAIL, S_LAYOUT)
         q_tail = q_tile
         if TAIL > 0:
             q_tail = q_tail_smem.index(place).reshape([ROWS, TAIL])
@@ -163,7 +163,7 @@ def _query_partition(
             mbarrier.wait(q_full.index(place), turn // BUFFERS & 1)
         else:
             if BUFFERS == 1:
-                _copy_query_rows(
+                copy_query_rows(
                     q_ptr, dout_ptr, q_smem, q_tail_smem, dout_smem, HALF, low, b, group, T, G, HKV, D, TAIL
                 )
             async_copy.wait_group(0)
@@ -171,7 +171,7 @@ def _query_partition(
             if BUFFERS == 2 and turn + 1 < rounds:
                 next_row, next_b, next_group = tile_of_round(turn + 1, num_tiles, heads, HKV, 2 * ROWS)
                 next_row += HALF * ROWS
-                _copy_query_rows(
+                copy_query_rows(
                     q_ptr, dout_ptr, q_smem, q_tail_smem, dout_smem, (turn + 1) % 2 * 2 + HALF, next_row, next_b,
                     next_group, T, G, HKV, D, TAIL,
                 )  # fmt: skip

@@ -53,7 +53,8 @@ def kernels(q: Tensor, k: Tensor, v: Tensor, geometry: BlockGeometry, num_docs: 
     scores = score_topk.score_tile(q, group, geometry.num_compressed(k.shape[1]), large)
     found.append(Kernel("choice of blocks", "score, choice", scores, fits))
     union = select_union.union_pays(*reckoned, select_union.FORWARD_RATIO)
-    if union and hopper_union_serves(*fitting, group, geometry):
+    hopper = hopper_union_serves(*fitting, group, geometry)
+    if union and hopper:
         how, tile = "union, hopper_union_forward", {}
     elif union:
         how, tile = "union, union_forward", forward
@@ -63,7 +64,8 @@ def kernels(q: Tensor, k: Tensor, v: Tensor, geometry: BlockGeometry, num_docs: 
     union = select_union.union_pays(*reckoned, select_union.BACKWARD_RATIO)
     tile = select_bwd.select_backward_tile(*size, queries=not union)
     if union:
-        how = "union, union_query, select_backward, select_key_reduce"
+        queries = "hopper_union_query" if hopper else "union_query"
+        how = f"union, {queries}, select_backward, select_key_reduce"
     else:
         how = "select_backward, select_query_reduce, select_key_reduce"
     found.append(Kernel("selected backward", how, tile, _why(union)))
