@@ -189,7 +189,7 @@ def _row_partition(
                 else:
                     dq = warpgroup_mma_wait(0, deps=[dq])
             else:
-                mbarrier.wait(v_full.index(slot), phase)  # else this might count for the slot's step before
+                mbarrier.wait(v_full.index(slot), phase)  # else the slot's next step might take it for its own
                 mbarrier.arrive(v_empty.index(slot), count=1)
             mbarrier.arrive(k_empty.index(slot), count=1)
             step += 1
