@@ -10,6 +10,7 @@ from nsa.geometry import BlockGeometry
 from nsa.ops.triton import dense_bwd, dense_fwd, score_topk, select_bwd, select_fwd, select_union
 from nsa.ops.triton.common import KEY_SIZES, VALUE_SIZES, has_large_shared_memory, hopper_serves
 from nsa.ops.triton.hopper_union import hopper_union_serves
+from nsa.ops.triton.hopper_union_queries import hopper_union_queries_serve
 
 HOPPER = "a Hopper GPU, heads of 64 or 128, or keys of 192 with values of 128"
 HOPPER_STAGES = (("forward", "forward"), ("backward, keys", "key"), ("backward, queries", "query"))
@@ -53,8 +54,7 @@ def kernels(q: Tensor, k: Tensor, v: Tensor, geometry: BlockGeometry, num_docs: 
     scores = score_topk.score_tile(q, group, geometry.num_compressed(k.shape[1]), large)
     found.append(Kernel("choice of blocks", "score, choice", scores, fits))
     union = select_union.union_pays(*reckoned, select_union.FORWARD_RATIO)
-    hopper = hopper_union_serves(*fitting, group, geometry)
-    if union and hopper:
+    if union and hopper_union_serves(*fitting, group, geometry):
         how, tile = "union, hopper_union_forward", {}
     elif union:
         how, tile = "union, union_forward", forward
@@ -64,6 +64,7 @@ def kernels(q: Tensor, k: Tensor, v: Tensor, geometry: BlockGeometry, num_docs: 
     union = select_union.union_pays(*reckoned, select_union.BACKWARD_RATIO)
     tile = select_bwd.select_backward_tile(*size, queries=not union)
     if union:
+        hopper = hopper_union_queries_serve(*fitting, group, geometry)
         queries = "hopper_union_query" if hopper else "union_query"
         how = f"union, {queries}, select_backward, select_key_reduce"
     else:

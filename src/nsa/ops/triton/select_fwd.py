@@ -48,8 +48,10 @@ def select_tile(q: Tensor, head_dim: int, value_head_dim: int, large: bool) -> d
         return {"BLOCK_M": 16, "num_warps": 4, "num_stages": 1}
     if not large:
         return {"BLOCK_M": 32 if widest > 128 else 64, "num_warps": 4, "num_stages": 1}
+    if widest > 192:
+        return {"BLOCK_M": 64, "num_warps": 8, "num_stages": 1}
     if widest > 128:
-        return {"BLOCK_M": 64, "num_warps": 8 if widest > 192 else 4, "num_stages": 1}
+        return {"BLOCK_M": 64, "num_warps": 4, "num_stages": 2}
     return {"BLOCK_M": 64, "num_warps": 4, "num_stages": 1, "maxnreg": 128}  # four programs a multiprocessor
 
 

@@ -26,7 +26,11 @@ from nsa.ops.triton.common import LN2, LOG2E, Layout, dot_precision, has_large_s
 from nsa.ops.triton.dense_bwd import Rows, query_step, query_tile
 from nsa.ops.triton.dense_fwd import attend_tile, describe, describe_keys, forward_tile
 from nsa.ops.triton.hopper_union import hopper_union_forward, hopper_union_serves, tile_tokens
-from nsa.ops.triton.hopper_union_queries import hopper_union_query_backward, query_tile_tokens
+from nsa.ops.triton.hopper_union_queries import (
+    hopper_union_queries_serve,
+    hopper_union_query_backward,
+    query_tile_tokens,
+)
 from nsa.ops.triton.select_fwd import Gated, gated_sum
 
 MAX_TOKENS = 64  # of a tile: bits of a mask
@@ -269,7 +273,7 @@ def union_query_backward(
     dq = torch.empty_like(q) if dq is None else dq
     if q.numel() == 0:
         return dq
-    if tile is None and hopper_union_serves(q, v, H // Hkv, geometry):
+    if tile is None and hopper_union_queries_serve(q, v, H // Hkv, geometry):
         unions = make_unions(block_indices, geometry, layout, query_tile_tokens(H // Hkv))
         hopper_union_query_backward(dout, q, k, v, *rows, dq, *unions[:3], geometry, q_start, scale, add)
         return dq
