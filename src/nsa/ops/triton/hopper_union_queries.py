@@ -38,8 +38,8 @@ from nsa.ops.triton.hopper_fwd import (
 from nsa.ops.triton.hopper_union import hopper_union_serves, list_of_tile, tokens_of_part
 
 GROUPS = gl.constexpr(2)  # groups of four warps
-# Whether tests/gpu has passed with this kernel, which so far has run in the emulator alone. Until then the plain one runs
-# everywhere but in those tests, which switch this on.
+# Whether tests/gpu has passed with this kernel, which so far has run in the emulator alone. Until then the plain one
+# runs everywhere but in those tests, which switch this on.
 IS_TESTED = False
 
 
