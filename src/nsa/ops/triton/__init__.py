@@ -134,7 +134,8 @@ def attention_forward(
         out = torch.empty_like(out_cmp)
         gated = select_fwd.Gated(out_cmp, out_win, gates.contiguous(), out)
         selected = (queries, keys, values, blocks, shape, layout, 0, scale)
-        if _union_pays(queries, keys, shape, layout, select_union.FORWARD_RATIO):
+        ratio = select_union.forward_ratio(queries, values, q.shape[2] // k.shape[2], shape)
+        if _union_pays(queries, keys, shape, layout, ratio):
             out_slc, lse_slc = select_union.union_forward(*selected, gated)
         else:
             known = forced.forced_forward(queries, keys, values, shape, layout, 0, scale)

@@ -53,7 +53,7 @@ def kernels(q: Tensor, k: Tensor, v: Tensor, geometry: BlockGeometry, num_docs: 
         found.append(Kernel(f"{stage} backward, queries", "dense_query", by_query, fits))
     scores = score_topk.score_tile(q, group, geometry.num_compressed(k.shape[1]), large)
     found.append(Kernel("choice of blocks", "score, choice", scores, fits))
-    union = select_union.union_pays(*reckoned, select_union.FORWARD_RATIO)
+    union = select_union.union_pays(*reckoned, select_union.forward_ratio(*fitting, group, geometry))
     if union and hopper_union_serves(*fitting, group, geometry):
         how, tile = "union, hopper_union_forward", {}
     elif union:

@@ -25,7 +25,7 @@ from nsa.ops.triton.dense_bwd import Rows
 from nsa.ops.triton.invert import cut_chunks, invert, item_keys, plan
 from nsa.ops.triton.select_fwd import REDUCE_ELEMENTS, REDUCE_STAGES
 
-SCRATCH_BYTES = 2**31  # large chunks give blocks more rows, so that fewer items share them
+SCRATCH_BYTES = 9 * 2**28  # large chunks give blocks more rows, so that fewer items share them
 ITEM_ROWS = 4096
 KEYS_OF_SUM = 16  # keys whose gradients a program adds up
 

@@ -36,8 +36,9 @@ from nsa.ops.triton.select_fwd import Gated, gated_sum
 MAX_TOKENS = 64  # of a tile: bits of a mask
 BLOCK_M = 64  # rows of a tile, about; what `union_pays` reckons with
 NOTHING = 2**31 - 1
-# Blocks of the unions over blocks of the lists, in full tiles: below these the union is faster (H200, docs/kernels.md).
-FORWARD_RATIO = 3.2
+# Blocks of the unions over blocks of the lists, in full tiles of BLOCK_M rows: below these the union is faster (H200,
+# docs/kernels.md). Hopper's kernel shares loads among more tokens, the more so the fewer heads a group has.
+FORWARD_RATIO, HOPPER_RATIO, HOPPER_RATIO_OF_FEW_HEADS, FEW_HEADS = 3.0, 3.2, 4.1, 8
 BACKWARD_RATIO = 2.0
 
 
@@ -76,6 +77,13 @@ def union_pays(
         chosen += listed
         unions += seen * (1 - (1 - listed / seen) ** tokens)
     return unions * rows < ratio * chosen * tokens * group_size
+
+
+def forward_ratio(q: Tensor, v: Tensor, group_size: int, geometry: BlockGeometry) -> float:
+    """Below which ratio the union is the faster forward for these fitting tensors."""
+    if not hopper_union_serves(q, v, group_size, geometry):
+        return FORWARD_RATIO
+    return HOPPER_RATIO_OF_FEW_HEADS if group_size <= FEW_HEADS else HOPPER_RATIO
 
 
 @triton.jit(do_not_specialize=["T", "num_tiles"])
