@@ -203,8 +203,13 @@ def choice_kernel(
             bits = tl.where(c < PADDED, old, tl.where(fresh, bits, -1))
             block = tl.where(c < PADDED, tl.load(list_ptr + PADDED + c, mask=listed, other=-1), j)
 
-            # What the list's last member reaches, a full list reaches.
-            least = tl.min(tl.where(c < COUNT, old, 0x7FFFFFFF), 0)
+            # What the list's last member reaches, a full list reaches; what the largest of each of 32 groups reach, so
+            # many do.
+            if (start == 0) & (COUNT <= 32 - 32 * PADDED // CHUNK):
+                groups = tl.reshape(tl.where(c < PADDED, 0x7FFFFFFF, bits), [32, CHUNK // 32])
+                least = tl.min(tl.max(groups, 1), 0)
+            else:
+                least = tl.min(tl.where(c < COUNT, old, 0x7FFFFFFF), 0)
             threshold = _threshold(bits, tl.maximum(least, 0), COUNT)
             above = (bits > threshold).to(tl.int32)
             tied = (bits == threshold).to(tl.int32)
