@@ -1,6 +1,7 @@
 """Training on two gloo ranks follows training in one process, and what one rank meets ends or skips a step on both.
 
-Tolerance: losses in fp32 within 1e-5 of one process over 20 steps, as only the order of sums differs.
+Tolerance: losses in fp32 within 1e-5 of one process over 20 steps, as only the order of sums differs; in bf16 within
+7e-5 of one process in bf16 over 3.
 """
 
 from __future__ import annotations
@@ -141,7 +142,7 @@ def alone(values: Callable[..., dict[str, Any]]) -> dict[str, Any]:
     namespace: dict[str, Any] = {"torch": torch}
     exec(PARTS, namespace)
     config = RunConfig.model_validate(values())
-    return {name: namespace[name](Trainer(config)) for name in ("curve", "sparse")}
+    return {name: namespace[name](Trainer(config)) for name in ("curve", "sparse", "low")}
 
 
 @pytest.fixture(scope="module", params=ACTIONS)
@@ -212,6 +213,7 @@ def test_compiled_and_recomputed_layers_and_a_loss_in_chunks_follow_the_same_cur
 def test_bf16_computes_in_bf16_on_fp32_weights(alone: dict[str, Any], together: dict[str, Any]) -> None:
     for rank in together["ranks"]:
         losses, inputs, weights = rank["low"]
+        assert losses == pytest.approx(alone["low"][0], rel=7e-5)  # FSDP2 rounds the norms' weights too
         assert losses == pytest.approx(alone["curve"]["losses"][:3], rel=5e-3)
         assert losses != alone["curve"]["losses"][:3]
         assert (inputs, weights) == ({torch.bfloat16}, {torch.float32})

@@ -205,7 +205,7 @@ def _gathered_bytes(config: RunConfig, model: NSAForCausalLM, weights: int) -> f
     ends = {id(layer.weight): layer.weight.numel() for layer in (model.model.embed_tokens, model.lm_head)}
     outside = BYTES_PER_PARAMETER * sum(ends.values())
     share = 0.5 if config.train.precision == "bf16" else 1.0
-    return share * (outside + 2 * (weights - outside) / config.model.num_hidden_layers)
+    return outside + share * 2 * (weights - outside) / config.model.num_hidden_layers
 
 
 def _model_without_weights(config: RunConfig, vocab_size: int) -> NSAForCausalLM:

@@ -167,7 +167,8 @@ def distribute(loss: NextTokenLoss, parallel: Parallel, precision: Literal["fp32
     """The module whose calls make gradients, with weights or gradients shared as `parallel.mode` says.
 
     DDP: a wrapper; every rank keeps all weights. FSDP2: `loss` itself, whose weights become shards of fp32 weights;
-    they are gathered, in the precision's dtype, a decoder layer at a time. Both give the mean of the ranks' gradients.
+    they are gathered a decoder layer at a time in the precision's dtype, what is outside the layers in fp32. Both give
+    the mean of the ranks' gradients.
 
     Args:
         loss: on the device, alike on all ranks, its layers already compiled where they are to be.
@@ -179,10 +180,12 @@ def distribute(loss: NextTokenLoss, parallel: Parallel, precision: Literal["fp32
         return DistributedDataParallel(loss, device_ids=devices, gradient_as_bucket_view=True)
     low = torch.bfloat16 if precision == "bf16" else None
     policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    # Embeddings, where the residual stream begins, and their gradients, sums over tokens, stay fp32.
+    whole = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
     model, mesh = cast(Any, loss.model), init_device_mesh(parallel.device.type, (parallel.world_size,))
     for layer in model.model.layers:
         fully_shard(layer, mesh=mesh, mp_policy=policy)
-    return fully_shard(loss, mesh=mesh, mp_policy=policy)  # pyright: ignore[reportReturnType]
+    return fully_shard(loss, mesh=mesh, mp_policy=whole)  # pyright: ignore[reportReturnType]
 
 
 @contextmanager

@@ -287,8 +287,8 @@ class Trainer:
         return num_valid, num_flops
 
     def _precision(self) -> AbstractContextManager[object]:
-        """Computation in the configured precision; weights stay in fp32. FSDP2 casts them as it gathers them."""
-        if self.config.train.precision == "fp32" or self.parallel.mode == "fsdp2":
+        """Computation in the configured precision; weights stay in fp32, or FSDP2 casts them as it gathers them."""
+        if self.config.train.precision == "fp32":
             return nullcontext()
         return torch.autocast(self.device.type, torch.bfloat16)
 
