@@ -5,10 +5,10 @@
 NSA is the whole operator; mean pooling of keys and values is included unless `--no_pool`. Dense is
 `scaled_dot_product_attention` with keys and values already repeated for all query heads, its best case. The two take
 turns; on a GPU their kernels count, not the launches, which the host makes ahead as in training, and each runs once
-untimed before it is timed, so that clocks are those under its own load. Peak memory is what a forward and backward needs
-beyond its inputs, measured in a process of its own (on the CPU from the kernel's high-water mark). `--alike 64` averages
-queries and keys over neighbouring tokens, so that neighbours choose alike, as in trained models. Beside the CSV goes a
-picture of the times and of how many times faster NSA is.
+untimed before it is timed, so that clocks are those under its own load. Peak memory is what a forward and backward
+needs beyond its inputs, measured in a process of its own (on the CPU from the kernel's high-water mark). `--alike 64`
+averages queries and keys over neighbouring tokens, so that neighbours choose alike, as in trained models. Beside the
+CSV goes a picture of the times and of how many times faster NSA is.
 
 CSV columns: `length` tokens; `nsa_forward_ms`, `nsa_backward_ms`, `nsa_total_ms` and likewise `dense_`; `speedup` is
 dense total over NSA total; `nsa_peak_gib`, `dense_peak_gib`; then forward and backward of each stage alone. What was
