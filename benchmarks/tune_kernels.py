@@ -32,6 +32,7 @@ from nsa.ops.triton import (
     dense_bwd,
     dense_fwd,
     forced,
+    hopper_union_queries,
     score_topk,
     select_bwd,
     select_fwd,
@@ -102,12 +103,14 @@ class Stages:
         what = (self.q, self.k_cmp, self.cmp[1], self.geometry, None, 0, self.scale)
         return (score_topk.select_blocks(*what, **options),)
 
-    def selected(self, union: bool = False) -> tuple[Tensor, ...]:
+    def selected(self, union: bool = False, **options: Any) -> tuple[Tensor, ...]:
         what = (self.q, self.k, self.v)
         tail = (self.geometry, None, 0, self.scale)
         if union:
             return select_union.union_forward(*what, self.blocks, *tail)
-        return select_fwd.select_forward(*what, self.blocks, *tail, forced=forced.forced_forward(*what, *tail))
+        return select_fwd.select_forward(
+            *what, self.blocks, *tail, forced=forced.forced_forward(*what, *tail), **options
+        )
 
     def compressed_backward(self) -> tuple[Tensor, ...]:
         what = (self.geometry, None, 0, 0, 0, self.scale)
@@ -164,6 +167,9 @@ class Stages:
             patch = ((select_fwd, "REDUCE_STAGES", stages), (select_fwd, "REDUCE_ELEMENTS", elements))
             name = f"{stages} slots on their way, {elements} elements a program of the sum"
             found["selected forward"][name] = (patch, self.selected)
+        for mib in (512, 2048):
+            run = lambda mib=mib: self.selected(scratch_bytes=mib * 2**20)  # noqa: E731
+            found["selected forward"][f"{mib} MiB of scratch"] = ((), run)
         for mib in (768, 1536, 3072):
             run = lambda mib=mib: self.selected_backward(scratch_bytes=mib * 2**20)  # noqa: E731
             found["selected backward"][f"{mib} MiB of scratch"] = ((), run)
@@ -175,7 +181,9 @@ class Stages:
         if self.q.shape[1] <= 32768:  # beyond, unions are long
             found["selected forward"]["union, plain"] = (PLAIN, lambda: self.selected(union=True))
             found["selected forward"]["union"] = ((), lambda: self.selected(union=True))
-            found["selected backward"]["union"] = ((), lambda: self.selected_backward(union=True))
+            found["selected backward"]["union, plain dQ"] = (PLAIN, lambda: self.selected_backward(union=True))
+            new = ((hopper_union_queries, "IS_TESTED", True),)
+            found["selected backward"]["union"] = (new, lambda: self.selected_backward(union=True))
         return found
 
 

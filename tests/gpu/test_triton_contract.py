@@ -7,14 +7,19 @@ import torch
 from torch import Tensor
 
 from nsa import BlockGeometry, mean_pool, nsa_attention
+from nsa.ops import triton as backend
 from nsa.ops.routing import choose_backend, explain_backend
 from nsa.ops.triton import (
     dense_fwd,
     hopper_bwd_keys,
     hopper_bwd_queries,
     hopper_fwd,
+    hopper_union,
+    hopper_union_queries,
     score_topk,
+    select_bwd,
     select_fwd,
+    select_union,
 )
 
 SMALL = BlockGeometry(8, 4, 16, 4, 1, 2, 24)
@@ -62,8 +67,10 @@ def test_what_triton_cannot_run_is_an_error_that_says_so(change, message):
         choose_backend("triton", change(inputs()[0]))
 
 
-@pytest.mark.parametrize("geometry", [SMALL, BlockGeometry(8, 4, 64, 5, 1, 2, 24)])  # the second gathers rows
-def test_repeated_calls_agree_bit_for_bit_whatever_lay_in_memory(geometry):
+@pytest.mark.parametrize("union", [False, True])
+@pytest.mark.parametrize("geometry", [SMALL, BlockGeometry(8, 4, 64, 5, 1, 2, 24)])
+def test_repeated_calls_agree_bit_for_bit_whatever_lay_in_memory(geometry, union, monkeypatch):
+    monkeypatch.setattr(backend, "_union_pays", lambda *_: union)
     tensors = inputs(T=1200)
     cu = torch.tensor([0, 300, 301, 1100], dtype=torch.int32, device="cuda")
     first = step(*tensors, cu=cu, geometry=geometry)
@@ -161,18 +168,24 @@ def test_every_operator_passes_opcheck():
     torch.library.opcheck(ops.attention.default, (q, k, v, k_cmp, v_cmp, k, v, gates, None, shape, 0.125, "triton"))
 
 
-def test_new_lengths_do_not_compile_new_kernels():
+def test_new_lengths_do_not_compile_new_kernels(monkeypatch):
     geometry = BlockGeometry(8, 4, 64, 4, 1, 2, 24)
-    for T in (300, 301, 333):
-        step(*inputs(T=T), geometry=geometry)
+
+    def run(lengths: tuple[int, ...]) -> None:
+        for union in (False, True):
+            monkeypatch.setattr(backend, "_union_pays", lambda *_, union=union: union)
+            for T in lengths:
+                step(*inputs(T=T), geometry=geometry)
+
+    run((300, 301, 333))
     kernels = (
         dense_fwd.dense_forward_kernel, hopper_fwd.hopper_forward_kernel, hopper_bwd_keys.hopper_key_kernel,
-        hopper_bwd_queries.hopper_query_kernel, select_fwd.select_forward_kernel, score_topk.score_kernel,
-        score_topk.choice_kernel,
+        hopper_bwd_queries.hopper_query_kernel, select_fwd.select_forward_kernel, select_fwd.select_reduce_kernel,
+        select_bwd.select_backward_kernel, score_topk.score_kernel, score_topk.choice_kernel, select_union.union_kernel,
+        hopper_union.hopper_union_forward_kernel, hopper_union_queries.hopper_union_query_kernel,
     )  # fmt: skip
     before = [sum(len(cache[0]) for cache in kernel.device_caches.values()) for kernel in kernels]
-    for T in (310, 350, 384, 401, 512, 517):
-        step(*inputs(T=T), geometry=geometry)
+    run((310, 350, 384, 401, 512, 517))
     after = [sum(len(cache[0]) for cache in kernel.device_caches.values()) for kernel in kernels]
     assert all(y <= x + 1 for x, y in zip(before, after, strict=True)), (before, after)
 

@@ -38,8 +38,8 @@ ODD = BlockGeometry(8, 4, 48, 3, 1, 1, 40)
 FEW = BlockGeometry(4, 2, 64, 2, 1, 1, 40)
 
 # name -> batch, tokens, heads, groups, size of keys (values have 128 at most), geometry, document bounds, q_start,
-# k_start, dtype, multiprocessors, what runs: compressed, window and selected branch (that by unions), all of the
-# operator, in which unions run or there is scratch for few tokens (kept) at a time
+# k_start, dtype, multiprocessors, what runs: c compressed branch, w window, s selected branch by unions, a whole
+# operator, u with unions in it, k with scratch for few tokens at a time
 CASES = {
     "batch of two, two groups": (2, 75, 8, 2, 64, SMALL, None, 0, 0, "bfloat16", 2, "cw"),
     "many steps": (1, 230, 4, 1, 64, WIDE, None, 0, 0, "float16", 1, "w"),

@@ -80,18 +80,6 @@ class SharedMemory:
         start = self.where.start + i * part.numel()
         return SharedMemory(self.buffer, part, Range(start, start + part.numel()))
 
-    def slice(self, start: int, length: int, dim: int = 0) -> SharedMemory:
-        """Some rows, or columns of a matrix."""
-        whole = self.data.is_contiguous() and self.where.width == 1 and dim in (0, 1)
-        if not whole or not 0 <= start < start + length <= self.shape[dim]:
-            raise EmulationError(f"{where_in_kernel()}: {length} from {start} of dimension {dim} of {self.shape}")
-        if dim == 0:
-            size = self.data[0].numel()
-            where = Range(self.where.start + start * size, self.where.start + (start + length) * size)
-        else:
-            where = Range(self.where.start, self.where.end, self.shape[1], start, start + length)
-        return SharedMemory(self.buffer, self.data.narrow(dim, start, length), where)
-
     def reshape(self, shape: Sequence[int]) -> SharedMemory:
         return SharedMemory(self.buffer, self.data.view([int(n) for n in shape]), self.where)
 
@@ -240,10 +228,6 @@ class MBarrier:
     @staticmethod
     def MBarrierLayout() -> Anything:
         return BARRIER_LAYOUT
-
-    @staticmethod
-    def allocate_mbarrier(batch: int = 1) -> BarrierArray:
-        return GluonLanguage.allocate_shared_memory(torch.int64, [batch, 1], BARRIER_LAYOUT)
 
     @staticmethod
     def init(barrier: Barrier, count: int) -> None:

@@ -38,6 +38,8 @@ CASES = {
     "long stencil": (1, 60, 1, 1, 16, 16, BlockGeometry(24, 4, 8, 5, 1, 1, 7), None, 0, 0, "float32", "s"),
     "forced blocks only": (1, 60, 2, 1, 16, 16, BlockGeometry(8, 4, 16, 3, 1, 2, 24), None, 0, 0, "float32", "sa"),
     "choice in many chunks": (1, 110, 1, 1, 16, 16, BlockGeometry(4, 2, 4, 5, 1, 2, 4), None, 0, 0, "float32", "t"),
+    "more blocks of a token than groups of candidates": (
+        1, 260, 1, 1, 16, 16, BlockGeometry(4, 2, 4, 40, 1, 2, 8), None, 0, 0, "float32", "s"),
     "equal scores": (1, 100, 2, 1, 16, 16, SMALL, None, 0, 0, "float32", "et"),
     "scratch for few tokens": (1, 140, 1, 1, 16, 16, SMALL, None, 0, 0, "float32", "ska"),
 }  # fmt: skip

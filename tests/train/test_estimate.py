@@ -94,16 +94,20 @@ def test_the_parts_of_the_memory_are_those_of_the_parameters() -> None:
     assert memory.optimizer_gib * GIB == pytest.approx(8 * total, rel=1e-3)
 
 
-def test_fsdp2_shares_weights_and_optimizer_but_not_activations_or_gradients_of_earlier_passes() -> None:
+@pytest.mark.parametrize(("precision", "share"), [("fp32", 1.0), ("bf16", 0.5)])
+def test_fsdp2_shares_weights_and_optimizer_but_not_activations_or_gradients_of_earlier_passes(
+    precision: str, share: float
+) -> None:
     def memory(parallel: str, world_size: int) -> estimate.Memory:
-        subject = config(train={"parallel": parallel, "batch_tokens": 2048})  # four micro-batches
+        train = {"parallel": parallel, "batch_tokens": 2048, "precision": precision}  # four micro-batches
+        subject = config(train=train)
         return estimate.trace_memory(subject, vocab_size=VOCAB_SIZE, world_size=world_size)
 
     one, two, four = memory("fsdp2", 1), memory("fsdp2", 2), memory("fsdp2", 4)
     assert memory("ddp", 2) == one
     assert two.optimizer_gib == one.optimizer_gib / 2
     assert one.weights_gib / 4 < four.weights_gib
-    gathered = 64 * VOCAB_SIZE * 4 + 2 * (one.weights_gib * GIB - 64 * VOCAB_SIZE * 4) / 2
+    gathered = 64 * VOCAB_SIZE * 4 + share * 2 * (one.weights_gib * GIB - 64 * VOCAB_SIZE * 4) / 2
     assert four.weights_gib * GIB == pytest.approx(one.weights_gib * GIB / 4 + gathered)
     assert two.gradients_gib == one.gradients_gib
     assert four.gradients_gib == one.gradients_gib / 4

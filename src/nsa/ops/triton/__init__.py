@@ -183,7 +183,7 @@ def attention_backward(
 def _union_pays(q: Tensor, k: Tensor, geometry: BlockGeometry, layout: Layout | None, ratio: float) -> bool:
     docs = q.shape[0] if layout is None else layout.cu_seqlens.numel() - 1
     group = q.shape[2] // k.shape[2]
-    return select_union.union_pays(q.shape[0] * q.shape[1], docs, group, geometry, select_union.BLOCK_M, ratio)
+    return select_union.union_pays(q.shape[0] * q.shape[1], docs, group, geometry, ratio)
 
 
 def _dense_forward(

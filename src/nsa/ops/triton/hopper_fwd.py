@@ -135,8 +135,7 @@ def _load_partition(
     q_desc, q_tail_desc, k_desc, k_tail_desc, v_desc, q_smem, q_tail_smem, k_smem, k_tail_smem, v_smem, q_full, q_empty,
     k_full, k_empty, v_full, v_empty, doc_ptr, cmp_ptr, T, S, q_start, k_start, num_tiles, heads,
     G: gl.constexpr, HKV: gl.constexpr, D: gl.constexpr, TAIL: gl.constexpr, SIZE: gl.constexpr, STRIDE: gl.constexpr,
-    WINDOW: gl.constexpr, PACKED: gl.constexpr, STAGES: gl.constexpr,
-    BOXES: gl.constexpr,
+    WINDOW: gl.constexpr, PACKED: gl.constexpr, STAGES: gl.constexpr, BOXES: gl.constexpr,
 ):  # fmt: skip
     step = 0
     for turn in range(num_rounds(num_tiles * heads)):
@@ -369,8 +368,7 @@ def hopper_forward(
     num_tiles = triton.cdiv(T * G, GROUPS.value * ROWS.value)
     hopper_forward_kernel[(min(num_multiprocessors(q), num_tiles * B * Hkv),)](
         *describe_parts(q, D, *box), *describe_parts(k, D, KEYS.value, 1), describe_box(v, KEYS.value, 1),
-        describe_box(out, *box),
-        q, out, lse, *documents, scale * LOG2E, T, S, q_start, k_start, num_tiles, B * Hkv,
+        describe_box(out, *box), q, out, lse, *documents, scale * LOG2E, T, S, q_start, k_start, num_tiles, B * Hkv,
         G=G, HKV=Hkv, D=D, TAIL=tail, SIZE=geometry.compress_block_size, STRIDE=geometry.compress_stride,
         WINDOW=window, PACKED=layout is not None, LN2=LN2, STAGES=TAIL_STAGES if tail else STAGES,
         BOXES=boxes, num_warps=4,

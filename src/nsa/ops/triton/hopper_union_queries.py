@@ -38,8 +38,8 @@ from nsa.ops.triton.hopper_fwd import (
 from nsa.ops.triton.hopper_union import hopper_union_serves, list_of_tile, tokens_of_part
 
 GROUPS = gl.constexpr(2)  # groups of four warps
-# Whether tests/gpu has passed with this kernel, which so far has run in the emulator alone. Until then the plain one
-# runs everywhere but in those tests, which switch this on.
+# Whether tests/gpu has passed with this kernel. Until then the plain one runs everywhere but in those tests, which
+# switch this on, and in those of the emulator and of compilation.
 IS_TESTED = False
 
 
@@ -196,8 +196,7 @@ def _row_partition(
                     dq_tail = warpgroup_mma_wait(0, deps=[dq_tail])
                 else:
                     dq = warpgroup_mma_wait(0, deps=[dq])
-            else:
-                mbarrier.wait(v_full.index(slot), phase)  # else the slot's next step might take it for its own
+            else:  # the other group chose the block, and waits for its values before the slot is filled again
                 mbarrier.arrive(v_empty.index(slot), count=1)
             mbarrier.arrive(k_empty.index(slot), count=1)
             step += 1

@@ -39,7 +39,7 @@ def kernels(q: Tensor, k: Tensor, v: Tensor, geometry: BlockGeometry, num_docs: 
     fits = f"{q.dtype}, {memory}" + ("" if (key, value) == (q.shape[3], v.shape[3]) else f", padded to {key}/{value}")
     forward, by_key, by_query = dense_fwd.forward_tile(*size), dense_bwd.key_tile(*size), dense_bwd.query_tile(*size)
     loads = "boxes" if by_key["BLOCK_M"] % group == 0 else "rows"
-    reckoned = (q.shape[0] * q.shape[1], num_docs, group, geometry, select_union.BLOCK_M)
+    reckoned = (q.shape[0] * q.shape[1], num_docs, group, geometry)
     found = []
     # What the kernels see once heads are padded.
     fitting = q[..., :1].expand(*q.shape[:3], key), v[..., :1].expand(*v.shape[:3], value)
@@ -57,7 +57,7 @@ def kernels(q: Tensor, k: Tensor, v: Tensor, geometry: BlockGeometry, num_docs: 
     if union and hopper_union_serves(*fitting, group, geometry):
         how, tile = "union, hopper_union_forward", {}
     elif union:
-        how, tile = "union, union_forward", forward
+        how, tile = "union, union_forward", select_union.fit_tile(forward, group, geometry)
     else:
         how, tile = "forced_forward, select_forward, select_reduce", select_fwd.select_tile(*size)
     found.append(Kernel("selected forward and gated sum", how, tile, _why(union)))

@@ -145,8 +145,6 @@ def _threshold(bits, low, COUNT: tl.constexpr):
     most scores share their exponent, which need not be found again.
     """
     high = tl.max(tl.where(bits < 0x7F800000, bits, 0), 0) + 1
-    low = tl.minimum(low, high)  # COUNT forced keys may be all there are
-    low = tl.where(tl.sum((bits >= high).to(tl.int32), 0) >= COUNT, high, low)
     high = tl.where(tl.sum((bits >= 0).to(tl.int32), 0) <= COUNT, 1, high)
     while high - low > 1:
         middle = low + (high - low) // 2
@@ -203,9 +201,8 @@ def choice_kernel(
             bits = tl.where(c < PADDED, old, tl.where(fresh, bits, -1))
             block = tl.where(c < PADDED, tl.load(list_ptr + PADDED + c, mask=listed, other=-1), j)
 
-            # What the list's last member reaches, a full list reaches; what the largest of each of 32 groups reach, so
-            # many do.
-            if (start == 0) & (COUNT <= 32 - 32 * PADDED // CHUNK):
+            # A full list reaches its least; as many candidates as there are groups reach the least of their largest.
+            if (start == 0) & (PADDED % (CHUNK // 32) == 0) & (COUNT <= 32 - 32 * PADDED // CHUNK):
                 groups = tl.reshape(tl.where(c < PADDED, 0x7FFFFFFF, bits), [32, CHUNK // 32])
                 least = tl.min(tl.max(groups, 1), 0)
             else:

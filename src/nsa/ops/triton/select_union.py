@@ -38,7 +38,9 @@ BLOCK_M = 64  # rows of a tile, about; what `union_pays` reckons with
 NOTHING = 2**31 - 1
 # Blocks of the unions over blocks of the lists, in full tiles of BLOCK_M rows: below these the union is faster (H200,
 # docs/kernels.md). Hopper's kernel shares loads among more tokens, the more so the fewer heads a group has.
-FORWARD_RATIO, HOPPER_RATIO, HOPPER_RATIO_OF_FEW_HEADS, FEW_HEADS = 3.0, 3.2, 4.1, 8
+FORWARD_RATIO = 3.0
+HOPPER_RATIO = 3.2
+HOPPER_RATIO_OF_FEW_HEADS, FEW_HEADS = 4.1, 8
 BACKWARD_RATIO = 2.0
 
 
@@ -58,16 +60,13 @@ class Unions(NamedTuple):
     tokens: int
 
 
-def union_pays(
-    num_tokens: int, num_docs: int, group_size: int, geometry: BlockGeometry, rows: int, ratio: float
-) -> bool:
+def union_pays(num_tokens: int, num_docs: int, group_size: int, geometry: BlockGeometry, ratio: float) -> bool:
     """Whether the union of a tile's blocks is short, for documents of average length and independent choices.
 
     Args:
-        rows: of a tile.
         ratio: see FORWARD_RATIO.
     """
-    tokens = min(MAX_TOKENS, rows // group_size)
+    tokens = min(MAX_TOKENS, BLOCK_M // group_size)
     blocks = max(1, num_tokens // max(1, num_docs) // geometry.select_block_size)
     if tokens == 0 or blocks > 64 * geometry.num_selected_blocks:
         return False
@@ -76,7 +75,7 @@ def union_pays(
         listed = min(seen, geometry.num_selected_blocks)
         chosen += listed
         unions += seen * (1 - (1 - listed / seen) ** tokens)
-    return unions * rows < ratio * chosen * tokens * group_size
+    return unions * BLOCK_M < ratio * chosen * tokens * group_size
 
 
 def forward_ratio(q: Tensor, v: Tensor, group_size: int, geometry: BlockGeometry) -> float:
