@@ -218,6 +218,11 @@ def has_large_shared_memory(x: Tensor) -> bool:
     return x.is_cuda and torch.cuda.get_device_properties(x.device).shared_memory_per_block_optin >= 232448
 
 
+def scratch_of(x: Tensor, most: int) -> int:
+    """`most` bytes of scratch, or a sixtieth of the device's memory where that is less, as on smaller GPUs."""
+    return min(most, torch.cuda.get_device_properties(x.device).total_memory // 60) if x.is_cuda else most
+
+
 def num_multiprocessors(x: Tensor) -> int:
     """Multiprocessors of the device of `x`."""
     return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1

@@ -30,6 +30,7 @@ from nsa.ops.triton.common import (
     has_large_shared_memory,
     key_tail,
     place_of_tile,
+    scratch_of,
 )
 from nsa.ops.triton.dense_fwd import describe_keys
 from nsa.ops.triton.invert import Chunk, cut_chunks
@@ -253,7 +254,7 @@ def select_blocks(
     num_blocks = geometry.num_select_blocks(q_start + T)
     max_chunk = max_chunk or (128 if num_blocks <= 1024 else 256)
     candidates = min(max(max_chunk, 2 * padded), max(2 * padded, triton.next_power_of_2(padded + num_blocks)))
-    chunks = cut_chunks(B * Hkv, T, width * 4, 128, scratch_bytes)
+    chunks = cut_chunks(B * Hkv, T, width * 4, 128, scratch_of(q, scratch_bytes))
     rows = max((c.head_end - c.head) * (c.token_end - c.token) for c in chunks)
     mass = torch.empty(rows, width, dtype=torch.float32, device=q.device)
     lists = torch.empty(rows, 2, padded, dtype=torch.int32, device=q.device)

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nsa.geometry import BlockGeometry
-from nsa.ops.triton.common import LOG2E, Layout, dot_precision, has_large_shared_memory, key_tail
+from nsa.ops.triton.common import LOG2E, Layout, dot_precision, has_large_shared_memory, key_tail, scratch_of
 from nsa.ops.triton.dense_bwd import Rows
 from nsa.ops.triton.invert import cut_chunks, invert, item_keys, plan
 from nsa.ops.triton.select_fwd import REDUCE_ELEMENTS, REDUCE_STAGES
@@ -216,7 +216,7 @@ def select_backward(
     item_entries = max(1, item_rows // G)
     # Scratch of a token: its parts of dQ, or its share of the items' dK and dV.
     token_bytes = G * slots * Dk * q.element_size() if queries else slots * block * (Dk + Dv) * 4 // item_entries + 1
-    chunks = cut_chunks(B * Hkv, T, token_bytes, inversion.segment, scratch_bytes)
+    chunks = cut_chunks(B * Hkv, T, token_bytes, inversion.segment, scratch_of(q, scratch_bytes))
     most = max((c.head_end - c.head) * (c.token_end - c.token) for c in chunks)
     part = q.new_empty(most * G * slots, Dk) if queries else q
     items = plan(inversion, T, max(c.token_end - c.token for c in chunks), item_entries)

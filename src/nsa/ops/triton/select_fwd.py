@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nsa.geometry import BlockGeometry
-from nsa.ops.triton.common import LN2, LOG2E, Layout, dot_precision, has_large_shared_memory, key_tail
+from nsa.ops.triton.common import LN2, LOG2E, Layout, dot_precision, has_large_shared_memory, key_tail, scratch_of
 from nsa.ops.triton.invert import cut_chunks, invert, item_keys, plan
 
 SCRATCH_BYTES = 2**30
@@ -233,6 +233,7 @@ def select_forward(
     shape = {"H": H, "HKV": Hkv, "DV": Dv, "RATIO": ratio, "SLOTS": inversion.slots, "FREE": free,
              "PACKED": layout is not None}  # fmt: skip
     item_entries = max(1, item_rows // G)
+    scratch_bytes = scratch_of(q, scratch_bytes)
     token_bytes = chunk_token_bytes(G * max(free, 1) * (Dv * q.element_size() + 4), H * Dk, scratch_bytes)
     chunks = cut_chunks(B * Hkv, T, token_bytes, inversion.segment, scratch_bytes)
     most = max((c.head_end - c.head) * (c.token_end - c.token) for c in chunks)
