@@ -32,7 +32,6 @@ from nsa.ops.triton import (
     dense_bwd,
     dense_fwd,
     forced,
-    hopper_union_queries,
     score_topk,
     select_bwd,
     select_fwd,
@@ -173,6 +172,12 @@ class Stages:
         for mib in (768, 1536, 3072):
             run = lambda mib=mib: self.selected_backward(scratch_bytes=mib * 2**20)  # noqa: E731
             found["selected backward"][f"{mib} MiB of scratch"] = ((), run)
+        for keys, deep in product((4, 8, 16), (1, 3, 4, 6)):
+            patch = ((select_bwd, "KEYS_OF_SUM", keys), (select_bwd, "STAGES_OF_SUM", deep))
+            found["selected backward"][f"{keys} keys of {deep} items a program of the sum"] = (
+                patch,
+                self.selected_backward,
+            )
         for rows in (2048, 8192):
             run = lambda rows=rows: self.selected_backward(item_rows=rows)  # noqa: E731
             found["selected backward"][f"{rows} rows an item"] = ((), run)
@@ -182,8 +187,7 @@ class Stages:
             found["selected forward"]["union, plain"] = (PLAIN, lambda: self.selected(union=True))
             found["selected forward"]["union"] = ((), lambda: self.selected(union=True))
             found["selected backward"]["union, plain dQ"] = (PLAIN, lambda: self.selected_backward(union=True))
-            new = ((hopper_union_queries, "IS_TESTED", True),)
-            found["selected backward"]["union"] = (new, lambda: self.selected_backward(union=True))
+            found["selected backward"]["union"] = ((), lambda: self.selected_backward(union=True))
         return found
 
 

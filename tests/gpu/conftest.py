@@ -6,13 +6,6 @@ import pytest
 import torch
 
 
-@pytest.fixture(autouse=True)
-def new_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernel runs here that is kept back until these tests have passed on a GPU."""
-    queries = pytest.importorskip("nsa.ops.triton.hopper_union_queries")
-    monkeypatch.setattr(queries, "IS_TESTED", True)
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "tests/gpu" in item.path.as_posix():

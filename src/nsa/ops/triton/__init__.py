@@ -171,7 +171,8 @@ def attention_backward(
         )
         gradient, of_slc = rows(out_slc, lse_slc, 1)
         selected = (gradient, queries, fit(k, KEY_SIZES), fit(v), of_slc, block_indices, shape, layout, 0, scale, dq)
-        union = _union_pays(queries, k, shape, layout, select_union.BACKWARD_RATIO)
+        ratio = select_union.backward_ratio(queries, selected[3], q.shape[2] // k.shape[2], shape)
+        union = _union_pays(queries, k, shape, layout, ratio)
         if union:
             select_union.union_query_backward(*selected)
         dq, dk, dv = select_bwd.select_backward(*selected, queries=not union)

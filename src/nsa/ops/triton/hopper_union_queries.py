@@ -35,17 +35,9 @@ from nsa.ops.triton.hopper_fwd import (
     row_offsets,
     tile_of_round,
 )
-from nsa.ops.triton.hopper_union import hopper_union_serves, list_of_tile, tokens_of_part
+from nsa.ops.triton.hopper_union import list_of_tile, tokens_of_part
 
 GROUPS = gl.constexpr(2)  # groups of four warps
-# Whether tests/gpu has passed with this kernel. Until then the plain one runs everywhere but in those tests, which
-# switch this on, and in those of the emulator and of compilation.
-IS_TESTED = False
-
-
-def hopper_union_queries_serve(q: Tensor, v: Tensor, group_size: int, geometry: BlockGeometry) -> bool:
-    """Whether the kernel takes these fitting tensors."""
-    return IS_TESTED and hopper_union_serves(q, v, group_size, geometry)
 
 
 def query_tile_tokens(group_size: int) -> int:

@@ -10,7 +10,6 @@ from nsa.geometry import BlockGeometry
 from nsa.ops.triton import dense_bwd, dense_fwd, score_topk, select_bwd, select_fwd, select_union
 from nsa.ops.triton.common import KEY_SIZES, VALUE_SIZES, has_large_shared_memory, hopper_serves
 from nsa.ops.triton.hopper_union import hopper_union_serves
-from nsa.ops.triton.hopper_union_queries import hopper_union_queries_serve
 
 HOPPER = "a Hopper GPU, heads of 64 or 128, or keys of 192 with values of 128"
 HOPPER_STAGES = (("forward", "forward"), ("backward, keys", "key"), ("backward, queries", "query"))
@@ -61,10 +60,10 @@ def kernels(q: Tensor, k: Tensor, v: Tensor, geometry: BlockGeometry, num_docs: 
     else:
         how, tile = "forced_forward, select_forward, select_reduce", select_fwd.select_tile(*size)
     found.append(Kernel("selected forward and gated sum", how, tile, _why(union)))
-    union = select_union.union_pays(*reckoned, select_union.BACKWARD_RATIO)
+    union = select_union.union_pays(*reckoned, select_union.backward_ratio(*fitting, group, geometry))
     tile = select_bwd.select_backward_tile(*size, queries=not union)
     if union:
-        hopper = hopper_union_queries_serve(*fitting, group, geometry)
+        hopper = hopper_union_serves(*fitting, group, geometry)
         queries = "hopper_union_query" if hopper else "union_query"
         how = f"union, {queries}, select_backward, select_key_reduce"
     else:

@@ -27,7 +27,8 @@ from nsa.ops.triton.select_fwd import REDUCE_ELEMENTS, REDUCE_STAGES
 
 SCRATCH_BYTES = 9 * 2**28  # large chunks give blocks more rows, so that fewer items share them
 ITEM_ROWS = 4096
-KEYS_OF_SUM = 16  # keys whose gradients a program adds up
+KEYS_OF_SUM = 8  # keys whose gradients a program adds up
+STAGES_OF_SUM = 4  # items on their way through shared memory: the first block has hundreds
 
 
 def select_backward_tile(
@@ -160,7 +161,7 @@ def select_query_reduce_kernel(
 def select_key_reduce_kernel(
     item_dk_ptr, item_dv_ptr, key_ptr, first_ptr, dk_ptr, dv_ptr, scale, S, first_stride, head_start, bound,
     HKV: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr,
-    BLOCK_N: tl.constexpr, KEYS: tl.constexpr,
+    BLOCK_N: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Add the items of a block, in order, to the fp32 gradients of KEYS of its keys."""
     PIECES: tl.constexpr = BLOCK_N // KEYS
@@ -179,7 +180,7 @@ def select_key_reduce_kernel(
         live_dk = live & (dk_column < DK)
         dk = tl.load(dk_ptr + key_row * DK + dk_column, mask=live_dk, other=0.0)
         dv = tl.load(dv_ptr + key_row * DV + dv_column, mask=live, other=0.0)
-        for i in range(first, end):
+        for i in tl.range(first, end, num_stages=STAGES):
             item_row = ((tl.program_id(1) * bound + i).to(tl.int64) * BLOCK + n)[:, None]
             dk += tl.load(item_dk_ptr + item_row * DK + dk_column, mask=live_dk, other=0.0) * scale
             dv += tl.load(item_dv_ptr + item_row * DV + dv_column, mask=live, other=0.0)
@@ -246,6 +247,6 @@ def select_backward(
         select_key_reduce_kernel[(num_blocks * (block_n // KEYS_OF_SUM), heads)](
             item_dk, item_dv, item_key, first, dk, dv, scale, S, num_blocks + 1, chunk.head, bound,
             HKV=Hkv, DK=Dk, DV=Dv, PADDED=padded, BLOCK=block, BLOCK_N=block_n, KEYS=KEYS_OF_SUM,
-            num_warps=4,
+            STAGES=STAGES_OF_SUM, num_warps=4,
         )  # fmt: skip
     return dq, dk.to(k.dtype), dv.to(v.dtype)

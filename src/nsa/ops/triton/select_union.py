@@ -26,11 +26,7 @@ from nsa.ops.triton.common import LN2, LOG2E, Layout, dot_precision, has_large_s
 from nsa.ops.triton.dense_bwd import Rows, query_step, query_tile
 from nsa.ops.triton.dense_fwd import attend_tile, describe, describe_keys, forward_tile
 from nsa.ops.triton.hopper_union import hopper_union_forward, hopper_union_serves, tile_tokens
-from nsa.ops.triton.hopper_union_queries import (
-    hopper_union_queries_serve,
-    hopper_union_query_backward,
-    query_tile_tokens,
-)
+from nsa.ops.triton.hopper_union_queries import hopper_union_query_backward, query_tile_tokens
 from nsa.ops.triton.select_fwd import Gated, gated_sum
 
 MAX_TOKENS = 64  # of a tile: bits of a mask
@@ -42,6 +38,7 @@ FORWARD_RATIO = 3.0
 HOPPER_RATIO = 3.2
 HOPPER_RATIO_OF_FEW_HEADS, FEW_HEADS = 4.1, 8
 BACKWARD_RATIO = 2.0
+HOPPER_BACKWARD_RATIO = 2.6  # of heads wider than 64
 
 
 class Unions(NamedTuple):
@@ -83,6 +80,12 @@ def forward_ratio(q: Tensor, v: Tensor, group_size: int, geometry: BlockGeometry
     if not hopper_union_serves(q, v, group_size, geometry):
         return FORWARD_RATIO
     return HOPPER_RATIO_OF_FEW_HEADS if group_size <= FEW_HEADS else HOPPER_RATIO
+
+
+def backward_ratio(q: Tensor, v: Tensor, group_size: int, geometry: BlockGeometry) -> float:
+    """Below which ratio the union is the faster way to dQ for these fitting tensors."""
+    wide = hopper_union_serves(q, v, group_size, geometry) and q.shape[3] > 64
+    return HOPPER_BACKWARD_RATIO if wide else BACKWARD_RATIO
 
 
 @triton.jit(do_not_specialize=["T", "num_tiles"])
@@ -280,7 +283,7 @@ def union_query_backward(
     dq = torch.empty_like(q) if dq is None else dq
     if q.numel() == 0:
         return dq
-    if tile is None and hopper_union_queries_serve(q, v, H // Hkv, geometry):
+    if tile is None and hopper_union_serves(q, v, H // Hkv, geometry):
         unions = make_unions(block_indices, geometry, layout, query_tile_tokens(H // Hkv))
         hopper_union_query_backward(dout, q, k, v, *rows, dq, *unions[:3], geometry, q_start, scale, add)
         return dq
