@@ -28,14 +28,17 @@ from nsa.ops.triton.common import (
     Layout,
     dot_precision,
     has_large_shared_memory,
+    hopper_serves,
     key_tail,
     place_of_tile,
     scratch_of,
 )
 from nsa.ops.triton.dense_fwd import describe_keys
+from nsa.ops.triton.hopper_score import hopper_score, tile_tokens
 from nsa.ops.triton.invert import Chunk, cut_chunks
 
 SCRATCH_BYTES = 2**31
+HOPPER_KEYS = 0  # compressed keys from which on Hopper's own kernel is the faster one
 CHOICE_REGISTERS = 72  # for a thread of the choice: 28 of its warps fit a multiprocessor, where 106 leave room for 18
 
 
@@ -48,6 +51,11 @@ def score_tile(q: Tensor, group_size: int, num_keys: int, large: bool) -> dict[s
         return {"HEADS": heads, "TOKENS": max(4, 64 // heads), "BLOCK_N": 64, "num_warps": 4, "num_stages": 1}
     stages = 2 if num_keys <= 4096 else 3  # three programs a multiprocessor, or deeper reads once L2 is short of room
     return {"HEADS": heads, "TOKENS": max(4, 128 // heads), "BLOCK_N": 64, "num_warps": 4, "num_stages": stages}
+
+
+def hopper_scores(q: Tensor, group_size: int, num_keys: int) -> bool:
+    """Whether Hopper's own kernel scores these fitting queries."""
+    return hopper_serves(q, q) and group_size <= 32 and num_keys >= HOPPER_KEYS
 
 
 @triton.jit
@@ -241,7 +249,9 @@ def select_blocks(
     out = torch.empty(B, T, Hkv, count, dtype=torch.int32, device=q.device)
     if out.numel() == 0:
         return out
+    hopper = tile is None and hopper_scores(q, H // Hkv, N)
     tile = tile or score_tile(q, H // Hkv, N, has_large_shared_memory(q))
+    tile_of_tokens = tile_tokens(H // Hkv) if hopper else tile["TOKENS"]
     span, reach = (
         geometry.select_block_size // geometry.compress_stride,
         geometry.compress_block_size // geometry.compress_stride,
@@ -266,8 +276,13 @@ def select_blocks(
     num_docs = 0 if layout is None else layout.cu_seqlens.numel() - 1
     for chunk in chunks:
         heads, tokens = chunk.head_end - chunk.head, chunk.token_end - chunk.token
-        if N:
-            first_tile, num_tiles = _tiles(chunk, tile["TOKENS"], num_docs)
+        first_tile, num_tiles = _tiles(chunk, tile_of_tokens, num_docs)
+        if N and hopper:
+            hopper_score(
+                q, k_cmp, lse, mass, bounds, geometry, chunk, first_tile, num_tiles, num_docs, q_start, scale, width,
+                layout is not None, pooled,
+            )  # fmt: skip
+        elif N:
             score_kernel[(num_tiles, heads)](
                 q, *describe_keys(k_cmp, tile["BLOCK_N"]), lse, mass, *bounds, scale * LOG2E, LOG2E, T, N, q_start,
                 num_docs, (num_docs + 1).bit_length(), chunk.head, chunk.token, chunk.token_end, first_tile, width,
