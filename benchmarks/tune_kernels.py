@@ -155,11 +155,11 @@ class Stages:
             ("selected backward", self.selected_backward),
         ):
             found[stage] = {"plain": (PLAIN, run)}
-            if "compressed" in stage or "window" in stage:
+            if "compressed" in stage or "window" in stage or stage == "choice":
                 found[stage]["Hopper's"] = ((), run)
         for tile in score_tiles(self.q, self.k.shape[2]):
             found["choice"][str(tile)] = ((), lambda tile=tile: self.choose(tile=tile))
-        for count, mib in product((128, 256, 512), (128, 256, 512, 8192)):
+        for count, mib in product((128, 256), (2048,)):
             run = lambda count=count, mib=mib: self.choose(max_chunk=count, scratch_bytes=mib * 2**20)  # noqa: E731
             found["choice"][f"{count} candidates, {mib} MiB of scratch"] = ((), run)
         for stages, elements in ((2, 1024), (4, 1024), (4, 2048), (6, 512), (6, 1024), (6, 2048)):
@@ -178,7 +178,7 @@ class Stages:
                 patch,
                 self.selected_backward,
             )
-        for rows in (2048, 8192):
+        for rows in (1024, 2048, 4096, 8192):
             run = lambda rows=rows: self.selected_backward(item_rows=rows)  # noqa: E731
             found["selected backward"][f"{rows} rows an item"] = ((), run)
         found["window forward"]["PyTorch's FlashAttention"] = ((), self.flash_window)

@@ -1,10 +1,10 @@
-"""Importance of the selection blocks on Hopper, in Gluon: the score kernel of `score_topk` with products ahead.
+"""Importance of the selection blocks on Hopper, in Gluon: the score kernel of `score_topk` with parts side by side.
 
-Four warps gather the queries of the next tile and load compressed keys by TMA; two groups of four warps take turns at
-the keys. A group multiplies its 64 keys with both halves of the tile's queries at once, so that the second half's
-products run under the first half's exponentials.
+Four warps gather the queries of the next tile and load compressed keys by TMA. Three groups of four warps take turns at
+the keys: one multiplies its 64 keys with the tile's queries while the others take exponentials and store. Sums over a
+block's keys stay within a thread.
 
-Columns, tiles and what is stored are those of `score_topk`; a tile has HALVES times as many tokens.
+Columns, tiles and what is stored are those of `score_topk`.
 """
 
 # Kernels are typed by Triton, not by Python.
@@ -33,11 +33,10 @@ from nsa.ops.triton.common import LOG2E, num_multiprocessors, place_of_tile
 from nsa.ops.triton.hopper_fwd import describe_box, make_barriers, num_rounds, tile_of_round
 from nsa.ops.triton.invert import Chunk
 
-COLUMNS = gl.constexpr(128)  # (head, token) of half a tile
-HALVES = gl.constexpr(2)
+COLUMNS = gl.constexpr(128)  # (head, token) of a tile
 KEYS = gl.constexpr(64)  # keys of a step, as one wgmma takes
-GROUPS = gl.constexpr(2)  # groups of four warps
-STAGES = gl.constexpr(4)  # steps in flight; a multiple of GROUPS, so that a group waits for every use of its places
+GROUPS = gl.constexpr(3)  # groups of four warps
+STAGES = gl.constexpr(6)  # steps in flight; a multiple of GROUPS, so that a group waits for every use of its places
 
 
 @gluon.jit
@@ -86,23 +85,21 @@ def _load_partition(
     for turn in range(num_rounds(num_tiles * heads)):
         local_head, first_token, _start, doc_end, cmp_start, _full, end = _place(
             turn, num_tiles, heads, head_start, first_tile, cu_ptr, cu_cmp_ptr, T, N, q_start, num_docs, steps,
-            token_start, token_end, HKV, SIZE, STRIDE, HALVES * TOKENS, PACKED,
+            token_start, token_end, HKV, SIZE, STRIDE, TOKENS, PACKED,
         )  # fmt: skip
         if end > 0:
             b = (head_start + local_head) // HKV
             group = (head_start + local_head) % HKV
             buffer = used % 2
             mbarrier.wait(q_empty.index(buffer), (used // 2 & 1) ^ 1)
-            for half in gl.static_range(HALVES):
-                low = first_token + half * TOKENS
-                _copy_queries(q_ptr, q_smem.index(buffer * HALVES + half), low, b, group, T, doc_end, G, HKV, D, TOKENS)
-                line = gl.arange(0, COLUMNS, LINE)
-                t = first_token + half * TOKENS + line % TOKENS
-                live = (t < doc_end) & (line // TOKENS < G)
-                row = (b.to(gl.int64) * T + gl.minimum(t, T - 1)) * (G * HKV) + group * G
-                row += gl.minimum(line // TOKENS, G - 1)
-                lse = gl.load(lse_ptr + row, mask=live, other=float("inf")) * log2e
-                lse_smem.index(buffer * HALVES + half).store(lse)
+            _copy_queries(q_ptr, q_smem.index(buffer), first_token, b, group, T, doc_end, G, HKV, D, TOKENS)
+            line = gl.arange(0, COLUMNS, LINE)
+            t = first_token + line % TOKENS
+            live = (t < doc_end) & (line // TOKENS < G)
+            row = (b.to(gl.int64) * T + gl.minimum(t, T - 1)) * (G * HKV) + group * G
+            row += gl.minimum(line // TOKENS, G - 1)
+            lse = gl.load(lse_ptr + row, mask=live, other=float("inf")) * log2e
+            lse_smem.index(buffer).store(lse)
             async_copy.mbarrier_arrive(q_full.index(buffer), increment_count=False)
             mbarrier.arrive(q_full.index(buffer), count=1)
             used += 1
@@ -174,8 +171,9 @@ def _store_step(
 
 @gluon.jit
 def _key_partition(
-    PART: gl.constexpr, mass_ptr, q_smem, k_smem, lse_smem, q_full, q_empty, k_full, k_empty, cu_ptr, cu_cmp_ptr,
-    scale_log2, T, N, q_start, num_docs, steps, head_start, token_start, token_end, first_tile, num_tiles, heads, width,
+    PART: gl.constexpr, mass_ptr, q_smem, k_smem, lse_smem, q_full, q_empty, k_full, k_empty, turn_of, cu_ptr,
+    cu_cmp_ptr, scale_log2, T, N, q_start, num_docs, steps, head_start, token_start, token_end, first_tile, num_tiles,
+    heads, width,
     HKV: gl.constexpr, D: gl.constexpr, SIZE: gl.constexpr, STRIDE: gl.constexpr, BLOCK: gl.constexpr,
     PACKED: gl.constexpr, POOLED: gl.constexpr, TOKENS: gl.constexpr,
 ):  # fmt: skip
@@ -187,7 +185,7 @@ def _key_partition(
     for turn in range(num_rounds(num_tiles * heads)):
         local_head, first_token, doc_start, doc_end, _cmp_start, full, end = _place(
             turn, num_tiles, heads, head_start, first_tile, cu_ptr, cu_cmp_ptr, T, N, q_start, num_docs, steps,
-            token_start, token_end, HKV, SIZE, STRIDE, HALVES * TOKENS, PACKED,
+            token_start, token_end, HKV, SIZE, STRIDE, TOKENS, PACKED,
         )  # fmt: skip
         if end > 0:
             buffer = used % 2
@@ -196,26 +194,21 @@ def _key_partition(
             head_ptr = mass_ptr + local_head.to(gl.int64) * (token_end - token_start) * width
             mbarrier.wait(q_full.index(buffer), used // 2 & 1)
             fence_async_shared()  # queries were written by threads, the products read them as TMA does
-            near = q_smem.index(buffer * HALVES).permute([1, 0])
-            far = q_smem.index(buffer * HALVES + 1).permute([1, 0])
-            near_lse = lse_smem.index(buffer * HALVES)
-            far_lse = lse_smem.index(buffer * HALVES + 1)
+            q = q_smem.index(buffer).permute([1, 0])
+            lse = lse_smem.index(buffer).load(COLUMN)
             for i in range((PART + GROUPS - step % GROUPS) % GROUPS, num_steps, GROUPS):
                 slot = (step + i) % STAGES
                 mbarrier.wait(k_full.index(slot), (step + i) // STAGES & 1)
+                # The products of one group at a time: the step before this one is another group's.
+                mbarrier.wait(turn_of.index(PART), ((step + i) // GROUPS + (PART == 0)) & 1)
                 k = k_smem.index(slot).reshape([KEYS, D])
-                first = warpgroup_mma(k, near, none, use_acc=False, is_async=True)
-                second = warpgroup_mma(k, far, none, use_acc=False, is_async=True)
-                first = warpgroup_mma_wait(1, deps=[first])
-                _store_step(
-                    head_ptr, first, near_lse.load(COLUMN), i * KEYS, full, first_token, doc_start, q_start, scale_log2,
-                    width, token_start, last, TOKENS, SIZE, STRIDE, BLOCK, POOLED, S_LAYOUT,
-                )  # fmt: skip
-                second = warpgroup_mma_wait(0, deps=[second])
+                s = warpgroup_mma(k, q, none, use_acc=False, is_async=True)
+                s = warpgroup_mma_wait(0, deps=[s])
+                mbarrier.arrive(turn_of.index((PART + 1) % GROUPS), count=1)
                 mbarrier.arrive(k_empty.index(slot), count=1)
                 _store_step(
-                    head_ptr, second, far_lse.load(COLUMN), i * KEYS, full, first_token + TOKENS, doc_start, q_start,
-                    scale_log2, width, token_start, last, TOKENS, SIZE, STRIDE, BLOCK, POOLED, S_LAYOUT,
+                    head_ptr, s, lse, i * KEYS, full, first_token, doc_start, q_start, scale_log2, width, token_start,
+                    last, TOKENS, SIZE, STRIDE, BLOCK, POOLED, S_LAYOUT,
                 )  # fmt: skip
             mbarrier.arrive(q_empty.index(buffer), count=1)
             used += 1
@@ -237,36 +230,42 @@ def hopper_score_kernel(
     dtype: gl.constexpr = k_desc.dtype
     queries: gl.constexpr = gl.NVMMASharedLayout.get_default_for([COLUMNS, D], dtype)
     line: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[0])
-    q_smem = gl.allocate_shared_memory(dtype, [2 * HALVES, COLUMNS, D], queries)
+    q_smem = gl.allocate_shared_memory(dtype, [2, COLUMNS, D], queries)
     k_smem = gl.allocate_shared_memory(dtype, [STAGES] + k_desc.block_shape, k_desc.layout)
-    lse_smem = gl.allocate_shared_memory(gl.float32, [2 * HALVES, COLUMNS], line)
+    lse_smem = gl.allocate_shared_memory(gl.float32, [2, COLUMNS], line)
     q_full = make_barriers(2, 129)  # every thread that gathers, and one for the log-sum-exps
     q_empty = make_barriers(2, GROUPS)
     k_full = make_barriers(STAGES, 1)
     k_empty = make_barriers(STAGES, 1)
+    turn_of = make_barriers(GROUPS, 1)
     fence_async_shared()
     gl.warp_specialize([
         (_key_partition, (
-            0, mass_ptr, q_smem, k_smem, lse_smem, q_full, q_empty, k_full, k_empty, cu_ptr, cu_cmp_ptr, scale_log2,
-            T, N, q_start, num_docs, steps, head_start, token_start, token_end, first_tile, num_tiles, heads, width,
-            HKV, D, SIZE, STRIDE, BLOCK, PACKED, POOLED, TOKENS,
+            0, mass_ptr, q_smem, k_smem, lse_smem, q_full, q_empty, k_full, k_empty, turn_of, cu_ptr, cu_cmp_ptr,
+            scale_log2, T, N, q_start, num_docs, steps, head_start, token_start, token_end, first_tile, num_tiles,
+            heads, width, HKV, D, SIZE, STRIDE, BLOCK, PACKED, POOLED, TOKENS,
         )),
         (_key_partition, (
-            1, mass_ptr, q_smem, k_smem, lse_smem, q_full, q_empty, k_full, k_empty, cu_ptr, cu_cmp_ptr, scale_log2,
-            T, N, q_start, num_docs, steps, head_start, token_start, token_end, first_tile, num_tiles, heads, width,
-            HKV, D, SIZE, STRIDE, BLOCK, PACKED, POOLED, TOKENS,
+            1, mass_ptr, q_smem, k_smem, lse_smem, q_full, q_empty, k_full, k_empty, turn_of, cu_ptr, cu_cmp_ptr,
+            scale_log2, T, N, q_start, num_docs, steps, head_start, token_start, token_end, first_tile, num_tiles,
+            heads, width, HKV, D, SIZE, STRIDE, BLOCK, PACKED, POOLED, TOKENS,
+        )),
+        (_key_partition, (
+            2, mass_ptr, q_smem, k_smem, lse_smem, q_full, q_empty, k_full, k_empty, turn_of, cu_ptr, cu_cmp_ptr,
+            scale_log2, T, N, q_start, num_docs, steps, head_start, token_start, token_end, first_tile, num_tiles,
+            heads, width, HKV, D, SIZE, STRIDE, BLOCK, PACKED, POOLED, TOKENS,
         )),
         (_load_partition, (
             q_ptr, k_desc, lse_ptr, q_smem, k_smem, lse_smem, q_full, q_empty, k_full, k_empty, cu_ptr, cu_cmp_ptr,
             log2e, T, N, q_start, num_docs, steps, head_start, token_start, token_end, first_tile, num_tiles, heads,
             G, HKV, D, SIZE, STRIDE, PACKED, TOKENS,
         )),
-    ], [4, 4], [208, 72])  # fmt: skip
+    ], [4, 4, 4], [144, 144, 72])  # fmt: skip
 
 
 def tile_tokens(group_size: int) -> int:
     """Tokens of a tile."""
-    return HALVES.value * COLUMNS.value // triton.next_power_of_2(group_size)
+    return COLUMNS.value // triton.next_power_of_2(group_size)
 
 
 def hopper_score(
@@ -283,6 +282,6 @@ def hopper_score(
         T, N, q_start, num_docs, (num_docs + 1).bit_length(), chunk.head, chunk.token, chunk.token_end, first_tile,
         num_tiles, heads, width,
         G=H // Hkv, HKV=Hkv, D=D, SIZE=geometry.compress_block_size, STRIDE=geometry.compress_stride,
-        BLOCK=geometry.select_block_size, PACKED=packed, POOLED=pooled, TOKENS=tile_tokens(H // Hkv) // HALVES.value,
+        BLOCK=geometry.select_block_size, PACKED=packed, POOLED=pooled, TOKENS=tile_tokens(H // Hkv),
         num_warps=4,
     )  # fmt: skip

@@ -26,9 +26,8 @@ from nsa.ops.triton.invert import cut_chunks, invert, item_keys, plan
 from nsa.ops.triton.select_fwd import REDUCE_ELEMENTS, REDUCE_STAGES
 
 SCRATCH_BYTES = 9 * 2**28  # large chunks give blocks more rows, so that fewer items share them
-ITEM_ROWS = 4096
-KEYS_OF_SUM = 8  # keys whose gradients a program adds up
-STAGES_OF_SUM = 4  # items on their way through shared memory: the first block has hundreds
+KEYS_OF_SUM = 4  # keys whose gradients a program adds up
+STAGES_OF_SUM = 6  # items on their way through shared memory: the first block has hundreds
 
 
 def select_backward_tile(
@@ -44,6 +43,12 @@ def select_backward_tile(
         return {"BLOCK_M": 64, "num_warps": 8, "num_stages": 2}
     stages = 2 if queries else 3 if widest > 64 else 1
     return {"BLOCK_M": 32 if widest > 128 else 64, "num_warps": 4, "num_stages": stages}
+
+
+def rows_of_item(num_rows: int) -> int:
+    """Rows of an item in a chunk of `num_rows` (token, slot, head): each costs a dK and dV, few leave the GPU idle."""
+    steps = ((2**20, 1024), (5 * 2**20, 2048), (2**23 - 1, 4096))
+    return next((rows for most, rows in steps if num_rows <= most), 8192)
 
 
 @triton.jit(do_not_specialize=["T", "S", "q_start", "head_start", "token_start", "num_tokens", "bound"])
@@ -191,7 +196,7 @@ def select_key_reduce_kernel(
 def select_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, rows: Rows, block_indices: Tensor, geometry: BlockGeometry,
     layout: Layout | None, q_start: int, scale: float, dq: Tensor | None = None, queries: bool = True,
-    scratch_bytes: int = SCRATCH_BYTES, item_rows: int = ITEM_ROWS, tile: dict[str, int] | None = None,
+    scratch_bytes: int = SCRATCH_BYTES, item_rows: int | None = None, tile: dict[str, int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dq, dk, dv of `select_forward`, for fitting tensors.
 
@@ -214,11 +219,12 @@ def select_backward(
     slots, block = inversion.slots, inversion.sub_block
     block_n = max(16, triton.next_power_of_2(block))
     documents = (q, q, q) if layout is None else (layout.doc_start, layout.doc_end, layout.block_base)
-    item_entries = max(1, item_rows // G)
-    # Scratch of a token: its parts of dQ, or its share of the items' dK and dV.
-    token_bytes = G * slots * Dk * q.element_size() if queries else slots * block * (Dk + Dv) * 4 // item_entries + 1
+    # Scratch of a token: its parts of dQ, or its share of the items' dK and dV where these are short.
+    share = slots * block * (Dk + Dv) * 4 // max(1, rows_of_item(0) // G) + 1
+    token_bytes = G * slots * Dk * q.element_size() if queries else share
     chunks = cut_chunks(B * Hkv, T, token_bytes, inversion.segment, scratch_of(q, scratch_bytes))
     most = max((c.head_end - c.head) * (c.token_end - c.token) for c in chunks)
+    item_entries = max(1, (item_rows or rows_of_item(most * G * slots)) // G)
     part = q.new_empty(most * G * slots, Dk) if queries else q
     items = plan(inversion, T, max(c.token_end - c.token for c in chunks), item_entries)
     bound, num_blocks = items.table.shape[2], items.first.shape[2] - 1
