@@ -14,6 +14,7 @@ from nsa.ops.triton import (
     hopper_bwd_keys,
     hopper_bwd_queries,
     hopper_fwd,
+    hopper_score,
     hopper_union,
     hopper_union_queries,
     score_topk,
@@ -183,6 +184,7 @@ def test_new_lengths_do_not_compile_new_kernels(monkeypatch):
         hopper_bwd_queries.hopper_query_kernel, select_fwd.select_forward_kernel, select_fwd.select_reduce_kernel,
         select_bwd.select_backward_kernel, score_topk.score_kernel, score_topk.choice_kernel, select_union.union_kernel,
         hopper_union.hopper_union_forward_kernel, hopper_union_queries.hopper_union_query_kernel,
+        hopper_score.hopper_score_kernel,
     )  # fmt: skip
     before = [sum(len(cache[0]) for cache in kernel.device_caches.values()) for kernel in kernels]
     run((310, 350, 384, 401, 512, 517))

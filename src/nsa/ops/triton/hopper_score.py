@@ -30,13 +30,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from nsa.geometry import BlockGeometry
 from nsa.ops.triton.common import LOG2E, num_multiprocessors, place_of_tile
-from nsa.ops.triton.hopper_fwd import describe_box, make_barriers, num_rounds, tile_of_round
+from nsa.ops.triton.hopper_fwd import describe_parts, make_barriers, num_rounds, tile_of_round
 from nsa.ops.triton.invert import Chunk
 
 COLUMNS = gl.constexpr(128)  # (head, token) of a tile
 KEYS = gl.constexpr(64)  # keys of a step, as one wgmma takes
 GROUPS = gl.constexpr(3)  # groups of four warps
-STAGES = gl.constexpr(6)  # steps in flight; a multiple of GROUPS, so that a group waits for every use of its places
+# Steps in flight; multiples of GROUPS, so that a group waits for every use of its places. Keys of 192 leave room for 3.
+STAGES, TAIL_STAGES = 6, 3
 
 
 @gluon.jit
@@ -60,7 +61,8 @@ def _place(
 
 @gluon.jit
 def _copy_queries(
-    q_ptr, tile, low, b, group, T, doc_end, G: gl.constexpr, HKV: gl.constexpr, D: gl.constexpr, TOKENS: gl.constexpr,
+    q_ptr, tile, low, b, group, T, doc_end, G: gl.constexpr, HKV: gl.constexpr, D: gl.constexpr, WIDTH: gl.constexpr,
+    TOKENS: gl.constexpr,
 ):  # fmt: skip
     """Begin to copy D columns of the queries of TOKENS tokens from `low` on, head by head; zeros for what is none."""
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
@@ -68,16 +70,17 @@ def _copy_queries(
     t = low + column % TOKENS
     live = (t < doc_end) & (column // TOKENS < G)
     row = (b.to(gl.int64) * T + gl.minimum(t, T - 1)) * (G * HKV) + group * G + gl.minimum(column // TOKENS, G - 1)
-    place = row[:, None] * D + gl.arange(0, D, gl.SliceLayout(0, LAYOUT))[None, :]
+    place = row[:, None] * WIDTH + gl.arange(0, D, gl.SliceLayout(0, LAYOUT))[None, :]
     async_copy.async_copy_global_to_shared(tile, q_ptr + place, mask=live[:, None])
 
 
 @gluon.jit
 def _load_partition(
-    q_ptr, k_desc, lse_ptr, q_smem, k_smem, lse_smem, q_full, q_empty, k_full, k_empty, cu_ptr, cu_cmp_ptr, log2e, T, N,
-    q_start, num_docs, steps, head_start, token_start, token_end, first_tile, num_tiles, heads,
-    G: gl.constexpr, HKV: gl.constexpr, D: gl.constexpr, SIZE: gl.constexpr, STRIDE: gl.constexpr, PACKED: gl.constexpr,
-    TOKENS: gl.constexpr,
+    q_ptr, k_desc, k_tail_desc, lse_ptr, q_smem, q_tail_smem, k_smem, k_tail_smem, lse_smem, q_full, q_empty, k_full,
+    k_empty, cu_ptr, cu_cmp_ptr, log2e, T, N, q_start, num_docs, steps, head_start, token_start, token_end, first_tile,
+    num_tiles, heads,
+    G: gl.constexpr, HKV: gl.constexpr, D: gl.constexpr, TAIL: gl.constexpr, SIZE: gl.constexpr, STRIDE: gl.constexpr,
+    PACKED: gl.constexpr, TOKENS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     LINE: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     used = 0
@@ -92,7 +95,11 @@ def _load_partition(
             group = (head_start + local_head) % HKV
             buffer = used % 2
             mbarrier.wait(q_empty.index(buffer), (used // 2 & 1) ^ 1)
-            _copy_queries(q_ptr, q_smem.index(buffer), first_token, b, group, T, doc_end, G, HKV, D, TOKENS)
+            place = q_smem.index(buffer)
+            _copy_queries(q_ptr, place, first_token, b, group, T, doc_end, G, HKV, D, D + TAIL, TOKENS)
+            if TAIL > 0:
+                place = q_tail_smem.index(buffer)
+                _copy_queries(q_ptr + D, place, first_token, b, group, T, doc_end, G, HKV, TAIL, D + TAIL, TOKENS)
             line = gl.arange(0, COLUMNS, LINE)
             t = first_token + line % TOKENS
             live = (t < doc_end) & (line // TOKENS < G)
@@ -106,9 +113,11 @@ def _load_partition(
             for i in range(gl.cdiv(end, KEYS)):
                 slot = step % STAGES
                 mbarrier.wait(k_empty.index(slot), (step // STAGES & 1) ^ 1)
-                mbarrier.expect(k_full.index(slot), 2 * KEYS * D)
+                mbarrier.expect(k_full.index(slot), 2 * KEYS * (D + TAIL))
                 box = [b, cmp_start + i * KEYS, group, 0]
                 tma.async_copy_global_to_shared(k_desc, box, k_full.index(slot), k_smem.index(slot))
+                if TAIL > 0:
+                    tma.async_copy_global_to_shared(k_tail_desc, box, k_full.index(slot), k_tail_smem.index(slot))
                 step += 1
 
 
@@ -171,11 +180,11 @@ def _store_step(
 
 @gluon.jit
 def _key_partition(
-    PART: gl.constexpr, mass_ptr, q_smem, k_smem, lse_smem, q_full, q_empty, k_full, k_empty, turn_of, cu_ptr,
-    cu_cmp_ptr, scale_log2, T, N, q_start, num_docs, steps, head_start, token_start, token_end, first_tile, num_tiles,
-    heads, width,
-    HKV: gl.constexpr, D: gl.constexpr, SIZE: gl.constexpr, STRIDE: gl.constexpr, BLOCK: gl.constexpr,
-    PACKED: gl.constexpr, POOLED: gl.constexpr, TOKENS: gl.constexpr,
+    PART: gl.constexpr, mass_ptr, q_smem, q_tail_smem, k_smem, k_tail_smem, lse_smem, q_full, q_empty, k_full, k_empty,
+    turn_of, cu_ptr, cu_cmp_ptr, scale_log2, T, N, q_start, num_docs, steps, head_start, token_start, token_end,
+    first_tile, num_tiles, heads, width,
+    HKV: gl.constexpr, D: gl.constexpr, TAIL: gl.constexpr, SIZE: gl.constexpr, STRIDE: gl.constexpr,
+    BLOCK: gl.constexpr, PACKED: gl.constexpr, POOLED: gl.constexpr, TOKENS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])
     COLUMN: gl.constexpr = gl.SliceLayout(0, S_LAYOUT)
@@ -203,6 +212,9 @@ def _key_partition(
                 mbarrier.wait(turn_of.index(PART), ((step + i) // GROUPS + (PART == 0)) & 1)
                 k = k_smem.index(slot).reshape([KEYS, D])
                 s = warpgroup_mma(k, q, none, use_acc=False, is_async=True)
+                if TAIL > 0:
+                    k_tail = k_tail_smem.index(slot).reshape([KEYS, TAIL])
+                    s = warpgroup_mma(k_tail, q_tail_smem.index(buffer).permute([1, 0]), s, is_async=True)
                 s = warpgroup_mma_wait(0, deps=[s])
                 mbarrier.arrive(turn_of.index((PART + 1) % GROUPS), count=1)
                 mbarrier.arrive(k_empty.index(slot), count=1)
@@ -222,16 +234,21 @@ def _key_partition(
     ]
 )  # fmt: skip
 def hopper_score_kernel(
-    q_ptr, k_desc, lse_ptr, mass_ptr, cu_ptr, cu_cmp_ptr, scale_log2, log2e,
+    q_ptr, k_desc, k_tail_desc, lse_ptr, mass_ptr, cu_ptr, cu_cmp_ptr, scale_log2, log2e,
     T, N, q_start, num_docs, steps, head_start, token_start, token_end, first_tile, num_tiles, heads, width,
-    G: gl.constexpr, HKV: gl.constexpr, D: gl.constexpr, SIZE: gl.constexpr, STRIDE: gl.constexpr,
-    BLOCK: gl.constexpr, PACKED: gl.constexpr, POOLED: gl.constexpr, TOKENS: gl.constexpr,
+    G: gl.constexpr, HKV: gl.constexpr, D: gl.constexpr, TAIL: gl.constexpr, SIZE: gl.constexpr, STRIDE: gl.constexpr,
+    BLOCK: gl.constexpr, PACKED: gl.constexpr, POOLED: gl.constexpr, TOKENS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = k_desc.dtype
     queries: gl.constexpr = gl.NVMMASharedLayout.get_default_for([COLUMNS, D], dtype)
     line: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[0])
     q_smem = gl.allocate_shared_memory(dtype, [2, COLUMNS, D], queries)
     k_smem = gl.allocate_shared_memory(dtype, [STAGES] + k_desc.block_shape, k_desc.layout)
+    q_tail_smem, k_tail_smem = q_smem, k_smem
+    if TAIL > 0:
+        tails: gl.constexpr = gl.NVMMASharedLayout.get_default_for([COLUMNS, TAIL], dtype)
+        q_tail_smem = gl.allocate_shared_memory(dtype, [2, COLUMNS, TAIL], tails)
+        k_tail_smem = gl.allocate_shared_memory(dtype, [STAGES] + k_tail_desc.block_shape, k_tail_desc.layout)
     lse_smem = gl.allocate_shared_memory(gl.float32, [2, COLUMNS], line)
     q_full = make_barriers(2, 129)  # every thread that gathers, and one for the log-sum-exps
     q_empty = make_barriers(2, GROUPS)
@@ -241,24 +258,24 @@ def hopper_score_kernel(
     fence_async_shared()
     gl.warp_specialize([
         (_key_partition, (
-            0, mass_ptr, q_smem, k_smem, lse_smem, q_full, q_empty, k_full, k_empty, turn_of, cu_ptr, cu_cmp_ptr,
-            scale_log2, T, N, q_start, num_docs, steps, head_start, token_start, token_end, first_tile, num_tiles,
-            heads, width, HKV, D, SIZE, STRIDE, BLOCK, PACKED, POOLED, TOKENS,
+            0, mass_ptr, q_smem, q_tail_smem, k_smem, k_tail_smem, lse_smem, q_full, q_empty, k_full, k_empty, turn_of,
+            cu_ptr, cu_cmp_ptr, scale_log2, T, N, q_start, num_docs, steps, head_start, token_start, token_end,
+            first_tile, num_tiles, heads, width, HKV, D, TAIL, SIZE, STRIDE, BLOCK, PACKED, POOLED, TOKENS, STAGES,
         )),
         (_key_partition, (
-            1, mass_ptr, q_smem, k_smem, lse_smem, q_full, q_empty, k_full, k_empty, turn_of, cu_ptr, cu_cmp_ptr,
-            scale_log2, T, N, q_start, num_docs, steps, head_start, token_start, token_end, first_tile, num_tiles,
-            heads, width, HKV, D, SIZE, STRIDE, BLOCK, PACKED, POOLED, TOKENS,
+            1, mass_ptr, q_smem, q_tail_smem, k_smem, k_tail_smem, lse_smem, q_full, q_empty, k_full, k_empty, turn_of,
+            cu_ptr, cu_cmp_ptr, scale_log2, T, N, q_start, num_docs, steps, head_start, token_start, token_end,
+            first_tile, num_tiles, heads, width, HKV, D, TAIL, SIZE, STRIDE, BLOCK, PACKED, POOLED, TOKENS, STAGES,
         )),
         (_key_partition, (
-            2, mass_ptr, q_smem, k_smem, lse_smem, q_full, q_empty, k_full, k_empty, turn_of, cu_ptr, cu_cmp_ptr,
-            scale_log2, T, N, q_start, num_docs, steps, head_start, token_start, token_end, first_tile, num_tiles,
-            heads, width, HKV, D, SIZE, STRIDE, BLOCK, PACKED, POOLED, TOKENS,
+            2, mass_ptr, q_smem, q_tail_smem, k_smem, k_tail_smem, lse_smem, q_full, q_empty, k_full, k_empty, turn_of,
+            cu_ptr, cu_cmp_ptr, scale_log2, T, N, q_start, num_docs, steps, head_start, token_start, token_end,
+            first_tile, num_tiles, heads, width, HKV, D, TAIL, SIZE, STRIDE, BLOCK, PACKED, POOLED, TOKENS, STAGES,
         )),
         (_load_partition, (
-            q_ptr, k_desc, lse_ptr, q_smem, k_smem, lse_smem, q_full, q_empty, k_full, k_empty, cu_ptr, cu_cmp_ptr,
-            log2e, T, N, q_start, num_docs, steps, head_start, token_start, token_end, first_tile, num_tiles, heads,
-            G, HKV, D, SIZE, STRIDE, PACKED, TOKENS,
+            q_ptr, k_desc, k_tail_desc, lse_ptr, q_smem, q_tail_smem, k_smem, k_tail_smem, lse_smem, q_full, q_empty,
+            k_full, k_empty, cu_ptr, cu_cmp_ptr, log2e, T, N, q_start, num_docs, steps, head_start, token_start,
+            token_end, first_tile, num_tiles, heads, G, HKV, D, TAIL, SIZE, STRIDE, PACKED, TOKENS, STAGES,
         )),
     ], [4, 4, 4], [144, 144, 72])  # fmt: skip
 
@@ -274,14 +291,13 @@ def hopper_score(
     pooled: bool,
 ) -> None:  # fmt: skip
     """Write what `score_kernel` gives for a chunk of tensors that `hopper_serves` takes, tiles of `tile_tokens`."""
-    T, H, D = q.shape[1:]
+    T, H, Dk = q.shape[1:]
     N, Hkv = k_cmp.shape[1:3]
-    heads = chunk.head_end - chunk.head
+    heads, D = chunk.head_end - chunk.head, min(Dk, 128)
     hopper_score_kernel[(min(num_multiprocessors(q), num_tiles * heads),)](
-        q, describe_box(k_cmp, KEYS.value, 1), lse, mass, *bounds, scale * LOG2E, LOG2E,
+        q, *describe_parts(k_cmp, D, KEYS.value, 1), lse, mass, *bounds, scale * LOG2E, LOG2E,
         T, N, q_start, num_docs, (num_docs + 1).bit_length(), chunk.head, chunk.token, chunk.token_end, first_tile,
-        num_tiles, heads, width,
-        G=H // Hkv, HKV=Hkv, D=D, SIZE=geometry.compress_block_size, STRIDE=geometry.compress_stride,
-        BLOCK=geometry.select_block_size, PACKED=packed, POOLED=pooled, TOKENS=tile_tokens(H // Hkv),
-        num_warps=4,
+        num_tiles, heads, width, G=H // Hkv, HKV=Hkv, D=D, TAIL=Dk - D, SIZE=geometry.compress_block_size,
+        STRIDE=geometry.compress_stride, BLOCK=geometry.select_block_size, PACKED=packed, POOLED=pooled,
+        TOKENS=tile_tokens(H // Hkv), STAGES=TAIL_STAGES if Dk > D else STAGES, num_warps=4,
     )  # fmt: skip

@@ -50,8 +50,11 @@ def kernels(q: Tensor, k: Tensor, v: Tensor, geometry: BlockGeometry, num_docs: 
         found.append(Kernel(f"{stage} forward", "dense_forward", forward, fits))
         found.append(Kernel(f"{stage} backward, keys", "dense_key", by_key, f"{fits}, queries loaded as {loads}"))
         found.append(Kernel(f"{stage} backward, queries", "dense_query", by_query, fits))
-    scores = score_topk.score_tile(q, group, geometry.num_compressed(k.shape[1]), large)
-    found.append(Kernel("choice of blocks", "score, choice", scores, fits))
+    if score_topk.hopper_scores(fitting[0], group):
+        found.append(Kernel("choice of blocks", "hopper_score, choice", {}, HOPPER))
+    else:
+        scores = score_topk.score_tile(q, group, geometry.num_compressed(k.shape[1]), large)
+        found.append(Kernel("choice of blocks", "score, choice", scores, fits))
     union = select_union.union_pays(*reckoned, select_union.forward_ratio(*fitting, group, geometry))
     if union and hopper_union_serves(*fitting, group, geometry):
         how, tile = "union, hopper_union_forward", {}

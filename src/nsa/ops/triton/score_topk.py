@@ -38,7 +38,6 @@ from nsa.ops.triton.hopper_score import hopper_score, tile_tokens
 from nsa.ops.triton.invert import Chunk, cut_chunks
 
 SCRATCH_BYTES = 2**31
-HOPPER_KEYS = 0  # compressed keys from which on Hopper's own kernel is the faster one
 CHOICE_REGISTERS = 72  # for a thread of the choice: 28 of its warps fit a multiprocessor, where 106 leave room for 18
 
 
@@ -53,9 +52,9 @@ def score_tile(q: Tensor, group_size: int, num_keys: int, large: bool) -> dict[s
     return {"HEADS": heads, "TOKENS": max(4, 128 // heads), "BLOCK_N": 64, "num_warps": 4, "num_stages": stages}
 
 
-def hopper_scores(q: Tensor, group_size: int, num_keys: int) -> bool:
+def hopper_scores(q: Tensor, group_size: int) -> bool:
     """Whether Hopper's own kernel scores these fitting queries."""
-    return hopper_serves(q, q) and group_size <= 32 and num_keys >= HOPPER_KEYS
+    return hopper_serves(q, q[..., :128]) and group_size <= 32
 
 
 @triton.jit
@@ -249,7 +248,7 @@ def select_blocks(
     out = torch.empty(B, T, Hkv, count, dtype=torch.int32, device=q.device)
     if out.numel() == 0:
         return out
-    hopper = tile is None and hopper_scores(q, H // Hkv, N)
+    hopper = tile is None and hopper_scores(q, H // Hkv)
     tile = tile or score_tile(q, H // Hkv, N, has_large_shared_memory(q))
     tile_of_tokens = tile_tokens(H // Hkv) if hopper else tile["TOKENS"]
     span, reach = (
