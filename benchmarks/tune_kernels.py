@@ -155,7 +155,7 @@ class Stages:
             ("selected backward", self.selected_backward),
         ):
             found[stage] = {"plain": (PLAIN, run)}
-            if "compressed" in stage or "window" in stage or stage == "choice":
+            if "compressed" in stage or "window" in stage or stage in ("choice", "selected backward"):
                 found[stage]["Hopper's"] = ((), run)
         for tile in score_tiles(self.q, self.k.shape[2]):
             found["choice"][str(tile)] = ((), lambda tile=tile: self.choose(tile=tile))

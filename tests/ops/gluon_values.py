@@ -339,6 +339,7 @@ class Language:
 
     constexpr = staticmethod(lambda x: x)
     int1, int8, int16, int32, int64 = torch.bool, torch.int8, torch.int16, torch.int32, torch.int64
+    uint32 = torch.int64  # wide enough; what is negative there becomes no place in memory here
     float16, bfloat16, float32, float64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
     range = staticmethod(emulated_range)
     static_range = staticmethod(lambda *bounds: range(*(int(x) for x in bounds)))

@@ -22,8 +22,9 @@ from torch import Tensor
 from nsa.geometry import BlockGeometry
 from nsa.ops.triton.common import LOG2E, Layout, dot_precision, has_large_shared_memory, key_tail, scratch_of
 from nsa.ops.triton.dense_bwd import Rows
+from nsa.ops.triton.hopper_select_bwd import hopper_select_backward, hopper_select_backward_serves
 from nsa.ops.triton.invert import cut_chunks, invert, item_keys, plan
-from nsa.ops.triton.select_fwd import REDUCE_ELEMENTS, REDUCE_STAGES
+from nsa.ops.triton.select_fwd import REDUCE_ELEMENTS, REDUCE_STAGES, chunk_token_bytes
 
 SCRATCH_BYTES = 9 * 2**28  # large chunks give blocks more rows, so that fewer items share them
 KEYS_OF_SUM = 4  # keys whose gradients a program adds up
@@ -213,16 +214,19 @@ def select_backward(
     dv = torch.zeros(v.shape, dtype=torch.float32, device=v.device)
     if q.numel() == 0:
         return dq, dk.to(k.dtype), dv.to(v.dtype)
-    tile = tile or select_backward_tile(q, Dk, Dv, has_large_shared_memory(q), queries)
     block_indices = block_indices.contiguous()
     inversion = invert(block_indices, geometry, layout, S)
     slots, block = inversion.slots, inversion.sub_block
+    hopper = tile is None and hopper_select_backward_serves(q, v, block)
+    tile = tile or select_backward_tile(q, Dk, Dv, has_large_shared_memory(q), queries)
     block_n = max(16, triton.next_power_of_2(block))
     documents = (q, q, q) if layout is None else (layout.doc_start, layout.doc_end, layout.block_base)
     # Scratch of a token: its parts of dQ, or its share of the items' dK and dV where these are short.
     share = slots * block * (Dk + Dv) * 4 // max(1, rows_of_item(0) // G) + 1
     token_bytes = G * slots * Dk * q.element_size() if queries else share
-    chunks = cut_chunks(B * Hkv, T, token_bytes, inversion.segment, scratch_of(q, scratch_bytes))
+    scratch_bytes = scratch_of(q, scratch_bytes)
+    token_bytes = chunk_token_bytes(token_bytes, H * Dk, scratch_bytes)
+    chunks = cut_chunks(B * Hkv, T, token_bytes, inversion.segment, scratch_bytes)
     most = max((c.head_end - c.head) * (c.token_end - c.token) for c in chunks)
     item_entries = max(1, (item_rows or rows_of_item(most * G * slots)) // G)
     part = q.new_empty(most * G * slots, Dk) if queries else q
@@ -238,12 +242,18 @@ def select_backward(
         heads, tokens = chunk.head_end - chunk.head, chunk.token_end - chunk.token
         place = (chunk.token // items.range_tokens, slice(chunk.head, chunk.head_end))
         table, first = items.table[place], items.first[place]
-        select_backward_kernel[(bound, heads)](
-            q, k, v, dout, rows.lse, rows.delta, part, item_dk, item_dv, item_key, inversion.entries, table, *documents,
-            scale * LOG2E, LOG2E, T, S, q_start, chunk.head, chunk.token, tokens, bound,
-            H=H, HKV=Hkv, DK=Dk, TAIL=key_tail(Dk), DV=Dv, BLOCK=block, RATIO=inversion.ratio, SLOTS=slots,
-            PACKED=layout is not None, QUERIES=queries, PRECISION=dot_precision(q), BLOCK_N=block_n, **tile,
-        )  # fmt: skip
+        if hopper:
+            hopper_select_backward(
+                q, k, v, dout, rows, part, item_dk, item_dv, item_key, inversion, table, layout, chunk, q_start, scale,
+                queries,
+            )  # fmt: skip
+        else:
+            select_backward_kernel[(bound, heads)](
+                q, k, v, dout, *rows, part, item_dk, item_dv, item_key, inversion.entries, table, *documents,
+                scale * LOG2E, LOG2E, T, S, q_start, chunk.head, chunk.token, tokens, bound,
+                H=H, HKV=Hkv, DK=Dk, TAIL=key_tail(Dk), DV=Dv, BLOCK=block, RATIO=inversion.ratio, SLOTS=slots,
+                PACKED=layout is not None, QUERIES=queries, PRECISION=dot_precision(q), BLOCK_N=block_n, **tile,
+            )  # fmt: skip
         if queries:
             select_query_reduce_kernel[(triton.cdiv(tokens * G, reduce_rows), heads)](
                 part, block_indices, dq, scale, T, chunk.head, chunk.token, tokens,
