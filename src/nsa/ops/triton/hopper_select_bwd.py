@@ -1,8 +1,9 @@
 """Backward of the selected branch on Hopper, in Gluon: the next tile's rows arrive under the present tile's products.
 
 Items, scratch and steps are those of `select_bwd`, whose kernel waits for each tile's rows: Triton issues the copies of
-the next tile behind the present one. Here a program of four warps, two on a multiprocessor, begins with these copies,
-and knows their tokens a tile before; offsets within a chunk fit 32 bits.
+the next tile behind the present one. Here a program of four warps, two on a multiprocessor, orders them first, and
+knows their tokens a tile before. Offsets within a chunk fit 32 bits, and heads are cut into panels of 64 columns, so
+that all that a step needs fits the registers.
 
 Shapes are those of `select_bwd`; blocks of 64 tokens.
 """
@@ -11,6 +12,8 @@ Shapes are those of `select_bwd`; blocks of 64 tokens.
 # pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportReturnType=false
 # pyright: reportGeneralTypeIssues=false, reportPossiblyUnboundVariable=false
 # pyright: reportAssignmentType=false, reportOperatorIssue=false
+# Lists in kernels are added, not unpacked.
+# ruff: noqa: RUF005
 from __future__ import annotations
 
 from torch import Tensor
@@ -24,14 +27,16 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from nsa.ops.triton.common import LOG2E, Layout, hopper_serves
 from nsa.ops.triton.dense_bwd import Rows
-from nsa.ops.triton.hopper_fwd import describe_box, make_barriers
+from nsa.ops.triton.hopper_fwd import make_barriers
 from nsa.ops.triton.invert import Chunk, Inversion, item_keys
 
 ROWS = gl.constexpr(64)  # rows of a tile
 BLOCK = gl.constexpr(64)  # keys of a block
+WIDTH = gl.constexpr(64)  # columns of a panel
 
 
 def hopper_select_backward_serves(q: Tensor, v: Tensor, sub_block: int) -> bool:
@@ -40,33 +45,65 @@ def hopper_select_backward_serves(q: Tensor, v: Tensor, sub_block: int) -> bool:
 
 
 @gluon.jit
-def _rows(start, num_rows, LAYOUT: gl.constexpr):
+def rows_of_tile(start, num_rows, LAYOUT: gl.constexpr):
     """Numbers of a tile's rows; the item's last repeats."""
     return gl.minimum(start + gl.arange(0, ROWS, LAYOUT), num_rows - 1).to(gl.uint32)
 
 
 @gluon.jit
-def _copy_entries(entries_ptr, tile, start, num_rows, G: gl.constexpr, LINE: gl.constexpr):
+def copy_entries(entries_ptr, tile, start, num_rows, G: gl.constexpr, LINE: gl.constexpr):
     """Begin to copy the entries of a tile's rows."""
-    async_copy.async_copy_global_to_shared(tile, entries_ptr + (_rows(start, num_rows, LINE) // G).to(gl.int32))
+    async_copy.async_copy_global_to_shared(tile, entries_ptr + (rows_of_tile(start, num_rows, LINE) // G).to(gl.int32))
 
 
 @gluon.jit
-def _copy_rows(
-    q_ptr, dout_ptr, lse_ptr, delta_ptr, entries, q_tile, dout_tile, lse_tile, delta_tile, first_place, start, num_rows,
-    G: gl.constexpr, H: gl.constexpr, D: gl.constexpr, SLOTS: gl.constexpr, LAYOUT: gl.constexpr, LINE: gl.constexpr,
+def copy_panels(
+    x_ptr, tiles, first, entries, first_place, start, num_rows, G: gl.constexpr, H: gl.constexpr, D: gl.constexpr,
+    SLOTS: gl.constexpr, LAYOUT: gl.constexpr,
 ):  # fmt: skip
-    """Begin to copy a tile's rows, whose entries are here."""
+    """Begin to copy a tile's rows, whose entries are here, into panels `first`, `first` + 1 and so on."""
     ROW: gl.constexpr = gl.SliceLayout(1, LAYOUT)
     token = (entries.load(ROW) - first_place).to(gl.uint32) // SLOTS
-    offsets = (token * H + _rows(start, num_rows, ROW) % G).to(gl.int32)[:, None] * D
-    offsets += gl.arange(0, D, gl.SliceLayout(0, LAYOUT))[None, :]
-    async_copy.async_copy_global_to_shared(q_tile, q_ptr + offsets)
-    async_copy.async_copy_global_to_shared(dout_tile, dout_ptr + offsets)
+    offsets = (token * H + rows_of_tile(start, num_rows, ROW) % G).to(gl.int32)[:, None] * D
+    offsets += gl.arange(0, WIDTH, gl.SliceLayout(0, LAYOUT))[None, :]
+    for panel in gl.static_range(D // WIDTH):
+        async_copy.async_copy_global_to_shared(tiles.index(first + panel), x_ptr + panel * WIDTH + offsets)
+
+
+@gluon.jit
+def _copy_lines(
+    lse_ptr, delta_ptr, entries, lse_tile, delta_tile, first_place, start, num_rows, G: gl.constexpr, H: gl.constexpr,
+    SLOTS: gl.constexpr, LINE: gl.constexpr,
+):  # fmt: skip
+    """Begin to copy the log-sum-exps and deltas of a tile's rows."""
     token = (entries.load(LINE) - first_place).to(gl.uint32) // SLOTS
-    line = (token * H + _rows(start, num_rows, LINE) % G).to(gl.int32)
-    async_copy.async_copy_global_to_shared(lse_tile, lse_ptr + line)
-    async_copy.async_copy_global_to_shared(delta_tile, delta_ptr + line)
+    row = (token * H + rows_of_tile(start, num_rows, LINE) % G).to(gl.int32)
+    async_copy.async_copy_global_to_shared(lse_tile, lse_ptr + row)
+    async_copy.async_copy_global_to_shared(delta_tile, delta_ptr + row)
+
+
+@gluon.jit
+def _query_panel(
+    part_ptr, tile, panel, ds, k, entries, first_place, start, num_rows, G: gl.constexpr, D: gl.constexpr,
+    LAYOUT: gl.constexpr, PANEL: gl.constexpr,
+):  # fmt: skip
+    """Columns of a panel of dQ, which leave from the queries' place, as these are done with."""
+    ROW: gl.constexpr = gl.SliceLayout(1, LAYOUT)
+    nothing = gl.zeros([ROWS, WIDTH], gl.float32, PANEL)
+    dq = warpgroup_mma(ds.permute([1, 0]), k, nothing, use_acc=False, is_async=True)
+    dq = warpgroup_mma_wait(0, deps=[dq])
+    tile.store(dq.to(tile.dtype))
+    live = start + gl.arange(0, ROWS, ROW) < num_rows
+    row = (entries.load(ROW) - first_place).to(gl.uint32) * G + rows_of_tile(start, num_rows, ROW) % G
+    target = row.to(gl.int32)[:, None] * D + gl.arange(0, WIDTH, gl.SliceLayout(0, LAYOUT))[None, :]
+    gl.store(part_ptr + panel * WIDTH + target, tile.load(LAYOUT), mask=live[:, None])
+
+
+@gluon.jit
+def _store_panel(x_ptr, x, item, panel, D: gl.constexpr, PANEL: gl.constexpr):
+    row = item.to(gl.int64) * BLOCK + gl.arange(0, BLOCK, gl.SliceLayout(1, PANEL))
+    column = panel * WIDTH + gl.arange(0, WIDTH, gl.SliceLayout(0, PANEL))
+    gl.store(x_ptr + row[:, None] * D + column[None, :], x)
 
 
 @gluon.jit(do_not_specialize=["T", "S", "q_start", "head_start", "token_start", "num_tokens", "bound"])
@@ -77,25 +114,23 @@ def hopper_select_backward_kernel(
     PACKED: gl.constexpr, QUERIES: gl.constexpr,
 ):  # fmt: skip
     H: gl.constexpr = G * HKV
-    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
-    K_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
-    COLUMN: gl.constexpr = gl.SliceLayout(0, S_LAYOUT)
-    OPERAND: gl.constexpr = gl.DotOperandLayout(0, K_LAYOUT, 2)
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
-    ROW: gl.constexpr = gl.SliceLayout(1, LAYOUT)
+    PANELS: gl.constexpr = D // WIDTH
+    PANEL: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
+    COLUMN: gl.constexpr = gl.SliceLayout(0, PANEL)
+    OPERAND: gl.constexpr = gl.DotOperandLayout(0, PANEL, 2)
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     LINE: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     dtype: gl.constexpr = k_desc.dtype
-    tile_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, D], dtype)
-    ds_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK, ROWS], dtype)
-    line_layout: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[0])
-    k_smem = gl.allocate_shared_memory(dtype, k_desc.block_shape, k_desc.layout)
-    v_smem = gl.allocate_shared_memory(dtype, v_desc.block_shape, v_desc.layout)
-    q_smem = gl.allocate_shared_memory(dtype, [2, ROWS, D], tile_layout)
-    dout_smem = gl.allocate_shared_memory(dtype, [2, ROWS, D], tile_layout)
-    lse_smem = gl.allocate_shared_memory(gl.float32, [2, ROWS], line_layout)
-    delta_smem = gl.allocate_shared_memory(gl.float32, [2, ROWS], line_layout)
-    entry_smem = gl.allocate_shared_memory(gl.int32, [4, ROWS], line_layout)
-    ds_smem = gl.allocate_shared_memory(dtype, [BLOCK, ROWS], ds_layout)
+    square: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    line: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[0])
+    k_smem = gl.allocate_shared_memory(dtype, [PANELS] + k_desc.block_shape, k_desc.layout)
+    v_smem = gl.allocate_shared_memory(dtype, [PANELS] + v_desc.block_shape, v_desc.layout)
+    q_smem = gl.allocate_shared_memory(dtype, [2 * PANELS, ROWS, WIDTH], square)
+    dout_smem = gl.allocate_shared_memory(dtype, [2 * PANELS, ROWS, WIDTH], square)
+    lse_smem = gl.allocate_shared_memory(gl.float32, [2, ROWS], line)
+    delta_smem = gl.allocate_shared_memory(gl.float32, [2, ROWS], line)
+    entry_smem = gl.allocate_shared_memory(gl.int32, [4, ROWS], line)
+    ds_smem = gl.allocate_shared_memory(dtype, [BLOCK, ROWS], square)
     k_full = make_barriers(1, 1)
     fence_async_shared()
 
@@ -114,10 +149,11 @@ def hopper_select_backward_kernel(
             key_end = gl.minimum(key_end, gl.load(doc_end_ptr + gl.load(entries_ptr + entry) // SLOTS))
         gl.store(key_ptr + 2 * item, key_start)
         gl.store(key_ptr + 2 * item + 1, key_end)
-        mbarrier.expect(k_full.index(0), 2 * BLOCK * 2 * D)
-        box = [b, key_start, group, 0]
-        tma.async_copy_global_to_shared(k_desc, box, k_full.index(0), k_smem)
-        tma.async_copy_global_to_shared(v_desc, box, k_full.index(0), v_smem)
+        mbarrier.expect(k_full.index(0), 4 * BLOCK * D)
+        for panel in gl.static_range(PANELS):
+            box = [b, key_start, group, panel * WIDTH]
+            tma.async_copy_global_to_shared(k_desc, box, k_full.index(0), k_smem.index(panel))
+            tma.async_copy_global_to_shared(v_desc, box, k_full.index(0), v_smem.index(panel))
 
         # One 64-bit base for each tensor; offsets within the chunk fit 32 bits (see `chunk_token_bytes`).
         first_row = (b.to(gl.int64) * T + token_start) * H + group * G
@@ -133,76 +169,105 @@ def hopper_select_backward_kernel(
         token = gl.load(entries_ptr + index, mask=index * G < num_rows, other=2147483647) // SLOTS
         masked_rows = gl.sum((token < key_start + BLOCK - q_start).to(gl.int32), 0) * G
 
-        _copy_entries(entries_ptr, entry_smem.index(0), 0, num_rows, G, LINE)
-        _copy_entries(entries_ptr, entry_smem.index(1), ROWS, num_rows, G, LINE)
+        copy_entries(entries_ptr, entry_smem.index(0), 0, num_rows, G, LINE)
+        copy_entries(entries_ptr, entry_smem.index(1), ROWS, num_rows, G, LINE)
         async_copy.commit_group()
         async_copy.wait_group(0)
-        _copy_rows(
-            q_ptr, dout_ptr, lse_ptr, delta_ptr, entry_smem.index(0), q_smem.index(0), dout_smem.index(0),
-            lse_smem.index(0), delta_smem.index(0), first_place, 0, num_rows, G, H, D, SLOTS, LAYOUT, LINE,
+        _copy_lines(
+            lse_ptr, delta_ptr, entry_smem.index(0), lse_smem.index(0), delta_smem.index(0), first_place, 0, num_rows,
+            G, H, SLOTS, LINE,
         )  # fmt: skip
+        what = entry_smem.index(0)
+        copy_panels(q_ptr, q_smem, 0, what, first_place, 0, num_rows, G, H, D, SLOTS, LAYOUT)
+        copy_panels(dout_ptr, dout_smem, 0, what, first_place, 0, num_rows, G, H, D, SLOTS, LAYOUT)
         async_copy.commit_group()
 
-        k = k_smem.reshape([BLOCK, D])
-        v = v_smem.reshape([BLOCK, D])
-        none = gl.zeros([BLOCK, ROWS], gl.float32, S_LAYOUT)
-        nothing = gl.zeros([ROWS, D], gl.float32, K_LAYOUT)
-        dk = gl.zeros([BLOCK, D], gl.float32, K_LAYOUT)
-        dv = gl.zeros([BLOCK, D], gl.float32, K_LAYOUT)
+        none = gl.zeros([BLOCK, ROWS], gl.float32, PANEL)
+        dk = none
+        dv = none
+        dk_high = none  # of the second panel
+        dv_high = none
         mbarrier.wait(k_full.index(0), 0)
         for start in range(0, num_rows, ROWS):
-            buffer = start // ROWS % 2
-            entries = entry_smem.index(start // ROWS % 4)
+            step = start // ROWS
+            buffer = step % 2
+            first = buffer * PANELS
+            entries = entry_smem.index(step % 4)
             async_copy.wait_group(0)
             fence_async_shared()  # rows were written by threads, the products read them as TMA does
+            s = none
+            dp = none
+            for panel in gl.static_range(PANELS):
+                q = q_smem.index(first + panel)
+                k = k_smem.index(panel).reshape([BLOCK, WIDTH])
+                s = warpgroup_mma(k, q.permute([1, 0]), s, use_acc=panel > 0, is_async=True)
+            for panel in gl.static_range(PANELS):
+                dout = dout_smem.index(first + panel)
+                v = v_smem.index(panel).reshape([BLOCK, WIDTH])
+                dp = warpgroup_mma(v, dout.permute([1, 0]), dp, use_acc=panel > 0, is_async=True)
             if start + ROWS < num_rows:
-                _copy_rows(
-                    q_ptr, dout_ptr, lse_ptr, delta_ptr, entry_smem.index((start // ROWS + 1) % 4),
-                    q_smem.index(1 - buffer), dout_smem.index(1 - buffer), lse_smem.index(1 - buffer),
-                    delta_smem.index(1 - buffer), first_place, start + ROWS, num_rows, G, H, D, SLOTS, LAYOUT, LINE,
+                low = start + ROWS
+                other = 1 - buffer
+                what = entry_smem.index((step + 1) % 4)
+                copy_panels(q_ptr, q_smem, other * PANELS, what, first_place, low, num_rows, G, H, D, SLOTS, LAYOUT)
+                copy_panels(
+                    dout_ptr, dout_smem, other * PANELS, what, first_place, low, num_rows, G, H, D, SLOTS, LAYOUT
                 )  # fmt: skip
-                _copy_entries(
-                    entries_ptr, entry_smem.index((start // ROWS + 2) % 4), start + 2 * ROWS, num_rows, G, LINE
+                _copy_lines(
+                    lse_ptr, delta_ptr, what, lse_smem.index(other), delta_smem.index(other), first_place, low,
+                    num_rows, G, H, SLOTS, LINE,
                 )  # fmt: skip
+                copy_entries(entries_ptr, entry_smem.index((step + 2) % 4), low + ROWS, num_rows, G, LINE)
             async_copy.commit_group()
 
-            q = q_smem.index(buffer)
-            dout = dout_smem.index(buffer)
-            minus_delta = none - delta_smem.index(buffer).load(COLUMN)[None, :]
-            s = warpgroup_mma(k, q.permute([1, 0]), none, use_acc=False, is_async=True)
-            dp = warpgroup_mma(v, dout.permute([1, 0]), minus_delta, is_async=True)
             lse = lse_smem.index(buffer).load(COLUMN) * log2e
-            s = warpgroup_mma_wait(1, deps=[s])
+            s = warpgroup_mma_wait(PANELS, deps=[s])
             p = gl.exp2(s * scale_log2 - lse[None, :])
             if (start < masked_rows) | (start + ROWS > num_rows):
                 row = start + gl.arange(0, ROWS, COLUMN)
                 t = entries.load(COLUMN) // SLOTS
-                position = key_start - q_start + gl.arange(0, BLOCK, gl.SliceLayout(1, S_LAYOUT))
+                position = key_start - q_start + gl.arange(0, BLOCK, gl.SliceLayout(1, PANEL))
                 p = gl.where((position[:, None] <= t[None, :]) & (row < num_rows)[None, :], p, 0.0)
-            dv = warpgroup_mma(gl.convert_layout(p.to(dtype), OPERAND), dout, dv, is_async=True)
-            dp = warpgroup_mma_wait(1, deps=[dp])
-            ds = (p * dp).to(dtype)
-            dk = warpgroup_mma(gl.convert_layout(ds, OPERAND), q, dk, is_async=True)
+            operand = gl.convert_layout(p.to(dtype), OPERAND)
+            dv = warpgroup_mma(operand, dout_smem.index(first), dv, is_async=True)
+            if PANELS > 1:
+                dv_high = warpgroup_mma(operand, dout_smem.index(first + 1), dv_high, is_async=True)
+            dp = warpgroup_mma_wait(PANELS, deps=[dp])
+            delta = delta_smem.index(buffer).load(COLUMN)
+            ds = (p * (dp - delta[None, :])).to(dtype)
+            operand = gl.convert_layout(ds, OPERAND)
+            dk = warpgroup_mma(operand, q_smem.index(first), dk, is_async=True)
+            if PANELS > 1:
+                dk_high = warpgroup_mma(operand, q_smem.index(first + 1), dk_high, is_async=True)
             if QUERIES:
                 ds_smem.store(ds)
                 fence_async_shared()
-                dq = warpgroup_mma(ds_smem.permute([1, 0]), k, nothing, use_acc=False, is_async=True)
-                dv = warpgroup_mma_wait(2, deps=[dv])
+            dv = warpgroup_mma_wait(2 * PANELS - 1, deps=[dv])
+            if PANELS > 1:
+                dv_high = warpgroup_mma_wait(2, deps=[dv_high])
                 dk = warpgroup_mma_wait(1, deps=[dk])
-                dq = warpgroup_mma_wait(0, deps=[dq])
-                q.store(dq.to(dtype))  # the queries are done with: rows leave from their place, whole
-                live = start + gl.arange(0, ROWS, ROW) < num_rows
-                place = (entries.load(ROW) - first_place).to(gl.uint32)
-                target = (place * G + _rows(start, num_rows, ROW) % G).to(gl.int32)
-                target = target[:, None] * D + gl.arange(0, D, gl.SliceLayout(0, LAYOUT))[None, :]
-                gl.store(part_ptr + target, q.load(LAYOUT), mask=live[:, None])
+                dk_high = warpgroup_mma_wait(0, deps=[dk_high])
             else:
-                dv = warpgroup_mma_wait(1, deps=[dv])
                 dk = warpgroup_mma_wait(0, deps=[dk])
-        row_64 = item.to(gl.int64) * BLOCK + gl.arange(0, BLOCK, gl.SliceLayout(1, K_LAYOUT))
-        target_64 = row_64[:, None] * D + gl.arange(0, D, gl.SliceLayout(0, K_LAYOUT))[None, :]
-        gl.store(dk_ptr + target_64, dk)
-        gl.store(dv_ptr + target_64, dv)
+            if QUERIES:
+                for panel in gl.static_range(PANELS):
+                    k = k_smem.index(panel).reshape([BLOCK, WIDTH])
+                    _query_panel(
+                        part_ptr, q_smem.index(first + panel), panel, ds_smem, k, entries, first_place, start, num_rows,
+                        G, D, LAYOUT, PANEL,
+                    )  # fmt: skip
+        _store_panel(dk_ptr, dk, item, 0, D, PANEL)
+        _store_panel(dv_ptr, dv, item, 0, D, PANEL)
+        if PANELS > 1:
+            _store_panel(dk_ptr, dk_high, item, 1, D, PANEL)
+            _store_panel(dv_ptr, dv_high, item, 1, D, PANEL)
+
+
+def describe_panels(x: Tensor) -> TensorDescriptor:
+    """Boxes of a panel of a block's keys or values, `[B, S, Hkv, D]`; beyond a sequence they read zeros."""
+    box = [1, BLOCK.value, 1, WIDTH.value]
+    layout = gl.NVMMASharedLayout.get_default_for(box, gl.bfloat16)
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), box, layout)
 
 
 def hopper_select_backward(
@@ -213,12 +278,13 @@ def hopper_select_backward(
     """Write what `select_backward_kernel` gives for a chunk of tensors that the kernel serves."""
     T, H, D = q.shape[1:]
     S, Hkv = k.shape[1:3]
+    G = H // Hkv
     documents = (q, q, q) if layout is None else (layout.doc_start, layout.doc_end, layout.block_base)
     bound = table.shape[1]
     hopper_select_backward_kernel[(bound, chunk.head_end - chunk.head)](
-        q, describe_box(k, BLOCK.value, 1), describe_box(v, BLOCK.value, 1), dout, *rows, part, item_dk, item_dv,
-        item_key, inversion.entries, table, *documents, scale * LOG2E, LOG2E, T, S, q_start, chunk.head, chunk.token,
+        q, describe_panels(k), describe_panels(v), dout, *rows, part, item_dk, item_dv, item_key, inversion.entries,
+        table, *documents, scale * LOG2E, LOG2E, T, S, q_start, chunk.head, chunk.token,
         chunk.token_end - chunk.token, bound,
-        G=H // Hkv, HKV=Hkv, D=D, RATIO=inversion.ratio, SLOTS=inversion.slots, PACKED=layout is not None,
-        QUERIES=queries, num_warps=4,
+        G=G, HKV=Hkv, D=D, RATIO=inversion.ratio, SLOTS=inversion.slots, PACKED=layout is not None, QUERIES=queries,
+        num_warps=4,
     )  # fmt: skip

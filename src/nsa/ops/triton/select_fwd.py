@@ -24,6 +24,7 @@ from torch import Tensor
 
 from nsa.geometry import BlockGeometry
 from nsa.ops.triton.common import LN2, LOG2E, Layout, dot_precision, has_large_shared_memory, key_tail, scratch_of
+from nsa.ops.triton.hopper_select_fwd import hopper_select_forward, hopper_select_forward_serves
 from nsa.ops.triton.invert import cut_chunks, invert, item_keys, plan
 
 SCRATCH_BYTES = 2**30
@@ -224,9 +225,10 @@ def select_forward(
     if out.numel() == 0:
         return out, lse
     init, local = (geometry.num_init_blocks, geometry.num_local_blocks) if forced else (0, 0)
-    tile = tile or select_tile(q, Dk, Dv, has_large_shared_memory(q))
     block_indices = block_indices.contiguous()
     inversion = invert(block_indices, geometry, layout, S, q_start, peel=forced is not None)
+    hopper = tile is None and hopper_select_forward_serves(q, v, inversion.sub_block, forced is not None)
+    tile = tile or select_tile(q, Dk, Dv, has_large_shared_memory(q))
     ratio = inversion.ratio
     free = inversion.slots - (init + local) * ratio
     documents = (q, q) if layout is None else (layout.doc_start, layout.block_base)
@@ -243,8 +245,12 @@ def select_forward(
     bound = items.table.shape[2]
     for chunk in chunks:
         heads, tokens = chunk.head_end - chunk.head, chunk.token_end - chunk.token
-        if free:
-            table = items.table[chunk.token // items.range_tokens, chunk.head : chunk.head_end]
+        table = items.table[chunk.token // items.range_tokens, chunk.head : chunk.head_end]
+        if free and hopper:
+            hopper_select_forward(
+                q, k, v, part, part_lse, inversion, table, layout, chunk, init * ratio, free, scale
+            )  # fmt: skip
+        elif free:
             select_forward_kernel[(bound, heads)](
                 q, k, v, part, part_lse, inversion.entries, table, *documents,
                 scale * LOG2E, T, S, q_start, chunk.head, chunk.token, tokens, bound,

@@ -1,0 +1,162 @@
+"""Forward of the selected branch's free blocks on Hopper, in Gluon: the next tile's rows arrive under the present one.
+
+Items and scratch are those of `select_fwd`, steps and their order those of `hopper_select_bwd`. Results leave from the
+queries' place, whole rows at a time.
+
+Shapes are those of `select_fwd`; blocks of 64 tokens, before all tokens that chose them (`forced` holds the others),
+so that nothing is masked.
+"""
+
+# Kernels are typed by Triton, not by Python.
+# pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportReturnType=false
+# pyright: reportGeneralTypeIssues=false, reportPossiblyUnboundVariable=false
+# pyright: reportAssignmentType=false, reportOperatorIssue=false
+# Lists in kernels are added, not unpacked.
+# ruff: noqa: RUF005
+from __future__ import annotations
+
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from nsa.ops.triton.common import LOG2E, Layout, hopper_serves
+from nsa.ops.triton.hopper_fwd import make_barriers
+from nsa.ops.triton.hopper_select_bwd import (
+    BLOCK,
+    ROWS,
+    WIDTH,
+    copy_entries,
+    copy_panels,
+    describe_panels,
+    rows_of_tile,
+)
+from nsa.ops.triton.invert import Chunk, Inversion, item_keys
+
+
+def hopper_select_forward_serves(q: Tensor, v: Tensor, sub_block: int, peeled: bool) -> bool:
+    """Whether the kernel takes these fitting tensors and blocks, of which `peeled` are the free ones alone."""
+    return hopper_serves(q, v) and peeled and sub_block == BLOCK.value
+
+
+@gluon.jit(do_not_specialize=["T", "head_start", "token_start", "num_tokens", "bound"])
+def hopper_select_forward_kernel(
+    q_ptr, k_desc, v_desc, part_ptr, part_lse_ptr, entries_ptr, item_ptr, doc_ptr, base_ptr, scale_log2, T, head_start,
+    token_start, num_tokens, bound,
+    G: gl.constexpr, HKV: gl.constexpr, DK: gl.constexpr, DV: gl.constexpr, RATIO: gl.constexpr, SLOTS: gl.constexpr,
+    FREE: gl.constexpr, SHIFT: gl.constexpr, PACKED: gl.constexpr,
+):  # fmt: skip
+    H: gl.constexpr = G * HKV
+    PANELS: gl.constexpr = DK // WIDTH
+    PANEL: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
+    ROW: gl.constexpr = gl.SliceLayout(1, PANEL)
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    WHOLE: gl.constexpr = gl.SliceLayout(1, LAYOUT)
+    LINE: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    dtype: gl.constexpr = k_desc.dtype
+    square: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    line: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[0])
+    k_smem = gl.allocate_shared_memory(dtype, [PANELS] + k_desc.block_shape, k_desc.layout)
+    v_smem = gl.allocate_shared_memory(dtype, [DV // WIDTH] + v_desc.block_shape, v_desc.layout)
+    q_smem = gl.allocate_shared_memory(dtype, [2 * PANELS, ROWS, WIDTH], square)
+    entry_smem = gl.allocate_shared_memory(gl.int32, [4, ROWS], line)
+    k_full = make_barriers(1, 1)
+    fence_async_shared()
+
+    item_ptr += (gl.program_id(1).to(gl.int64) * bound + gl.program_id(0)) * 3
+    block = gl.load(item_ptr)
+    if block >= 0:
+        entry = gl.load(item_ptr + 1)
+        num_rows = (gl.load(item_ptr + 2) - entry) * G
+        head = head_start + gl.program_id(1)
+        b = head // HKV
+        group = head % HKV
+        key_start = item_keys(entries_ptr, entry, block, doc_ptr, base_ptr, SLOTS, RATIO, BLOCK, PACKED)
+        mbarrier.expect(k_full.index(0), 2 * BLOCK * (DK + DV))
+        for panel in gl.static_range(PANELS):
+            box = [b, key_start, group, panel * WIDTH]
+            tma.async_copy_global_to_shared(k_desc, box, k_full.index(0), k_smem.index(panel))
+        for panel in gl.static_range(DV // WIDTH):
+            box = [b, key_start, group, panel * WIDTH]
+            tma.async_copy_global_to_shared(v_desc, box, k_full.index(0), v_smem.index(panel))
+
+        # One 64-bit base for each tensor; offsets within the chunk fit 32 bits (see `chunk_token_bytes`).
+        q_ptr += ((b.to(gl.int64) * T + token_start) * H + group * G) * DK
+        part_row = gl.program_id(1).to(gl.int64) * num_tokens * (FREE * G)
+        part_ptr += part_row * DV
+        part_lse_ptr += part_row
+        entries_ptr += entry
+        first_place = token_start * SLOTS
+        copy_entries(entries_ptr, entry_smem.index(0), 0, num_rows, G, LINE)
+        copy_entries(entries_ptr, entry_smem.index(1), ROWS, num_rows, G, LINE)
+        async_copy.commit_group()
+        async_copy.wait_group(0)
+        copy_panels(q_ptr, q_smem, 0, entry_smem.index(0), first_place, 0, num_rows, G, H, DK, SLOTS, LAYOUT)
+        async_copy.commit_group()
+        none = gl.zeros([ROWS, BLOCK], gl.float32, PANEL)
+        mbarrier.wait(k_full.index(0), 0)
+        for start in range(0, num_rows, ROWS):
+            step = start // ROWS
+            first = step % 2 * PANELS
+            entries = entry_smem.index(step % 4)
+            async_copy.wait_group(0)
+            fence_async_shared()  # rows were written by threads, the products read them as TMA does
+            s = none
+            for panel in gl.static_range(PANELS):
+                k = k_smem.index(panel).reshape([BLOCK, WIDTH])
+                s = warpgroup_mma(q_smem.index(first + panel), k.permute([1, 0]), s, use_acc=panel > 0, is_async=True)
+            if start + ROWS < num_rows:
+                low = start + ROWS
+                what = entry_smem.index((step + 1) % 4)
+                copy_panels(q_ptr, q_smem, PANELS - first, what, first_place, low, num_rows, G, H, DK, SLOTS, LAYOUT)
+                copy_entries(entries_ptr, entry_smem.index((step + 2) % 4), low + ROWS, num_rows, G, LINE)
+            async_copy.commit_group()
+
+            s = warpgroup_mma_wait(0, deps=[s])
+            best = gl.max(s, 1) * scale_log2
+            p = gl.exp2(s * scale_log2 - best[:, None])
+            total = gl.sum(p, 1)
+            share = (1.0 / total)[:, None]
+            operand = gl.convert_layout(p.to(dtype), gl.DotOperandLayout(0, PANEL, 2))
+            # The last row may repeat, with its own values.
+            place = (entries.load(ROW) - first_place).to(gl.uint32)
+            row = (place // SLOTS * FREE + place % SLOTS - SHIFT) * G + rows_of_tile(start, num_rows, ROW) % G
+            gl.store(part_lse_ptr + row.to(gl.int32), best + gl.log2(total))
+            place = (entries.load(WHOLE) - first_place).to(gl.uint32)
+            row = (place // SLOTS * FREE + place % SLOTS - SHIFT) * G + rows_of_tile(start, num_rows, WHOLE) % G
+            target = row.to(gl.int32)[:, None] * DV + gl.arange(0, WIDTH, gl.SliceLayout(0, LAYOUT))[None, :]
+            for panel in gl.static_range(DV // WIDTH):
+                v = v_smem.index(panel).reshape([BLOCK, WIDTH])
+                out = warpgroup_mma(operand, v, none, use_acc=False, is_async=True)
+                out = warpgroup_mma_wait(0, deps=[out])
+                tile = q_smem.index(first + panel)
+                tile.store((out * share).to(dtype))
+                gl.store(part_ptr + panel * WIDTH + target, tile.load(LAYOUT))
+
+
+def hopper_select_forward(
+    q: Tensor, k: Tensor, v: Tensor, part: Tensor, part_lse: Tensor, inversion: Inversion, table: Tensor,
+    layout: Layout | None, chunk: Chunk, shift: int, free: int, scale: float,
+) -> None:  # fmt: skip
+    """Write what `select_forward_kernel` gives for a chunk of tensors that the kernel serves.
+
+    Args:
+        shift: slots of a token before its free ones.
+        free: slots that are free.
+    """
+    T, H, Dk = q.shape[1:]
+    Hkv, bound = k.shape[2], table.shape[1]
+    documents = (q, q) if layout is None else (layout.doc_start, layout.block_base)
+    hopper_select_forward_kernel[(bound, chunk.head_end - chunk.head)](
+        q, describe_panels(k), describe_panels(v), part, part_lse, inversion.entries, table, *documents, scale * LOG2E,
+        T, chunk.head, chunk.token, chunk.token_end - chunk.token, bound,
+        G=H // Hkv, HKV=Hkv, DK=Dk, DV=v.shape[3], RATIO=inversion.ratio, SLOTS=inversion.slots, FREE=free, SHIFT=shift,
+        PACKED=layout is not None, num_warps=4,
+    )  # fmt: skip
