@@ -6,8 +6,12 @@ from the final log-sum-exp, and stores the group's sums: fp32 `[heads, tokens, w
 A row holds, where a block's keys fill part of a tile (POOLED), what each block's keys give to its own importance, and
 then what they give to the next block's; in other geometries the sum of every key.
 The choice kernel has one warp for each token and group. It adds these up to the blocks' importance (Eq. 9) and finds
-the n-th largest by bisection on the bits of the scores, CHUNK candidates at a time merged into a running list of n. Any
-length takes this one path, and ties go to the lower index because list and candidates stay in index order.
+the n-th largest by bisection on the bits of the scores. Initial and local blocks are left out and written as they are.
+Rows of few blocks are searched whole. Of others it takes CHUNK candidates at a time and lists the quads (four
+neighbours, one load) that reach a bound: a value that n of the largest of 128 groups of candidates reach. It is near
+the n-th largest, so that the exact search runs on a short list instead of all candidates. Where more reach it than the
+list holds (ties, rising scores), the best n of the list, then of the chunk, are found exactly. Any length takes this
+path, and ties go to the lower index because list and candidates stay in index order.
 
 Shapes: q `[B, T, H, Dk]`, k_cmp `[B, N, Hkv, Dk]`, lse `[B, T, H]`, out int32 `[B, T, Hkv, n]`.
 """
@@ -36,8 +40,8 @@ from nsa.ops.triton.dense_fwd import describe_keys
 from nsa.ops.triton.invert import Chunk, cut_chunks
 
 SCRATCH_BYTES = 2**31
-SLACK = 1
-CHOICE_REGISTERS = 72  # for a thread of the choice: 28 of its warps fit a multiprocessor, where 106 leave room for 18
+CHOICE_SLACK = 2  # a bound of the choice that so many more reach is near enough
+CHOICE_REGISTERS = 64  # for a thread of the choice: 32 of its warps, the most there may be, fit a multiprocessor
 
 
 def score_tile(q: Tensor, group_size: int, num_keys: int, large: bool) -> dict[str, int]:
@@ -144,15 +148,15 @@ def _importance(
     mass_ptr, j, live, key_end, width, SIZE: tl.constexpr, STRIDE: tl.constexpr, BLOCK: tl.constexpr,
     INIT: tl.constexpr, LOCAL: tl.constexpr, POOLED: tl.constexpr,
 ):  # fmt: skip
-    """Bits of the importance of blocks j, negative where not `live`; anything for initial and local blocks."""
+    """Bits of the importance of blocks j, -1 where not `live`; anything for initial and local blocks."""
     SPAN: tl.constexpr = BLOCK // STRIDE
     REACH: tl.constexpr = SIZE // STRIDE
-    VISIBLE: tl.constexpr = SIZE <= LOCAL * BLOCK + 1  # all keys of the blocks that are not local
+    WRITTEN: tl.constexpr = SIZE <= LOCAL * BLOCK + 1  # a block that is not local has a visible key
     if POOLED:  # blocks are written up to the last that has a visible key
-        own = live if VISIBLE else live & (j * SPAN < key_end)
+        own = live if WRITTEN else live & (j * SPAN < key_end)
         score = tl.load(mass_ptr + j, mask=own, other=0.0)
         if REACH > 1:
-            before = live if VISIBLE else live & ((j - 1) * SPAN < key_end)
+            before = live if WRITTEN else live & ((j - 1) * SPAN < key_end)
             before = before & (j > 0) if INIT == 0 else before
             score += tl.load(mass_ptr + (width // 2 - 1) + j, mask=before, other=0.0)
     else:
@@ -192,10 +196,10 @@ def _places(ones, FEW: tl.constexpr):
     """How many of the ones [rows, 32, few] come before each; FEW: below 256 in all."""
     ROWS: tl.constexpr = ones.shape[0]
     lanes = tl.sum(ones, 2)
-    if FEW and ROWS <= 4:  # the sums of all rows in one word
+    if FEW and ROWS <= 4:  # a byte for each row: one scan for all
         row = tl.arange(0, ROWS)[:, None] * 8
         word = tl.sum(lanes << row, 0)
-        word = tl.cumsum(word, 0) - word + tl.sum(word, 0) * 0x01010100
+        word = tl.cumsum(word, 0) - word + tl.sum(word, 0) * 0x01010100  # rows before it
         before = (word[None, :] >> row) & 255
     else:
         total = tl.sum(lanes, 1)
@@ -216,24 +220,19 @@ def _best(bits, threshold, COUNT: tl.constexpr):
 
 
 @triton.jit
-def _quads(list_ptr, begin, filled, ENTRIES: tl.constexpr):
-    """First blocks [rows, 32] of the list's entries from begin to filled, -4 elsewhere."""
-    i = (tl.arange(0, ENTRIES // 32) * 32)[:, None] + tl.arange(0, 32)[None, :]
-    first = tl.load(list_ptr + i, mask=(i >= begin) & (i < filled), other=-4)
-    return i, first
+def _read_quads(list_ptr, i, begin, filled):
+    return tl.load(list_ptr + i, mask=(i >= begin) & (i < filled), other=-4)
 
 
 @triton.jit
-def _append(list_ptr, entries, j):
-    """Store the entries of four blocks that are 1."""
-    entries = entries[:, :, None]
-    tl.store(list_ptr + _places(entries, True), tl.min(j, 2, keep_dims=True), mask=entries > 0)
+def _append(list_ptr, quads, j):
+    """Add the quads [rows, 32, 1] that are 1 to the list; j are the blocks of all."""
+    tl.store(list_ptr + _places(quads, True), tl.min(j, 2, keep_dims=True), mask=quads > 0)
 
 
 @triton.jit
 def _quarters(x):
-    x = tl.reshape(x, [x.shape[0], 32, 2, 2])
-    even, odd = tl.split(x)
+    even, odd = tl.split(tl.reshape(x, [x.shape[0], 32, 2, 2]))
     x0, x2 = tl.split(even)
     x1, x3 = tl.split(odd)
     return x0, x1, x2, x3
@@ -244,11 +243,11 @@ def choice_kernel(
     mass_ptr, list_ptr, out_ptr, doc_ptr, doc_end_ptr, T, N, q_start, head_start, token_start, num_tokens, width,
     HKV: tl.constexpr, SIZE: tl.constexpr, STRIDE: tl.constexpr, BLOCK: tl.constexpr, COUNT: tl.constexpr,
     INIT: tl.constexpr, LOCAL: tl.constexpr, PACKED: tl.constexpr, POOLED: tl.constexpr, PADDED: tl.constexpr,
-    CHUNK: tl.constexpr, ENTRIES: tl.constexpr, SLACK: tl.constexpr,
+    CHUNK: tl.constexpr, QUADS: tl.constexpr, SLACK: tl.constexpr,
 ):  # fmt: skip
-    FREE: tl.constexpr = COUNT - INIT - LOCAL
+    FREE: tl.constexpr = COUNT - INIT - LOCAL  # blocks to choose among those that are not forced
     FIRST: tl.constexpr = (INIT + 3) // 4  # quads with an initial block
-    LARGEST: tl.constexpr = 0x7F7FFFFF
+    LARGEST: tl.constexpr = 0x7F7FFFFF  # infinite scores tie
     t = token_start + tl.num_programs(0) - 1 - tl.program_id(0)
     head = head_start + tl.program_id(1)
     position = t + q_start
@@ -258,27 +257,25 @@ def choice_kernel(
         live = position >= 0
     local_row = tl.program_id(1).to(tl.int64) * num_tokens + t - token_start
     mass_ptr += local_row * width
-    list_ptr += local_row * ENTRIES + 1  # not aligned: or loads of two would put neighbours into one thread
+    list_ptr += local_row * QUADS + 1  # not aligned: loads of two would put neighbours into one thread
     out_ptr += (((head // HKV).to(tl.int64) * T + t) * HKV + head % HKV) * COUNT
-    c = (tl.arange(0, CHUNK // 128) * 128)[:, None, None] + (tl.arange(0, 32) * 4)[None, :, None]
     four = tl.arange(0, 4)[None, None, :]
-    c += four
+    c = (tl.arange(0, CHUNK // 128) * 128)[:, None, None] + (tl.arange(0, 32) * 4)[None, :, None] + four
     own = position // BLOCK
     key_end = tl.where(position >= SIZE - 1, (position - (SIZE - 1)) // STRIDE + 1, 0)
     free_end = tl.where(live, own + 1 - LOCAL, 0)
-    num_chosen = 0
+    num_best = 0
     if FREE > 0 and free_end > INIT:
         low = 0
-        if ENTRIES == 0:
+        if QUADS == 0:  # all candidates at once
             j = c
-            bits = _importance(
-                mass_ptr, j, j < (free_end + 3) // 4 * 4, key_end, width, SIZE, STRIDE, BLOCK, INIT, LOCAL, POOLED
-            )
+            inside = j < (free_end + 3) // 4 * 4  # loads of four
+            bits = _importance(mass_ptr, j, inside, key_end, width, SIZE, STRIDE, BLOCK, INIT, LOCAL, POOLED)
         else:
             quads_end = free_end // 4 * 4
-            groups = tl.full([1, 32, 4], -1, tl.int32)
-            bound = 0
-            least = -1
+            groups = tl.full([1, 32, 4], -1, tl.int32)  # the largest of every 128th candidate, initial quads left out
+            bound = 0  # FREE of the groups reach it, unless 0
+            least = -1  # FREE blocks of the list reach it, unless negative: later ones must exceed it
             filled = FIRST
             for start in range(0, quads_end, CHUNK):
                 j = start + c
@@ -290,75 +287,82 @@ def choice_kernel(
                 if FREE <= 128:
                     bound = _threshold(groups, bound, FREE, SLACK)
                 tau = tl.maximum(bound, least + 1)
-                entries = (tl.minimum(tl.max(bits, 2), LARGEST) >= tau).to(tl.int32)
-                count = tl.sum(tl.sum(entries, 0), 0)
+                quads = (tl.minimum(tl.max(bits, 2, keep_dims=True), LARGEST) >= tau).to(tl.int32)
+                count = _count(quads)
                 full = (bound > tl.maximum(least, 0)) | (count >= FREE)
-                if filled + count >= ENTRIES:
-                    if filled > FIRST + FREE:
+                if filled + count >= QUADS:
+                    if filled > FIRST + FREE:  # keep the best of the list
                         tl.debug_barrier()
-                        i, first = _quads(list_ptr, FIRST, filled, ENTRIES)
-                        old = tl.multiple_of(first + 0, [4, 4])[:, :, None] + four
+                        i = (tl.arange(0, QUADS // 32) * 32)[:, None] + tl.arange(0, 32)[None, :]
+                        first = tl.multiple_of(_read_quads(list_ptr, i, FIRST, filled) + 0, [4, 4])
+                        old = first[:, :, None] + four
                         old_bits = _importance(
                             mass_ptr, old, old >= 0, key_end, width, SIZE, STRIDE, BLOCK, INIT, LOCAL, POOLED
                         )
                         old_bits = tl.minimum(old_bits, LARGEST)
                         least = _threshold(old_bits, tl.maximum(least, 0), FREE, 0)
-                        kept = tl.max(_best(old_bits, least, FREE)[0], 2)
+                        old_best, _ = _best(old_bits, least, FREE)
+                        kept = tl.max(old_best, 2, keep_dims=True)
                         tl.debug_barrier()  # every thread has read the list
                         _append(list_ptr + FIRST, kept, old)
-                        filled = FIRST + tl.sum(tl.sum(kept, 0), 0)
+                        filled = FIRST + _count(kept)
                         tau = tl.maximum(tau, least + 1)
                     bits = _importance(mass_ptr, j, inside, key_end, width, SIZE, STRIDE, BLOCK, INIT, LOCAL, POOLED)
                     bits = tl.minimum(bits, LARGEST)
-                    entries = (tl.max(bits, 2) >= tau).to(tl.int32)
-                    count = tl.sum(tl.sum(entries, 0), 0)
+                    quads = (tl.max(bits, 2, keep_dims=True) >= tau).to(tl.int32)
+                    count = _count(quads)
                     full = (bound > tl.maximum(least, 0)) | (count >= FREE)
-                    if filled + count >= ENTRIES:
+                    if filled + count >= QUADS:  # and the best of the chunk
                         tau = _threshold(bits, tau, FREE, 0)
-                        entries = tl.max(_best(bits, tau, FREE)[0], 2)
-                        count = tl.sum(tl.sum(entries, 0), 0)
+                        best, _ = _best(bits, tau, FREE)
+                        quads = tl.max(best, 2, keep_dims=True)
+                        count = _count(quads)
                         full = True
                 if count > 0:
-                    _append(list_ptr + filled, entries, j)
+                    _append(list_ptr + filled, quads, j)
                     filled += count
                 least = tl.where(full, tau, least)
             tl.debug_barrier()
-            i, first = _quads(list_ptr, FIRST, filled, ENTRIES)
-            first = tl.where(i < FIRST, 4 * i, first)
+            # The initial quads, the list and the last, which may have fewer than four free blocks.
+            i = (tl.arange(0, QUADS // 32) * 32)[:, None] + tl.arange(0, 32)[None, :]
+            first = tl.where(i < FIRST, 4 * i, _read_quads(list_ptr, i, FIRST, filled))
             first = tl.where((i == filled) & (quads_end >= 4 * FIRST), quads_end, first)
             j = tl.multiple_of(first, [4, 4])[:, :, None] + four
             bits = _importance(mass_ptr, j, j >= 0, key_end, width, SIZE, STRIDE, BLOCK, INIT, LOCAL, POOLED)
             low = tl.maximum(least, 0)
         bits = tl.where((j >= INIT) & (j < free_end), tl.minimum(bits, LARGEST), -1)
-        if ENTRIES == 0 and FREE <= 32:
-            low = tl.maximum(tl.min(tl.min(tl.max(bits, 2), 0), 0), 0)
-        threshold = _threshold(bits, low, FREE, 0)
-        best, num_chosen = _best(bits, threshold, FREE)
-        place = _places(best, COUNT < 256)
-        place0, place1, place2, place3 = _quarters(place)
+        if QUADS == 0 and FREE <= 32:  # as many lanes as have candidates reach the least of their largest
+            lane = tl.arange(0, 32) * 4
+            has_free = (lane < free_end) & (lane + 3 >= INIT)
+            low = tl.min(tl.where(has_free, tl.max(tl.max(bits, 2), 0), LARGEST), 0)
+            num_lanes = tl.minimum((free_end + 3) // 4, 32) - INIT // 4
+            low = tl.where(num_lanes >= FREE, tl.maximum(low, 0), 0)
+        best, num_best = _best(bits, _threshold(bits, low, FREE, 0), FREE)
+        # Stored in parts, as each thread holds them: a whole would first go through shared memory.
+        place0, place1, place2, place3 = _quarters(INIT + _places(best, COUNT < 256))
         best0, best1, best2, best3 = _quarters(best)
         j0, j1, j2, j3 = _quarters(j)
-        tl.store(out_ptr + INIT + place0, j0, mask=best0 > 0)
-        tl.store(out_ptr + INIT + place1, j1, mask=best1 > 0)
-        tl.store(out_ptr + INIT + place2, j2, mask=best2 > 0)
-        tl.store(out_ptr + INIT + place3, j3, mask=best3 > 0)
+        tl.store(out_ptr + place0, j0, mask=best0 > 0)
+        tl.store(out_ptr + place1, j1, mask=best1 > 0)
+        tl.store(out_ptr + place2, j2, mask=best2 > 0)
+        tl.store(out_ptr + place3, j3, mask=best3 > 0)
     o = tl.arange(0, PADDED)
     num_local = tl.minimum(tl.maximum(own + 1 - INIT, 0), LOCAL)
-    block = tl.where(o < INIT, o, o + (own + 1 - num_local - INIT - num_chosen))
+    block = tl.where(o < INIT, o, o + (own + 1 - num_local - INIT - num_best))
     block = tl.where((block <= own) & live, block, -1)
-    tl.store(out_ptr + o, block, mask=(o < COUNT) & ((o < INIT) | (o >= INIT + num_chosen)))
+    tl.store(out_ptr + o, block, mask=(o < COUNT) & ((o < INIT) | (o >= INIT + num_best)))
 
 
-def choice_tile(geometry: BlockGeometry, num_blocks: int, max_chunk: int = 512, whole: int = 128) -> dict[str, int]:
-    """Candidates a step (CHUNK) and entries of the list of a row of `num_blocks`; no list where a step takes them all."""
+def choice_tile(geometry: BlockGeometry, num_blocks: int, max_chunk: int = 512, whole: int = 256) -> dict[str, int]:
+    """Candidates a step (CHUNK) and quads of the list of a row of `num_blocks`: 0 up to `whole`, taken in one step."""
     free = geometry.num_selected_blocks - geometry.num_init_blocks - geometry.num_local_blocks
-    # The initial quads, twice what is chosen in the worst case, one for the end.
-    entries = triton.next_power_of_2(triton.cdiv(geometry.num_init_blocks, 4) + 2 * free + 1)
+    # Room for the best of the list and of a chunk, each in a quad of its own, the initial quads and the last.
+    quads = triton.next_power_of_2(triton.cdiv(geometry.num_init_blocks, 4) + 2 * free + 1)
     chunk = max(128, triton.next_power_of_2(num_blocks))
     return {
-        "CHUNK": min(chunk, whole if chunk <= whole else max_chunk),
-        "ENTRIES": 0 if chunk <= whole else max(32, entries),
-        "SLACK": SLACK,
+        "CHUNK": chunk if chunk <= whole else min(chunk, max_chunk),
+        "QUADS": 0 if chunk <= whole else max(32, quads),
+        "SLACK": CHOICE_SLACK,
         "PADDED": triton.next_power_of_2(geometry.num_selected_blocks),
     }
 
@@ -384,10 +388,10 @@ def select_blocks(
     if pooled:
         width = width // span * (1 if reach == 1 else 2)
     choice = choice or choice_tile(geometry, geometry.num_select_blocks(q_start + T))
-    chunks = cut_chunks(B * Hkv, T, (width + choice["ENTRIES"]) * 4, 128, scratch_of(q, scratch_bytes))
+    chunks = cut_chunks(B * Hkv, T, (width + choice["QUADS"]) * 4, 128, scratch_of(q, scratch_bytes))
     rows = max((c.head_end - c.head) * (c.token_end - c.token) for c in chunks)
     mass = torch.empty(rows * width + 4, dtype=torch.float32, device=q.device)  # the choice reads in fours
-    lists = torch.empty(rows * choice["ENTRIES"] + 1, dtype=torch.int32, device=q.device)
+    lists = torch.empty(rows * choice["QUADS"] + 1, dtype=torch.int32, device=q.device)
     lse = lse.float().contiguous()
     shape = {"HKV": Hkv, "SIZE": geometry.compress_block_size, "STRIDE": geometry.compress_stride,
              "BLOCK": geometry.select_block_size, "POOLED": pooled, "PACKED": layout is not None}  # fmt: skip
