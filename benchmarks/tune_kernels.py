@@ -160,9 +160,14 @@ class Stages:
                 found[stage]["Hopper's"] = ((), run)
         for tile in score_tiles(self.q, self.k.shape[2]):
             found["choice"][str(tile)] = ((), lambda tile=tile: self.choose(tile=tile))
-        for count, mib in product((128, 256, 512), (128, 256, 512, 8192)):
-            run = lambda count=count, mib=mib: self.choose(max_chunk=count, scratch_bytes=mib * 2**20)  # noqa: E731
-            found["choice"][f"{count} candidates, {mib} MiB of scratch"] = ((), run)
+        num_blocks = self.geometry.num_select_blocks(self.q.shape[1])
+        for chunk, whole, slack, registers in product((256, 512), (128, 256, 512), (0, 2, 4), (64, 72, 96)):
+            choice = score_topk.choice_tile(self.geometry, num_blocks, chunk, whole, slack, registers)
+            name = f"{choice['CHUNK']} candidates, {choice['QUADS']} quads, slack {slack}, {registers} registers"
+            found["choice"][name] = ((), lambda choice=choice: self.choose(choice=choice))
+        for mib in (128, 256, 512, 8192):
+            run = lambda mib=mib: self.choose(scratch_bytes=mib * 2**20)  # noqa: E731
+            found["choice"][f"{mib} MiB of scratch"] = ((), run)
         for stages, elements in ((2, 1024), (4, 1024), (4, 2048), (6, 512), (6, 1024), (6, 2048)):
             patch = ((select_fwd, "REDUCE_STAGES", stages), (select_fwd, "REDUCE_ELEMENTS", elements))
             name = f"{stages} slots on their way, {elements} elements a program of the sum"

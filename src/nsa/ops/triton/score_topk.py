@@ -40,8 +40,6 @@ from nsa.ops.triton.dense_fwd import describe_keys
 from nsa.ops.triton.invert import Chunk, cut_chunks
 
 SCRATCH_BYTES = 2**31
-CHOICE_SLACK = 2  # a bound of the choice that so many more reach is near enough
-CHOICE_REGISTERS = 64  # for a thread of the choice: 32 of its warps, the most there may be, fit a multiprocessor
 
 
 def score_tile(q: Tensor, group_size: int, num_keys: int, large: bool) -> dict[str, int]:
@@ -353,8 +351,15 @@ def choice_kernel(
     tl.store(out_ptr + o, block, mask=(o < COUNT) & ((o < INIT) | (o >= INIT + num_best)))
 
 
-def choice_tile(geometry: BlockGeometry, num_blocks: int, max_chunk: int = 512, whole: int = 256) -> dict[str, int]:
-    """Candidates a step (CHUNK) and quads of the list of a row of `num_blocks`: 0 up to `whole`, taken in one step."""
+def choice_tile(
+    geometry: BlockGeometry, num_blocks: int, max_chunk: int = 512, whole: int = 256, slack: int = 2,
+    registers: int = 64,
+) -> dict[str, int]:  # fmt: skip
+    """Candidates a step (CHUNK) and quads of the list of a row of `num_blocks`: 0 up to `whole`, taken in one step.
+
+    A bound that `slack` more candidates reach than are wanted is near enough. With 64 registers a thread 32 warps, as
+    many as there may be of one warp each, fit a multiprocessor.
+    """
     free = geometry.num_selected_blocks - geometry.num_init_blocks - geometry.num_local_blocks
     # Room for the best of the list and of a chunk, each in a quad of its own, the initial quads and the last.
     quads = triton.next_power_of_2(triton.cdiv(geometry.num_init_blocks, 4) + 2 * free + 1)
@@ -362,8 +367,10 @@ def choice_tile(geometry: BlockGeometry, num_blocks: int, max_chunk: int = 512, 
     return {
         "CHUNK": chunk if chunk <= whole else min(chunk, max_chunk),
         "QUADS": 0 if chunk <= whole else max(32, quads),
-        "SLACK": CHOICE_SLACK,
+        "SLACK": slack,
         "PADDED": triton.next_power_of_2(geometry.num_selected_blocks),
+        "num_warps": 1,
+        "maxnreg": registers,
     }
 
 
@@ -409,8 +416,7 @@ def select_blocks(
             )  # fmt: skip
         choice_kernel[(tokens, heads)](
             mass, lists, out, *documents, T, N, q_start, chunk.head, chunk.token, tokens, width,
-            COUNT=count, INIT=geometry.num_init_blocks, LOCAL=geometry.num_local_blocks, num_warps=1,
-            maxnreg=CHOICE_REGISTERS, **shape, **choice,
+            COUNT=count, INIT=geometry.num_init_blocks, LOCAL=geometry.num_local_blocks, **shape, **choice,
         )  # fmt: skip
     return out
 
