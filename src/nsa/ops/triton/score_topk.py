@@ -150,12 +150,11 @@ def _importance(
     SPAN: tl.constexpr = BLOCK // STRIDE
     REACH: tl.constexpr = SIZE // STRIDE
     WRITTEN: tl.constexpr = SIZE <= LOCAL * BLOCK + 1  # a block that is not local has a visible key
-    if POOLED:  # blocks are written up to the last that has a visible key
+    if POOLED:  # blocks are written up to the last that has a visible key, the one before it has one in any case
         own = live if WRITTEN else live & (j * SPAN < key_end)
         score = tl.load(mass_ptr + j, mask=own, other=0.0)
         if REACH > 1:
-            before = live if WRITTEN else live & ((j - 1) * SPAN < key_end)
-            before = before & (j > 0) if INIT == 0 else before
+            before = live & (j > 0) if INIT == 0 else live
             score += tl.load(mass_ptr + (width // 2 - 1) + j, mask=before, other=0.0)
     else:
         score = tl.zeros(j.shape, tl.float32)
@@ -315,7 +314,6 @@ def choice_kernel(
                         best, _ = _best(bits, tau, FREE)
                         quads = tl.max(best, 2, keep_dims=True)
                         count = _count(quads)
-                        full = True
                 if count > 0:
                     _append(list_ptr + filled, quads, j)
                     filled += count
