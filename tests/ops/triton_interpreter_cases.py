@@ -175,7 +175,7 @@ class Case:
         before = score_topk.select_blocks, score_topk.choice_tile
         if limit:
             score_topk.select_blocks = partial(before[0], scratch_bytes=1)
-            score_topk.choice_tile = partial(before[1], max_chunk=128, whole=0)
+            score_topk.choice_tile = lambda *args, **_: before[1](*args, max_chunk=128, whole=0)
         self.blocks = backend.select_blocks_forward(self.q, self.k_cmp, lse, self.cu, shape, *tail)
         score_topk.select_blocks, score_topk.choice_tile = before
         q, lse = self.q[:, : self.used], lse[:, : self.used]

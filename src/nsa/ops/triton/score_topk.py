@@ -351,12 +351,12 @@ def choice_kernel(
 
 def choice_tile(
     geometry: BlockGeometry, num_blocks: int, max_chunk: int = 512, whole: int = 256, slack: int = 2,
-    registers: int = 64,
+    registers: int | None = None,
 ) -> dict[str, int]:  # fmt: skip
     """Candidates a step (CHUNK) and quads of the list of a row of `num_blocks`: 0 up to `whole`, taken in one step.
 
     A bound that `slack` more candidates reach than are wanted is near enough. With 64 registers a thread 32 warps, as
-    many as there may be of one warp each, fit a multiprocessor.
+    many as there may be of one warp each, fit a multiprocessor; long lists need more.
     """
     free = geometry.num_selected_blocks - geometry.num_init_blocks - geometry.num_local_blocks
     # Room for the best of the list and of a chunk, each in a quad of its own, the initial quads and the last.
@@ -368,7 +368,7 @@ def choice_tile(
         "SLACK": slack,
         "PADDED": triton.next_power_of_2(geometry.num_selected_blocks),
         "num_warps": 1,
-        "maxnreg": registers,
+        "maxnreg": registers or (64 if quads <= 64 else 96),
     }
 
 
@@ -392,7 +392,8 @@ def select_blocks(
     width = triton.cdiv(max(N, 1), 128) * 128
     if pooled:
         width = width // span * (1 if reach == 1 else 2)
-    choice = choice or choice_tile(geometry, geometry.num_select_blocks(q_start + T))
+    # Keys' sums, many for a block, leave no registers for large steps.
+    choice = choice or choice_tile(geometry, geometry.num_select_blocks(q_start + T), max_chunk=512 if pooled else 128)
     chunks = cut_chunks(B * Hkv, T, (width + choice["QUADS"]) * 4, 128, scratch_of(q, scratch_bytes))
     rows = max((c.head_end - c.head) * (c.token_end - c.token) for c in chunks)
     mass = torch.empty(rows * width + 4, dtype=torch.float32, device=q.device)  # the choice reads in fours
