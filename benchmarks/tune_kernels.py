@@ -159,9 +159,10 @@ class Stages:
                 found[stage]["Hopper's"] = ((), run)
         for tile in score_tiles(self.q, self.k.shape[2]):
             found["choice"][str(tile)] = ((), lambda tile=tile: self.choose(tile=tile))
-        for count, mib in product((128, 256), (2048,)):
-            run = lambda count=count, mib=mib: self.choose(max_chunk=count, scratch_bytes=mib * 2**20)  # noqa: E731
-            found["choice"][f"{count} candidates, {mib} MiB of scratch"] = ((), run)
+        num_blocks = self.geometry.num_select_blocks(self.q.shape[1])
+        for what in ({"max_chunk": 256}, {"whole": 128}, {"whole": 512}, {"slack": 0}, {"slack": 4}, {"registers": 72}):
+            choice = score_topk.choice_tile(self.geometry, num_blocks, **what)
+            found["choice"][str(what)] = ((), lambda choice=choice: self.choose(choice=choice))
         for stages, elements in ((2, 1024), (4, 1024), (4, 2048), (6, 512), (6, 1024), (6, 2048)):
             patch = ((select_fwd, "REDUCE_STAGES", stages), (select_fwd, "REDUCE_ELEMENTS", elements))
             name = f"{stages} slots on their way, {elements} elements a program of the sum"

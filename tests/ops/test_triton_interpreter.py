@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 
 PROGRAM = Path(__file__).with_name("triton_interpreter_cases.py")
 SOURCE = Path(__file__).parents[2] / "src"
-NUM_CASES = 15
+NUM_CASES = 52
 
 
 def test_every_stage_equals_the_reference_forward_and_backward():

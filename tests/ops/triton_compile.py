@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
+from functools import partial
 from typing import Any
 
 import torch
@@ -78,6 +79,8 @@ def launch_all(dtype: torch.dtype, group_size: int, head_dim: int, packed: bool)
     out, lse = backend.compressed_attention_forward(q, k_cmp, v_cmp, *tail, 0, 1.0)
     backend.compressed_attention_backward(out, lse, q, k_cmp, v_cmp, out, lse, *tail, 0, 1.0)
     blocks = backend.select_blocks_forward(q, k_cmp, lse, *tail, 0, 1.0)
+    score_topk.choice_tile = partial(score_topk.choice_tile, whole=0)  # as for more blocks
+    backend.select_blocks_forward(q, k_cmp, lse, *tail, 0, 1.0)
     out, lse = backend.selected_attention_forward(q, k, v, blocks, *tail, 0, 1.0)
     backend.selected_attention_backward(out, lse, q, k, v, out, lse, blocks, *tail, 0, 1.0)
     out, lse = backend.window_attention_forward(q, k, v, *tail, 0, 0, 1.0)

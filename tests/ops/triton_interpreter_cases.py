@@ -12,6 +12,7 @@ from functools import partial
 from itertools import pairwise
 
 import torch
+import triton
 from torch import Tensor
 
 from nsa.geometry import BlockGeometry
@@ -37,7 +38,10 @@ CASES = {
     "long selection blocks in parts": (1, 150, 1, 1, 16, 16, LONG, None, 0, 0, "float32", "sau"),
     "long stencil": (1, 60, 1, 1, 16, 16, BlockGeometry(24, 4, 8, 5, 1, 1, 7), None, 0, 0, "float32", "s"),
     "forced blocks only": (1, 60, 2, 1, 16, 16, BlockGeometry(8, 4, 16, 3, 1, 2, 24), None, 0, 0, "float32", "sa"),
-    "choice in many chunks": (1, 110, 1, 1, 16, 16, BlockGeometry(4, 2, 4, 5, 1, 2, 4), None, 0, 0, "float32", "t"),
+    "choice in many chunks": (1, 6, 1, 1, 16, 16, BlockGeometry(4, 2, 4, 5, 1, 2, 4), None, 1597, 0, "float32", "t"),
+    "choice in many chunks of keys' sums": (
+        1, 6, 1, 1, 16, 16, BlockGeometry(24, 4, 8, 5, 1, 1, 7), None, 3000, 0, "float32", "t"),
+    "choice in chunks, packed": (1, 20, 2, 1, 16, 16, SMALL, [0, 5, 20], 0, 0, "float32", "t"),
     "more blocks of a token than groups of candidates": (
         1, 260, 1, 1, 16, 16, BlockGeometry(4, 2, 4, 40, 1, 2, 8), None, 0, 0, "float32", "s"),
     "equal scores": (1, 100, 2, 1, 16, 16, SMALL, None, 0, 0, "float32", "et"),
@@ -168,12 +172,12 @@ class Case:
         """Compare the chosen blocks; with `limit`, in chunks of few candidates and of few tokens."""
         shape, tail = self.geometry.as_tuple(), (self.q_start, self.scale)
         _, lse = backend.compressed_attention_forward(self.q, self.k_cmp, self.v_cmp, self.cu, shape, *tail)
+        before = score_topk.select_blocks, score_topk.choice_tile
         if limit:
-            self.blocks = score_topk.select_blocks(
-                self.q, self.k_cmp, lse, self.geometry, None, *tail, scratch_bytes=1, max_chunk=32
-            )
-        else:
-            self.blocks = backend.select_blocks_forward(self.q, self.k_cmp, lse, self.cu, shape, *tail)
+            score_topk.select_blocks = partial(before[0], scratch_bytes=1)
+            score_topk.choice_tile = lambda *args, **_: before[1](*args, max_chunk=128, whole=0)
+        self.blocks = backend.select_blocks_forward(self.q, self.k_cmp, lse, self.cu, shape, *tail)
+        score_topk.select_blocks, score_topk.choice_tile = before
         q, lse = self.q[:, : self.used], lse[:, : self.used]
         if "e" in self.stages:  # the reference's sums round apart what is equal
             scores = reference.importance_scores(q, self.k_cmp, lse, self.geometry, *tail)
@@ -184,7 +188,140 @@ class Case:
         self.errors["blocks outside"] = float((self.blocks[:, self.used :] != -1).sum())
 
 
+# name -> geometry, last block, scores, constants of choice_tile; how often at most, and once at least unless 0, in the
+# 3 rows a chunk adds to the list, only the best of the list are kept to make room, only the best of a chunk are taken
+PAIRS = BlockGeometry(2, 1, 2, 16, 1, 2, 4)
+SMALL_STEPS, STEPS, LARGE_STEPS = ({"max_chunk": chunk, "whole": 0, "slack": 2} for chunk in (128, 256, 512))
+CHOICES = {
+    "few blocks": (PAIRS, 20, "random", {}, (0, 0, 0)),
+    "one step": (PAIRS, 101, "random", {}, (0, 0, 0)),
+    "one step of two rows": (PAIRS, 254, "random", {}, (0, 0, 0)),
+    "one step, ties": (PAIRS, 254, "few values", {}, (0, 0, 0)),
+    "one chunk": (PAIRS, 300, "random", LARGE_STEPS, (3, 0, 0)),
+    "later chunks have nothing": (PAIRS, 520, "falling", SMALL_STEPS, (3, 0, 0)),
+    "later chunks have all": (PAIRS, 520, "rising", SMALL_STEPS, (15, 0, 0)),
+    "equal": (PAIRS, 390, "equal", SMALL_STEPS, (3, 0, 3)),
+    "zero": (PAIRS, 700, "zero", STEPS, (3, 0, 3)),
+    "ties across chunks": (PAIRS, 700, "few values", STEPS, (3, 0, 3)),
+    "plateaus": (PAIRS, 700, "plateaus", STEPS, (9, 0, 9)),
+    "equal, no initial block": (BlockGeometry(2, 1, 2, 15, 0, 2, 4), 390, "equal", SMALL_STEPS, (3, 0, 3)),
+    "early row of many": (PAIRS, 4, "random", SMALL_STEPS, (0, 0, 0)),
+    "fewer blocks than forced": (BlockGeometry(2, 1, 2, 16, 6, 5, 4), 8, "random", SMALL_STEPS, (0, 0, 0)),
+    "loose bounds": (PAIRS, 1040, "random", STEPS | {"slack": 16}, (15, 15, 0)),
+    "loose bounds, ties": (PAIRS, 1040, "some values", STEPS | {"slack": 16}, (15, 15, 0)),
+    "loose bounds, a list of two rows": (
+        BlockGeometry(2, 1, 2, 33, 1, 2, 4), 1040, "some values", LARGE_STEPS | {"slack": 24}, (9, 9, 0)),
+    "loose bounds, not a number": (PAIRS, 1040, "not a number", STEPS | {"slack": 16}, (15, 15, 0)),
+    "loose bounds, neighbouring bits": (PAIRS, 1040, "bits", STEPS | {"slack": 16}, (15, 15, 0)),
+    "many in few groups": (PAIRS, 1040, "columns", LARGE_STEPS, (9, 0, 9)),
+    "many in few groups of a later chunk": (PAIRS, 1040, "late columns", LARGE_STEPS | {"slack": 6}, (9, 9, 9)),
+    "denormal": (PAIRS, 520, "denormal", STEPS, (9, 0, 0)),
+    "infinite": (PAIRS, 520, "infinite", STEPS, (9, 0, 9)),
+    "not a number": (PAIRS, 520, "not a number", STEPS, (9, 0, 0)),
+    "forced blocks in two chunks": (BlockGeometry(2, 1, 2, 16, 6, 5, 4), 130, "forced", SMALL_STEPS, (3, 0, 0)),
+    "local blocks only in the last chunk": (BlockGeometry(2, 1, 2, 16, 6, 5, 4), 133, "forced", SMALL_STEPS, (3, 0, 0)),
+    "no initial block": (BlockGeometry(2, 1, 2, 16, 0, 1, 4), 260, "random", SMALL_STEPS, (9, 0, 0)),
+    "one free block": (BlockGeometry(2, 1, 2, 7, 4, 2, 4), 260, "few values", SMALL_STEPS, (3, 0, 0)),
+    "forced blocks only": (BlockGeometry(2, 1, 2, 6, 4, 2, 4), 260, "random", SMALL_STEPS, (0, 0, 0)),
+    "a list of two rows": (BlockGeometry(2, 1, 2, 33, 1, 2, 4), 700, "random", STEPS, (9, 0, 0)),
+    "a list of two rows, plateaus": (BlockGeometry(2, 1, 2, 33, 1, 2, 4), 1040, "plateaus", LARGE_STEPS, (6, 3, 0)),
+    "more chosen than groups": (BlockGeometry(2, 1, 2, 135, 1, 2, 4), 400, "random", SMALL_STEPS, (12, 0, 0)),
+    "more chosen than groups, ties": (BlockGeometry(2, 1, 2, 135, 1, 2, 4), 400, "zero", SMALL_STEPS, (12, 0, 0)),
+    "blocks without a visible key": (BlockGeometry(6, 2, 4, 16, 1, 1, 4), 300, "random", SMALL_STEPS, (9, 0, 0)),
+    "keys that do not overlap": (BlockGeometry(2, 2, 4, 16, 1, 1, 4), 300, "random", SMALL_STEPS, (9, 0, 0)),
+}  # fmt: skip
+
+
+def given_scores(kind: str, count: int, geometry: BlockGeometry, last: int) -> Tensor:
+    j, random = torch.arange(count), torch.rand(count)
+    column = (j % 128 % 11 == 5).float()  # 12 of 128 groups
+    scores = {
+        "random": random,
+        "equal": torch.full([count], 0.25),
+        "zero": torch.zeros(count),
+        "few values": torch.randint(4, [count]).float(),
+        "rising": j + 1.0,
+        "falling": count - j + 0.0,
+        "some values": torch.randint(99, [count]).float(),
+        "plateaus": torch.where(j % 256 > 40, 1.0 + j // 256, random),
+        "columns": random + column,
+        "late columns": random + column * (j // 512),
+        "denormal": torch.randint(50, [count]) * 1e-44,
+        "infinite": torch.where(random < 0.3, float("inf"), random),
+        "not a number": torch.where(random < 0.01, float("nan"), torch.where(random > 0.99, float("inf"), random)),
+        "bits": torch.randperm(count).int().view(torch.float32),
+        "forced": random,
+    }[kind]
+    if kind == "forced":
+        scores[: geometry.num_init_blocks] = scores[last + 1 - geometry.num_local_blocks :] = 2.0
+    return scores.float()
+
+
+def best_blocks(scores: Tensor, geometry: BlockGeometry) -> list[int]:
+    """The choice in Python; infinite scores and those that are not a number tie above all others."""
+    count, num = geometry.num_selected_blocks, len(scores)
+    free = range(geometry.num_init_blocks, num - geometry.num_local_blocks)
+    value = scores.nan_to_num(nan=float("inf")).clamp(max=torch.finfo(torch.float32).max).tolist()
+    best = sorted(free, key=lambda j: (-value[j], j))[: count - geometry.num_init_blocks - geometry.num_local_blocks]
+    chosen = sorted({*range(num)} - {*free} | {*best})
+    return chosen + [-1] * (count - len(chosen))
+
+
+def choose_given(geometry: BlockGeometry, last: int, kind: str, options: dict, paths: tuple | None) -> dict[str, float]:
+    """Compare the choice among given scores, for three tokens whose blocks end at `last` and the one before it."""
+    torch.manual_seed(0)
+    size, stride, block = geometry.as_tuple()[:3]
+    span, reach, start = block // stride, size // stride, last * block - 1
+    N = geometry.num_compressed(start + 3)
+    half = triton.cdiv(N, 128) * 128 // span
+    width = half * min(reach, 2)
+    mass = torch.full([3 * width + 4], float("nan"))
+    expected = []
+    for t in range(3):
+        num, written = (start + t) // block + 1, triton.cdiv(geometry.num_compressed(start + t + 1), span)
+        scores = given_scores(kind, num, geometry, num - 1)
+        scores[written + (reach > 1) :] = 0.0
+        own, before = mass[t * width :][:written], mass[t * width + half :][: written if reach > 1 else 0]
+        own[:] = scores[:written]
+        before[:] = 0.0
+        if reach > 1 and kind == "random":
+            before[:] = torch.rand(written)
+            scores[written:] = 0.0
+            scores[1 : written + 1] += before[: num - 1]
+        expected.append(best_blocks(scores, geometry))
+    tile = score_topk.choice_tile(geometry, last + 1, **options)
+    out = torch.full([1, 3, 1, geometry.num_selected_blocks], -7, dtype=torch.int32)
+    lists = torch.full([3 * tile["QUADS"] + 1], 4, dtype=torch.int32)
+    calls = dict.fromkeys(("_append", "_read_quads", "_best"), 0)
+    functions = {name: getattr(score_topk, name) for name in calls}
+
+    def counted(name: str, *args, **kwargs):
+        calls[name] += 1
+        return functions[name](*args, **kwargs)
+
+    for name in calls:
+        setattr(score_topk, name, partial(counted, name))
+    score_topk.choice_kernel[(3, 1)](
+        mass, lists, out, lists, lists, 3, N, start, 0, 0, 3, width, HKV=1, SIZE=size, STRIDE=stride, BLOCK=block,
+        COUNT=geometry.num_selected_blocks, INIT=geometry.num_init_blocks, LOCAL=geometry.num_local_blocks,
+        PACKED=False, POOLED=True, **tile,
+    )  # fmt: skip
+    for name, function in functions.items():
+        setattr(score_topk, name, function)
+    final = 3 * (calls["_best"] > 0)
+    kept = calls["_read_quads"] - final * (tile["QUADS"] > 0)
+    found = (calls["_append"] - kept, kept, calls["_best"] - final - kept)
+    errors = {"blocks that differ": float((out[0, :, 0] != torch.tensor(expected)).sum())}
+    errors[f"paths {found}"] = float(
+        any(x > most or (x == 0) != (most == 0) for x, most in zip(found, paths, strict=True))
+    )
+    return errors
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     for name, case in CASES.items():
         print(json.dumps({"case": name, "dtype": case[10], "errors": Case(*case).run()}), flush=True)
+    for name, (*choice, paths) in CHOICES.items():
+        errors = choose_given(*choice, paths)
+        print(json.dumps({"case": f"choice: {name}", "dtype": "float32", "errors": errors}), flush=True)
