@@ -196,19 +196,22 @@ def _threshold(bits, low, COUNT: tl.constexpr, SLACK: tl.constexpr):
 
 
 @triton.jit
-def _places(ones, FEW: tl.constexpr):
-    """How many of the ones [rows, 32, few] come before each; FEW: below 256 in all."""
+def _places(ones):
+    """How many of the ones [rows, 32, few] come before each, for 4 rows at most."""
     ROWS: tl.constexpr = ones.shape[0]
+    tl.static_assert(ROWS <= 4)
     lanes = tl.sum(ones, 2)
-    if FEW and ROWS <= 4:  # a byte for each row: one scan for all
-        row = tl.arange(0, ROWS)[:, None] * 8
-        word = tl.sum(lanes << row, 0)
-        word = tl.cumsum(word, 0) - word + tl.sum(word, 0) * 0x01010100  # rows before it
-        before = (word[None, :] >> row) & 255
-    else:
+    row = tl.arange(0, ROWS)
+    # A row has 128 ones at most, which fit a byte: one scan for all rows.
+    word = tl.sum(lanes << (row[:, None] * 8), 0)
+    before = ((tl.cumsum(word, 0) - word)[None, :] >> (row[:, None] * 8)) & 255
+    if ROWS > 1:
         total = tl.sum(lanes, 1)
-        before = tl.cumsum(lanes, 1) - lanes + (tl.cumsum(total, 0) - total)[:, None]
-    return before[:, :, None] + (tl.cumsum(ones, 2) - ones)
+        before += tl.sum(tl.where(row[None, :] < row[:, None], total[None, :], 0), 1)[:, None]
+    places = before[:, :, None]
+    if ones.shape[2] > 1:
+        places += tl.cumsum(ones, 2) - ones
+    return places
 
 
 @triton.jit
@@ -218,7 +221,7 @@ def _best(bits, threshold, COUNT: tl.constexpr):
     count = _count(best)
     if count > COUNT:
         tied = (bits == threshold).to(tl.int32)
-        best = tl.where(_places(tied, False) < COUNT - count + _count(tied), best, best - tied)
+        best = tl.where(_places(tied) < COUNT - count + _count(tied), best, best - tied)
         count = COUNT
     return best, count
 
@@ -231,7 +234,7 @@ def _read_quads(list_ptr, i, begin, filled):
 @triton.jit
 def _append(list_ptr, quads, j):
     """Add the quads [rows, 32, 1] that are 1 to the list; j are the blocks of all."""
-    tl.store(list_ptr + _places(quads, True), tl.min(j, 2, keep_dims=True), mask=quads > 0)
+    tl.store(list_ptr + _places(quads), tl.min(j, 2, keep_dims=True), mask=quads > 0)
 
 
 @triton.jit
@@ -342,7 +345,7 @@ def choice_kernel(
             low = tl.where(num_lanes >= FREE, tl.maximum(low, 0), 0)
         best, num_best = _best(bits, _threshold(bits, low, FREE, 0), FREE)
         # Stored in parts, as each thread holds them: a whole would first go through shared memory.
-        place0, place1, place2, place3 = _quarters(INIT + _places(best, COUNT < 256))
+        place0, place1, place2, place3 = _quarters(INIT + _places(best))
         best0, best1, best2, best3 = _quarters(best)
         j0, j1, j2, j3 = _quarters(j)
         tl.store(out_ptr + place0, j0, mask=best0 > 0)
