@@ -157,7 +157,7 @@ class Stages:
             found[stage] = {"plain": (PLAIN, run)}
             if "compressed" in stage or "window" in stage or stage in ("choice", "selected backward"):
                 found[stage]["Hopper's"] = ((), run)
-        for tile in () and score_tiles(self.q, self.k.shape[2]):
+        for tile in score_tiles(self.q, self.k.shape[2]):
             found["choice"][str(tile)] = ((), lambda tile=tile: self.choose(tile=tile))
         num_blocks = self.geometry.num_select_blocks(self.q.shape[1])
         for what in ({"max_chunk": 256}, {"whole": 128}, {"whole": 512}, {"slack": 0}, {"slack": 4}, {"registers": 72}):

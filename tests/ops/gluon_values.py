@@ -401,12 +401,12 @@ class Language:
         return Tensor(torch.where(torch.as_tensor(raw(condition)), a, b))
 
     @staticmethod
-    def max(x: Tensor, axis: int) -> Value:
-        return wrap(x.data.amax(axis))
+    def max(x: Tensor, axis: int, keep_dims: bool = False) -> Value:
+        return wrap(x.data.amax(axis, keepdim=keep_dims))
 
     @staticmethod
-    def min(x: Tensor, axis: int) -> Value:
-        return wrap(x.data.amin(axis))
+    def min(x: Tensor, axis: int, keep_dims: bool = False) -> Value:
+        return wrap(x.data.amin(axis, keepdim=keep_dims))
 
     @staticmethod
     def sum(x: Tensor, axis: int) -> Value:
@@ -423,6 +423,15 @@ class Language:
     @staticmethod
     def reshape(x: Tensor, *shape: Any) -> Tensor:
         return x.reshape(shape[0] if isinstance(shape[0], (list, tuple)) else shape)
+
+    @staticmethod
+    def split(x: Tensor) -> tuple[Tensor, Tensor]:
+        first, second = x.data.unbind(-1)
+        return Tensor(first), Tensor(second)
+
+    @staticmethod
+    def multiple_of(x: Tensor, values: Sequence[int]) -> Tensor:
+        return x
 
     @staticmethod
     def trans(x: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ so that nothing is masked.
 # ruff: noqa: RUF005
 from __future__ import annotations
 
+import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -38,7 +39,14 @@ from nsa.ops.triton.hopper_select_bwd import (
     describe_panels,
     rows_of_tile,
 )
-from nsa.ops.triton.invert import Chunk, Inversion, item_keys
+from nsa.ops.triton.invert import Chunk, Inversion, Items, item_keys
+
+RANGE_ROWS = 64  # rows of a range of tokens for each block there is
+
+
+def range_tokens(num_blocks: int, group_size: int, segment: int, most: int) -> int:
+    """Tokens of a range: whole segments, but at most `most` tokens or one segment."""
+    return max(min(num_blocks * RANGE_ROWS // group_size, most) // segment, 1) * segment
 
 
 def hopper_select_forward_serves(q: Tensor, v: Tensor, sub_block: int, peeled: bool) -> bool:
@@ -46,10 +54,10 @@ def hopper_select_forward_serves(q: Tensor, v: Tensor, sub_block: int, peeled: b
     return hopper_serves(q, v) and peeled and sub_block == BLOCK.value
 
 
-@gluon.jit(do_not_specialize=["T", "head_start", "token_start", "num_tokens", "bound"])
+@gluon.jit(do_not_specialize=["T", "head_start", "token_start", "num_tokens", "num_heads", "bound"])
 def hopper_select_forward_kernel(
     q_ptr, k_desc, v_desc, part_ptr, part_lse_ptr, entries_ptr, item_ptr, doc_ptr, base_ptr, scale_log2, T, head_start,
-    token_start, num_tokens, bound,
+    token_start, num_tokens, num_heads, bound,
     G: gl.constexpr, HKV: gl.constexpr, DK: gl.constexpr, DV: gl.constexpr, RATIO: gl.constexpr, SLOTS: gl.constexpr,
     FREE: gl.constexpr, SHIFT: gl.constexpr, PACKED: gl.constexpr,
 ):  # fmt: skip
@@ -70,7 +78,9 @@ def hopper_select_forward_kernel(
     k_full = make_barriers(1, 1)
     fence_async_shared()
 
-    item_ptr += (gl.program_id(1).to(gl.int64) * bound + gl.program_id(0)) * 3
+    # All items of a range of tokens before those of the next one, so that its queries stay in L2.
+    unit = gl.program_id(2).to(gl.int64) * num_heads + head_start + gl.program_id(1)
+    item_ptr += (unit * bound + gl.program_id(0)) * 3
     block = gl.load(item_ptr)
     if block >= 0:
         entry = gl.load(item_ptr + 1)
@@ -142,21 +152,23 @@ def hopper_select_forward_kernel(
 
 
 def hopper_select_forward(
-    q: Tensor, k: Tensor, v: Tensor, part: Tensor, part_lse: Tensor, inversion: Inversion, table: Tensor,
+    q: Tensor, k: Tensor, v: Tensor, part: Tensor, part_lse: Tensor, inversion: Inversion, items: Items,
     layout: Layout | None, chunk: Chunk, shift: int, free: int, scale: float,
 ) -> None:  # fmt: skip
-    """Write what `select_forward_kernel` gives for a chunk of tensors that the kernel serves.
+    """Write what `select_forward_kernel` gives for a chunk of whole ranges and tensors that the kernel serves.
 
     Args:
         shift: slots of a token before its free ones.
         free: slots that are free.
     """
-    T, H, Dk = q.shape[1:]
-    Hkv, bound = k.shape[2], table.shape[1]
+    B, T, H, Dk = q.shape
+    Hkv, bound, tokens = k.shape[2], items.table.shape[2], chunk.token_end - chunk.token
     documents = (q, q) if layout is None else (layout.doc_start, layout.block_base)
-    hopper_select_forward_kernel[(bound, chunk.head_end - chunk.head)](
+    table = items.table[chunk.token // items.range_tokens :]
+    grid = (bound, chunk.head_end - chunk.head, triton.cdiv(tokens, items.range_tokens))
+    hopper_select_forward_kernel[grid](
         q, describe_panels(k), describe_panels(v), part, part_lse, inversion.entries, table, *documents, scale * LOG2E,
-        T, chunk.head, chunk.token, chunk.token_end - chunk.token, bound,
+        T, chunk.head, chunk.token, tokens, B * Hkv, bound,
         G=H // Hkv, HKV=Hkv, DK=Dk, DV=v.shape[3], RATIO=inversion.ratio, SLOTS=inversion.slots, FREE=free, SHIFT=shift,
         PACKED=layout is not None, num_warps=4,
     )  # fmt: skip

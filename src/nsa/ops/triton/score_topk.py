@@ -197,17 +197,19 @@ def _threshold(bits, low, COUNT: tl.constexpr, SLACK: tl.constexpr):
 
 @triton.jit
 def _places(ones):
-    """How many of the ones [rows, 32, few] come before each, for 4 rows at most."""
+    """How many of the ones [rows, 32, few] come before each."""
     ROWS: tl.constexpr = ones.shape[0]
-    tl.static_assert(ROWS <= 4)
     lanes = tl.sum(ones, 2)
-    row = tl.arange(0, ROWS)
-    # A row has 128 ones at most, which fit a byte: one scan for all rows.
-    word = tl.sum(lanes << (row[:, None] * 8), 0)
-    before = ((tl.cumsum(word, 0) - word)[None, :] >> (row[:, None] * 8)) & 255
-    if ROWS > 1:
-        total = tl.sum(lanes, 1)
-        before += tl.sum(tl.where(row[None, :] < row[:, None], total[None, :], 0), 1)[:, None]
+    if ROWS <= 4:  # a row has 128 ones at most, which fit a byte: one scan for all rows
+        row = tl.arange(0, ROWS)
+        word = tl.sum(lanes << (row[:, None] * 8), 0)
+        before = ((tl.cumsum(word, 0) - word)[None, :] >> (row[:, None] * 8)) & 255
+        if ROWS > 1:
+            total = tl.sum(lanes, 1)
+            before += tl.sum(tl.where(row[None, :] < row[:, None], total[None, :], 0), 1)[:, None]
+    else:
+        lanes = tl.reshape(lanes, [ROWS * 32])
+        before = tl.reshape(tl.cumsum(lanes, 0) - lanes, [ROWS, 32])
     places = before[:, :, None]
     if ones.shape[2] > 1:
         places += tl.cumsum(ones, 2) - ones

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from nsa.geometry import BlockGeometry
 from nsa.ops.triton.common import LN2, LOG2E, Layout, dot_precision, has_large_shared_memory, key_tail, scratch_of
-from nsa.ops.triton.hopper_select_fwd import hopper_select_forward, hopper_select_forward_serves
+from nsa.ops.triton.hopper_select_fwd import hopper_select_forward, hopper_select_forward_serves, range_tokens
 from nsa.ops.triton.invert import cut_chunks, invert, item_keys, plan
 
 SCRATCH_BYTES = 2**30
@@ -237,20 +237,23 @@ def select_forward(
     item_entries = max(1, item_rows // G)
     scratch_bytes = scratch_of(q, scratch_bytes)
     token_bytes = chunk_token_bytes(G * max(free, 1) * (Dv * q.element_size() + 4), H * Dk, scratch_bytes)
-    chunks = cut_chunks(B * Hkv, T, token_bytes, inversion.segment, scratch_bytes)
+    granule = inversion.segment
+    if hopper:
+        granule = range_tokens(inversion.ends.shape[1], G, inversion.segment, scratch_bytes // token_bytes)
+    chunks = cut_chunks(B * Hkv, T, token_bytes, granule, scratch_bytes)
     most = max((c.head_end - c.head) * (c.token_end - c.token) for c in chunks)
     part = q.new_empty(most * G * free, Dv)
     part_lse = q.new_empty(most * G * free, dtype=torch.float32)
-    items = plan(inversion, T, max(c.token_end - c.token for c in chunks), item_entries)
+    items = plan(inversion, T, granule if hopper else max(c.token_end - c.token for c in chunks), item_entries)
     bound = items.table.shape[2]
     for chunk in chunks:
         heads, tokens = chunk.head_end - chunk.head, chunk.token_end - chunk.token
-        table = items.table[chunk.token // items.range_tokens, chunk.head : chunk.head_end]
         if free and hopper:
             hopper_select_forward(
-                q, k, v, part, part_lse, inversion, table, layout, chunk, init * ratio, free, scale
+                q, k, v, part, part_lse, inversion, items, layout, chunk, init * ratio, free, scale
             )  # fmt: skip
         elif free:
+            table = items.table[chunk.token // items.range_tokens, chunk.head : chunk.head_end]
             select_forward_kernel[(bound, heads)](
                 q, k, v, part, part_lse, inversion.entries, table, *documents,
                 scale * LOG2E, T, S, q_start, chunk.head, chunk.token, tokens, bound,
