@@ -160,7 +160,7 @@ class Stages:
         for tile in score_tiles(self.q, self.k.shape[2]):
             found["choice"][str(tile)] = ((), lambda tile=tile: self.choose(tile=tile))
         num_blocks = self.geometry.num_select_blocks(self.q.shape[1])
-        for what in ({"max_chunk": 256}, {"whole": 128}, {"whole": 512}, {"slack": 0}, {"slack": 4}, {"registers": 72}):
+        for what in ({"max_chunk": 512}, {"whole": 128}, {"whole": 512}, {"slack": 0}, {"slack": 4}, {"registers": 72}):
             choice = score_topk.choice_tile(self.geometry, num_blocks, **what)
             found["choice"][str(what)] = ((), lambda choice=choice: self.choose(choice=choice))
         for stages, elements in ((2, 1024), (4, 1024), (4, 2048), (6, 512), (6, 1024), (6, 2048)):

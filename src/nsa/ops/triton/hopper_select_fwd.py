@@ -41,12 +41,15 @@ from nsa.ops.triton.hopper_select_bwd import (
 )
 from nsa.ops.triton.invert import Chunk, Inversion, Items, item_keys
 
-RANGE_ROWS = 64  # rows of a range of tokens for each block there is
+# A range of tokens has so many rows for each block there is, and so many bytes of a group's queries at least. Long ones
+# leave L2 before the next block reads them, short ones make items of few rows.
+RANGE_ROWS, RANGE_BYTES = 32, 2**22
 
 
-def range_tokens(num_blocks: int, group_size: int, segment: int, most: int) -> int:
+def range_tokens(num_blocks: int, row_bytes: int, group_size: int, segment: int, most: int) -> int:
     """Tokens of a range: whole segments, but at most `most` tokens or one segment."""
-    return max(min(num_blocks * RANGE_ROWS // group_size, most) // segment, 1) * segment
+    rows = max(num_blocks * RANGE_ROWS, RANGE_BYTES // row_bytes)
+    return max(min(rows // group_size, most) // segment, 1) * segment
 
 
 def hopper_select_forward_serves(q: Tensor, v: Tensor, sub_block: int, peeled: bool) -> bool:

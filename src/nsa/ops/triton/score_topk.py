@@ -362,7 +362,7 @@ def choice_kernel(
 
 
 def choice_tile(
-    geometry: BlockGeometry, num_blocks: int, max_chunk: int = 512, whole: int = 256, slack: int = 2,
+    geometry: BlockGeometry, num_blocks: int, max_chunk: int = 256, whole: int = 256, slack: int = 2,
     registers: int | None = None,
 ) -> dict[str, int]:  # fmt: skip
     """Candidates a step (CHUNK) and quads of the list of a row of `num_blocks`: 0 up to `whole`, taken in one step.
@@ -407,7 +407,7 @@ def select_blocks(
     if pooled:
         width = width // span * (1 if reach == 1 else 2)
     # Keys' sums, many for a block, leave no registers for large steps.
-    choice = choice or choice_tile(geometry, geometry.num_select_blocks(q_start + T), max_chunk=512 if pooled else 128)
+    choice = choice or choice_tile(geometry, geometry.num_select_blocks(q_start + T), max_chunk=256 if pooled else 128)
     chunks = cut_chunks(B * Hkv, T, (width + choice["QUADS"]) * 4, 128, scratch_of(q, scratch_bytes))
     rows = max((c.head_end - c.head) * (c.token_end - c.token) for c in chunks)
     mass = torch.empty(rows * width + 4, dtype=torch.float32, device=q.device)  # the choice reads in fours

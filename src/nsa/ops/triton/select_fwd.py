@@ -239,7 +239,8 @@ def select_forward(
     token_bytes = chunk_token_bytes(G * max(free, 1) * (Dv * q.element_size() + 4), H * Dk, scratch_bytes)
     granule = inversion.segment
     if hopper:
-        granule = range_tokens(inversion.ends.shape[1], G, inversion.segment, scratch_bytes // token_bytes)
+        most = scratch_bytes // token_bytes
+        granule = range_tokens(inversion.ends.shape[1], Dk * q.element_size(), G, inversion.segment, most)
     chunks = cut_chunks(B * Hkv, T, token_bytes, granule, scratch_bytes)
     most = max((c.head_end - c.head) * (c.token_end - c.token) for c in chunks)
     part = q.new_empty(most * G * free, Dv)

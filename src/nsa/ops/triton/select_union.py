@@ -35,10 +35,10 @@ NOTHING = 2**31 - 1
 # Blocks of the unions over blocks of the lists, in full tiles of BLOCK_M rows: below these the union is faster (H200,
 # docs/kernels.md). Hopper's kernel shares loads among more tokens, the more so the fewer heads a group has.
 FORWARD_RATIO = 3.0
-HOPPER_RATIO = 3.2
-HOPPER_RATIO_OF_FEW_HEADS, FEW_HEADS = 4.1, 8
+HOPPER_RATIO = 3.1
+HOPPER_RATIO_OF_FEW_HEADS, FEW_HEADS = 3.6, 8
 BACKWARD_RATIO = 2.0
-HOPPER_BACKWARD_RATIO = 2.6  # of heads wider than 64
+HOPPER_BACKWARD_RATIO = 1.7  # of heads wider than 64
 
 
 class Unions(NamedTuple):
