@@ -15,6 +15,8 @@ from nsa.ops.triton import (
     hopper_bwd_queries,
     hopper_fwd,
     hopper_score,
+    hopper_select_bwd,
+    hopper_select_fwd,
     hopper_union,
     hopper_union_queries,
     score_topk,
@@ -184,7 +186,8 @@ def test_new_lengths_do_not_compile_new_kernels(monkeypatch):
         hopper_bwd_queries.hopper_query_kernel, select_fwd.select_forward_kernel, select_fwd.select_reduce_kernel,
         select_bwd.select_backward_kernel, score_topk.score_kernel, score_topk.choice_kernel, select_union.union_kernel,
         hopper_union.hopper_union_forward_kernel, hopper_union_queries.hopper_union_query_kernel,
-        hopper_score.hopper_score_kernel,
+        hopper_score.hopper_score_kernel, hopper_select_fwd.hopper_select_forward_kernel,
+        hopper_select_bwd.hopper_select_backward_kernel,
     )  # fmt: skip
     before = [sum(len(cache[0]) for cache in kernel.device_caches.values()) for kernel in kernels]
     run((310, 350, 384, 401, 512, 517))

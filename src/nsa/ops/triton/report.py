@@ -9,7 +9,10 @@ from torch import Tensor
 from nsa.geometry import BlockGeometry
 from nsa.ops.triton import dense_bwd, dense_fwd, score_topk, select_bwd, select_fwd, select_union
 from nsa.ops.triton.common import KEY_SIZES, VALUE_SIZES, has_large_shared_memory, hopper_serves
+from nsa.ops.triton.hopper_select_bwd import hopper_select_backward_serves
+from nsa.ops.triton.hopper_select_fwd import hopper_select_forward_serves
 from nsa.ops.triton.hopper_union import hopper_union_serves
+from nsa.ops.triton.invert import sub_block_ratio
 
 HOPPER = "a Hopper GPU, heads of 64 or 128, or keys of 192 with values of 128"
 HOPPER_STAGES = (("forward", "forward"), ("backward, keys", "key"), ("backward, queries", "query"))
@@ -39,6 +42,7 @@ def kernels(q: Tensor, k: Tensor, v: Tensor, geometry: BlockGeometry, num_docs: 
     forward, by_key, by_query = dense_fwd.forward_tile(*size), dense_bwd.key_tile(*size), dense_bwd.query_tile(*size)
     loads = "boxes" if by_key["BLOCK_M"] % group == 0 else "rows"
     reckoned = (q.shape[0] * q.shape[1], num_docs, group, geometry)
+    block = geometry.select_block_size // sub_block_ratio(geometry.select_block_size)
     found = []
     # What the kernels see once heads are padded.
     fitting = q[..., :1].expand(*q.shape[:3], key), v[..., :1].expand(*v.shape[:3], value)
@@ -61,16 +65,20 @@ def kernels(q: Tensor, k: Tensor, v: Tensor, geometry: BlockGeometry, num_docs: 
     elif union:
         how, tile = "union, union_forward", select_union.fit_tile(forward, group, geometry)
     else:
-        how, tile = "forced_forward, select_forward, select_reduce", select_fwd.select_tile(*size)
+        hopper = hopper_select_forward_serves(*fitting, block, peeled=True)
+        how = f"forced_forward, {'hopper_' if hopper else ''}select_forward, select_reduce"
+        tile = {} if hopper else select_fwd.select_tile(*size)
     found.append(Kernel("selected forward and gated sum", how, tile, _why(union)))
     union = select_union.union_pays(*reckoned, select_union.backward_ratio(*fitting, group, geometry))
-    tile = select_bwd.select_backward_tile(*size, queries=not union)
+    hopper = hopper_select_backward_serves(*fitting, block)
+    tile = {} if hopper else select_bwd.select_backward_tile(*size, queries=not union)
+    by_block = "hopper_select_backward" if hopper else "select_backward"
     if union:
         hopper = hopper_union_serves(*fitting, group, geometry)
         queries = "hopper_union_query" if hopper else "union_query"
-        how = f"union, {queries}, select_backward, select_key_reduce"
+        how = f"union, {queries}, {by_block}, select_key_reduce"
     else:
-        how = "select_backward, select_query_reduce, select_key_reduce"
+        how = f"{by_block}, select_query_reduce, select_key_reduce"
     found.append(Kernel("selected backward", how, tile, _why(union)))
     found.append(Kernel("gates backward", "gate_backward", {}, fits))
     return found
