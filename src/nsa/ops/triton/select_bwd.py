@@ -91,30 +91,22 @@ def select_backward_kernel(
         v = tl.load(v_ptr + key_row[:, None] * DV + tl.arange(0, DV)[None, :], mask=live_key[:, None], other=0.0)
         position = tl.where(live_key, key_start + n, S) - q_start
         dv = tl.zeros([BLOCK_N, DV], tl.float32)
-        # One 64-bit base for each tensor; offsets within the chunk fit 32 bits (see `chunk_token_bytes`).
-        first_row = (b * T + token_start) * H + group * G
-        q_ptr += first_row * DK
-        dout_ptr += first_row * DV
-        lse_ptr += first_row
-        delta_ptr += first_row
-        part_ptr += tl.program_id(1).to(tl.int64) * num_tokens * (SLOTS * G * DK)
-        entries_ptr += entry
         for start in tl.range(0, num_rows, BLOCK_M):
-            number = start + tl.arange(0, BLOCK_M)
-            live = number < num_rows
-            row = tl.minimum(number, num_rows - 1).to(tl.uint32)
-            place = (tl.load(entries_ptr + (row // G).to(tl.int32)) - token_start * SLOTS).to(tl.uint32)
-            q_row = (place // SLOTS * H + row % G).to(tl.int32)
-            q = tl.load(q_ptr + (q_row[:, None] * DK + tl.arange(0, MAIN)[None, :]))
-            dout = tl.load(dout_ptr + (q_row[:, None] * DV + tl.arange(0, DV)[None, :]))
-            lse = tl.load(lse_ptr + q_row) * log2e
-            delta = tl.load(delta_ptr + q_row)
+            row = start + tl.arange(0, BLOCK_M)
+            live = row < num_rows
+            place = tl.load(entries_ptr + entry + row // G, mask=live, other=0)
+            t = place // SLOTS
+            q_row = (b * T + t) * H + group * G + row % G
+            q_ptrs = q_ptr + q_row[:, None] * DK
+            q = tl.load(q_ptrs + tl.arange(0, MAIN)[None, :], mask=live[:, None], other=0.0)
+            dout = tl.load(dout_ptr + q_row[:, None] * DV + tl.arange(0, DV)[None, :], mask=live[:, None], other=0.0)
+            lse = tl.load(lse_ptr + q_row, mask=live, other=0.0) * log2e
+            delta = tl.load(delta_ptr + q_row, mask=live, other=0.0)
             s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
             if TAIL > 0:
-                q_tail = tl.load(q_ptr + (q_row[:, None] * DK + MAIN + tl.arange(0, TAIL)[None, :]))
+                q_tail = tl.load(q_ptrs + MAIN + tl.arange(0, TAIL)[None, :], mask=live[:, None], other=0.0)
                 s = tl.dot(k_tail, tl.trans(q_tail), s, input_precision=PRECISION)
             s *= scale_log2
-            t = (place // SLOTS).to(tl.int32) + token_start
             seen = (position[:, None] <= t[None, :]) & live[None, :]
             p = tl.where(seen, tl.math.exp2(s - lse[None, :]), 0.0)
             dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION)
@@ -125,12 +117,13 @@ def select_backward_kernel(
                 dk_tail = tl.dot(ds, q_tail, dk_tail, input_precision=PRECISION)
             if QUERIES:
                 dq = tl.dot(tl.trans(ds), k, input_precision=PRECISION)
-                target = (place * G + row % G).to(tl.int32)[:, None] * DK
-                dq = dq.to(part_ptr.dtype.element_ty)
-                tl.store(part_ptr + (target + tl.arange(0, MAIN)[None, :]), dq, mask=live[:, None])
+                part = (tl.program_id(1).to(tl.int64) * num_tokens - token_start) * SLOTS + place
+                part = part * G + row % G
+                target = part_ptr + part[:, None] * DK
+                tl.store(target + tl.arange(0, MAIN)[None, :], dq.to(part_ptr.dtype.element_ty), mask=live[:, None])
                 if TAIL > 0:
                     dq = tl.dot(tl.trans(ds), k_tail, input_precision=PRECISION).to(part_ptr.dtype.element_ty)
-                    tl.store(part_ptr + (target + MAIN + tl.arange(0, TAIL)[None, :]), dq, mask=live[:, None])
+                    tl.store(target + MAIN + tl.arange(0, TAIL)[None, :], dq, mask=live[:, None])
         item_row = (item.to(tl.int64) * BLOCK + n)[:, None]
         inside = (n < BLOCK)[:, None]
         tl.store(dk_ptr + item_row * DK + tl.arange(0, MAIN)[None, :], dk, mask=inside)
