@@ -86,6 +86,13 @@ def forced_forward_kernel(
     tl.store(lse_ptr + row_64, lse, mask=live)
 
 
+def forced_tile(q: Tensor, value_head_dim: int, group_size: int, large: bool) -> dict[str, int]:
+    """Two or three steps are too few for a pipeline, which takes the room of another program, unless they are short."""
+    tile = {**forward_tile(q, q.shape[3], value_head_dim, large), "num_stages": 1}
+    short = large and group_size >= 8 and tile["BLOCK_M"] == 64
+    return {**tile, "BLOCK_N": 32, "num_stages": 2} if short else tile
+
+
 def forced_forward(
     q: Tensor, k: Tensor, v: Tensor, geometry: BlockGeometry, layout: Layout | None, q_start: int, scale: float,
     tile: dict[str, int] | None = None,
@@ -96,8 +103,7 @@ def forced_forward(
     out, lse = q.new_empty(B, T, H, Dv), q.new_empty(B, T, H, dtype=torch.float32)
     if out.numel() == 0:
         return out, lse
-    # Two or three steps are too few for a pipeline: it takes the room of another program.
-    tile = tile or {**forward_tile(q, Dk, Dv, has_large_shared_memory(q)), "num_stages": 1}
+    tile = tile or forced_tile(q, Dv, H // Hkv, has_large_shared_memory(q))
     forced_forward_kernel[(triton.cdiv(T * (H // Hkv), tile["BLOCK_M"]), B * Hkv)](
         q, *describe_keys(k, tile["BLOCK_N"]), describe(v, tile["BLOCK_N"]), out, lse,
         q if layout is None else layout.doc_start, scale * LOG2E, T, S, q_start,

@@ -26,7 +26,9 @@ from nsa.ops.triton.hopper_select_bwd import hopper_select_backward, hopper_sele
 from nsa.ops.triton.invert import cut_chunks, invert, item_keys, plan
 from nsa.ops.triton.select_fwd import REDUCE_ELEMENTS, REDUCE_STAGES, chunk_token_bytes
 
-SCRATCH_BYTES = 9 * 2**28  # large chunks give blocks more rows, so that fewer items share them
+# Large chunks give blocks more rows, so that fewer items share them. This is 1.34 GiB: three chunks for a group of 16
+# heads of 128 at 65,536 tokens, whose whole step then takes less than 1.3 times dense attention's memory.
+SCRATCH_BYTES = 171 * 2**23
 KEYS_OF_SUM = 4  # keys whose gradients a program adds up
 STAGES_OF_SUM = 6  # items on their way through shared memory: the first block has hundreds
 

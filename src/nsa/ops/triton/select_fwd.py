@@ -27,7 +27,7 @@ from nsa.ops.triton.common import LN2, LOG2E, Layout, dot_precision, has_large_s
 from nsa.ops.triton.hopper_select_fwd import hopper_select_forward, hopper_select_forward_serves, range_tokens
 from nsa.ops.triton.invert import cut_chunks, invert, item_keys, plan
 
-SCRATCH_BYTES = 2**30
+SCRATCH_BYTES = 2**31
 ITEM_ROWS = 1024
 REDUCE_ELEMENTS = 1024
 REDUCE_STAGES = 6  # slots on their way through shared memory
