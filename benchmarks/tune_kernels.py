@@ -32,6 +32,7 @@ from nsa.ops.triton import (
     dense_bwd,
     dense_fwd,
     forced,
+    hopper_select_fwd,
     score_topk,
     select_bwd,
     select_fwd,
@@ -154,9 +155,7 @@ class Stages:
             ("window backward", self.window_backward),
             ("selected backward", self.selected_backward),
         ):
-            found[stage] = {"plain": (PLAIN, run)}
-            if "compressed" in stage or "window" in stage or stage in ("choice", "selected backward"):
-                found[stage]["Hopper's"] = ((), run)
+            found[stage] = {"plain": (PLAIN, run), "Hopper's": ((), run)}
         for tile in score_tiles(self.q, self.k.shape[2]):
             found["choice"][str(tile)] = ((), lambda tile=tile: self.choose(tile=tile))
         num_blocks = self.geometry.num_select_blocks(self.q.shape[1])
@@ -167,7 +166,12 @@ class Stages:
             patch = ((select_fwd, "REDUCE_STAGES", stages), (select_fwd, "REDUCE_ELEMENTS", elements))
             name = f"{stages} slots on their way, {elements} elements a program of the sum"
             found["selected forward"][name] = (patch, self.selected)
-        for mib in (512, 2048):
+        for rows in (16, 64):
+            found["selected forward"][f"ranges of {rows} rows a block"] = (
+                ((hopper_select_fwd, "RANGE_ROWS", rows),),
+                self.selected,
+            )
+        for mib in (512, 1024):
             run = lambda mib=mib: self.selected(scratch_bytes=mib * 2**20)  # noqa: E731
             found["selected forward"][f"{mib} MiB of scratch"] = ((), run)
         for mib in (768, 1536, 3072):

@@ -21,6 +21,7 @@ from nsa.ops import reference, triton as backend
 from nsa.ops.triton import (
     common,
     dense_bwd,
+    hopper_select_fwd,
     report,
     score_topk,
     select_bwd,
@@ -35,10 +36,12 @@ EDGE = BlockGeometry(8, 4, 16, 4, 1, 2, 127)  # intervals begin and end one from
 BLOCKS = BlockGeometry(4, 2, 64, 4, 1, 1, 40)
 ODD = BlockGeometry(8, 4, 48, 3, 1, 1, 40)
 FEW = BlockGeometry(4, 2, 64, 2, 1, 1, 40)
+BARE = BlockGeometry(4, 2, 64, 4, 0, 1, 40)  # no initial block
 
 # name -> batch, tokens, heads, groups, size of keys (values have 128 at most), geometry, document bounds, q_start,
 # k_start, dtype, multiprocessors, what runs: c compressed branch, w window, s selected branch by unions, a whole
-# operator, u with unions in it, k with scratch for few tokens at a time
+# operator, u with unions in it, k with scratch for few tokens at a time, r with short ranges of tokens, f selected
+# branch for lists that hold later blocks too
 CASES = {
     "batch of two, two groups": (2, 75, 8, 2, 64, SMALL, None, 0, 0, "bfloat16", 2, "cw"),
     "many steps": (1, 230, 4, 1, 64, WIDE, None, 0, 0, "float16", 1, "w"),
@@ -61,6 +64,10 @@ CASES = {
     "whole, packed, five heads a group": (1, 450, 5, 1, 64, BLOCKS, [0, 0, 20, 440], 0, 0, "float16", 2, "ak"),
     "whole, unions": (1, 420, 8, 2, 64, BLOCKS, None, 0, 0, "float16", 3, "au"),
     "whole, unions, packed, five heads a group": (1, 350, 5, 1, 64, BLOCKS, [0, 0, 20, 340], 0, 0, "float16", 2, "au"),
+    "whole, unions, small scratch": (1, 330, 4, 2, 128, BARE, [0, 0, 20, 320], 0, 0, "float16", 2, "auk"),
+    "whole, ranges, no initial block": (2, 500, 4, 2, 64, BARE, None, 0, 0, "float16", 2, "akr"),
+    "whole, 32 heads a group": (1, 250, 32, 1, 64, BLOCKS, None, 0, 0, "bfloat16", 2, "ar"),
+    "lists with later blocks": (1, 300, 2, 1, 64, BARE, None, 0, 0, "float16", 2, "f"),
     "unions, 16 heads a group": (1, 190, 16, 1, 64, FEW, None, 1300, 0, "float16", 2, "s"),
     "unions, 32 heads a group, batch of two": (2, 31, 64, 2, 64, FEW, None, 1000, 0, "bfloat16", 3, "s"),
     "unions, 64 heads a group": (1, 40, 64, 1, 64, FEW, None, 1279, 0, "float16", 1, "s"),
@@ -73,6 +80,7 @@ CASES = {
     "unions, a tile partly beyond the tokens": (1, 70, 16, 1, 128, FEW, None, 500, 0, "bfloat16", 5, "s"),
 }  # fmt: skip
 SEEDS = range(3)
+RANGES = hopper_select_fwd.RANGE_ROWS, hopper_select_fwd.RANGE_BYTES
 NAMES = ("q", "k", "v", "k_cmp", "v_cmp", "k_win", "v_win", "gates")
 MODULES = [module for name, module in sorted(sys.modules.items()) if name.startswith("nsa.ops.triton.")]
 
@@ -127,7 +135,9 @@ class Case:
         if "s" in self.branches:
             self.unions()
         if "a" in self.branches:
-            self.whole("k" in self.branches)
+            self.whole("k" in self.branches, "r" in self.branches)
+        if "f" in self.branches:
+            self.later()
         return self.errors
 
     def branch(self, name: str, k: Tensor, v: Tensor, numbers: tuple) -> None:
@@ -227,8 +237,27 @@ class Case:
         on_top = before.double() + wanted
         self.errors["unions dq on top"] = row_error(select_union.union_query_backward(*what, before), on_top)
 
-    def whole(self, small_scratch: bool) -> None:
+    def later(self) -> None:
+        """The selected branch alone, whose lists may hold blocks that a token does not see yet."""
+        B, S, Hkv, _ = self.numbers
+        k, v = self.draw(B, S, Hkv, self.q.shape[3]), self.draw(B, S, Hkv, self.value_size)
+        own = torch.arange(S, dtype=torch.int32) // self.geometry.select_block_size
+        lists = torch.full((B, S, Hkv, self.geometry.num_selected_blocks), -1, dtype=torch.int32)
+        lists[..., 0] = own[None, :, None]
+        lists[..., 1] = torch.where(own < 3, 3, -1)[None, :, None]
+        tail = (lists, self.cu, self.geometry.as_tuple(), self.q_start, self.scale)
+        out, lse = backend.selected_attention_forward(self.q, k, v, *tail)
+        dout = self.draw(*out.shape)
+        grads = backend.selected_attention_backward(dout, None, self.q, k, v, out, lse, *tail)
+        exact = [x.double().requires_grad_() for x in (self.q, k, v)]
+        expected, _ = reference.selected_attention(*exact, lists, self.geometry, self.cu, self.q_start, self.scale)
+        self.errors["later"] = row_error(out, expected)
+        for name, x, y in zip("qkv", grads, torch.autograd.grad(expected, exact, dout.double()), strict=True):
+            self.errors[f"later d{name}"] = row_error(x, y)
+
+    def whole(self, small_scratch: bool, short_ranges: bool) -> None:
         """Compare the whole operator with its branches by the reference, for the blocks that it chose."""
+        hopper_select_fwd.RANGE_ROWS, hopper_select_fwd.RANGE_BYTES = (1, 1) if short_ranges else RANGES
         if small_scratch:
             select_fwd.select_forward = partial(select_fwd.select_forward, scratch_bytes=2**18)
             select_bwd.select_backward = partial(select_bwd.select_backward, scratch_bytes=2**18)

@@ -2,7 +2,7 @@
 
 Four warps gather the queries of the next tile and load compressed keys by TMA. Three groups of four warps take turns at
 the keys: one multiplies its 64 keys with the tile's queries while the others take exponentials and store. Sums over a
-block's keys stay within a thread.
+block's keys stay within a thread, of up to 16 heads a group.
 
 Columns, tiles and what is stored are those of `score_topk`.
 """
@@ -42,8 +42,8 @@ STAGES, TAIL_STAGES = 6, 3
 
 @gluon.jit
 def _place(
-    turn, num_tiles, heads, head_start, first_tile, cu_ptr, cu_cmp_ptr, T, N, q_start, num_docs, steps, token_start,
-    token_end, HKV: gl.constexpr, SIZE: gl.constexpr, STRIDE: gl.constexpr, TOKENS: gl.constexpr, PACKED: gl.constexpr,
+    turn, num_tiles, heads, first_tile, cu_ptr, cu_cmp_ptr, T, N, q_start, num_docs, steps, token_start,
+    token_end, SIZE: gl.constexpr, STRIDE: gl.constexpr, TOKENS: gl.constexpr, PACKED: gl.constexpr,
 ):  # fmt: skip
     """A program's tile in a round: its head, first token, document, and the keys that all and any of its tokens see."""
     tile, local_head, _group = tile_of_round(turn, num_tiles, heads, 1, 1)
@@ -87,8 +87,8 @@ def _load_partition(
     step = 0
     for turn in range(num_rounds(num_tiles * heads)):
         local_head, first_token, _start, doc_end, cmp_start, _full, end = _place(
-            turn, num_tiles, heads, head_start, first_tile, cu_ptr, cu_cmp_ptr, T, N, q_start, num_docs, steps,
-            token_start, token_end, HKV, SIZE, STRIDE, TOKENS, PACKED,
+            turn, num_tiles, heads, first_tile, cu_ptr, cu_cmp_ptr, T, N, q_start, num_docs, steps,
+            token_start, token_end, SIZE, STRIDE, TOKENS, PACKED,
         )  # fmt: skip
         if end > 0:
             b = (head_start + local_head) // HKV
@@ -127,7 +127,7 @@ def _store_mass(
     SPAN: gl.constexpr, REACH: gl.constexpr, POOLED: gl.constexpr,
 ):  # fmt: skip
     """Store the sums over the heads of a group, or what they give to the blocks; see `score_topk`."""
-    # A thread takes neighbouring keys of one token, so that a block's sum and its neighbours' places are its own.
+    # A thread takes neighbouring keys of one token, so that a short block's sum is its own.
     NEAR: gl.constexpr = KEYS * TOKENS // 128
     LAYOUT: gl.constexpr = gl.BlockedLayout([NEAR, 1], [KEYS // NEAR, 32 * NEAR // KEYS], [1, 4], [0, 1])
     mass = gl.convert_layout(gl.sum(p.reshape([KEYS, HEADS, TOKENS]), 1), LAYOUT)
@@ -181,9 +181,9 @@ def _store_step(
 @gluon.jit
 def _key_partition(
     PART: gl.constexpr, mass_ptr, q_smem, q_tail_smem, k_smem, k_tail_smem, lse_smem, q_full, q_empty, k_full, k_empty,
-    turn_of, cu_ptr, cu_cmp_ptr, scale_log2, T, N, q_start, num_docs, steps, head_start, token_start, token_end,
+    turn_of, cu_ptr, cu_cmp_ptr, scale_log2, T, N, q_start, num_docs, steps, token_start, token_end,
     first_tile, num_tiles, heads, width,
-    HKV: gl.constexpr, D: gl.constexpr, TAIL: gl.constexpr, SIZE: gl.constexpr, STRIDE: gl.constexpr,
+    D: gl.constexpr, TAIL: gl.constexpr, SIZE: gl.constexpr, STRIDE: gl.constexpr,
     BLOCK: gl.constexpr, PACKED: gl.constexpr, POOLED: gl.constexpr, TOKENS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])
@@ -193,8 +193,8 @@ def _key_partition(
     step = 0
     for turn in range(num_rounds(num_tiles * heads)):
         local_head, first_token, doc_start, doc_end, _cmp_start, full, end = _place(
-            turn, num_tiles, heads, head_start, first_tile, cu_ptr, cu_cmp_ptr, T, N, q_start, num_docs, steps,
-            token_start, token_end, HKV, SIZE, STRIDE, TOKENS, PACKED,
+            turn, num_tiles, heads, first_tile, cu_ptr, cu_cmp_ptr, T, N, q_start, num_docs, steps,
+            token_start, token_end, SIZE, STRIDE, TOKENS, PACKED,
         )  # fmt: skip
         if end > 0:
             buffer = used % 2
@@ -259,18 +259,18 @@ def hopper_score_kernel(
     gl.warp_specialize([
         (_key_partition, (
             0, mass_ptr, q_smem, q_tail_smem, k_smem, k_tail_smem, lse_smem, q_full, q_empty, k_full, k_empty, turn_of,
-            cu_ptr, cu_cmp_ptr, scale_log2, T, N, q_start, num_docs, steps, head_start, token_start, token_end,
-            first_tile, num_tiles, heads, width, HKV, D, TAIL, SIZE, STRIDE, BLOCK, PACKED, POOLED, TOKENS, STAGES,
+            cu_ptr, cu_cmp_ptr, scale_log2, T, N, q_start, num_docs, steps, token_start, token_end,
+            first_tile, num_tiles, heads, width, D, TAIL, SIZE, STRIDE, BLOCK, PACKED, POOLED, TOKENS, STAGES,
         )),
         (_key_partition, (
             1, mass_ptr, q_smem, q_tail_smem, k_smem, k_tail_smem, lse_smem, q_full, q_empty, k_full, k_empty, turn_of,
-            cu_ptr, cu_cmp_ptr, scale_log2, T, N, q_start, num_docs, steps, head_start, token_start, token_end,
-            first_tile, num_tiles, heads, width, HKV, D, TAIL, SIZE, STRIDE, BLOCK, PACKED, POOLED, TOKENS, STAGES,
+            cu_ptr, cu_cmp_ptr, scale_log2, T, N, q_start, num_docs, steps, token_start, token_end,
+            first_tile, num_tiles, heads, width, D, TAIL, SIZE, STRIDE, BLOCK, PACKED, POOLED, TOKENS, STAGES,
         )),
         (_key_partition, (
             2, mass_ptr, q_smem, q_tail_smem, k_smem, k_tail_smem, lse_smem, q_full, q_empty, k_full, k_empty, turn_of,
-            cu_ptr, cu_cmp_ptr, scale_log2, T, N, q_start, num_docs, steps, head_start, token_start, token_end,
-            first_tile, num_tiles, heads, width, HKV, D, TAIL, SIZE, STRIDE, BLOCK, PACKED, POOLED, TOKENS, STAGES,
+            cu_ptr, cu_cmp_ptr, scale_log2, T, N, q_start, num_docs, steps, token_start, token_end,
+            first_tile, num_tiles, heads, width, D, TAIL, SIZE, STRIDE, BLOCK, PACKED, POOLED, TOKENS, STAGES,
         )),
         (_load_partition, (
             q_ptr, k_desc, k_tail_desc, lse_ptr, q_smem, q_tail_smem, k_smem, k_tail_smem, lse_smem, q_full, q_empty,

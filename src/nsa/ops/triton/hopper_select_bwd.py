@@ -164,10 +164,16 @@ def hopper_select_backward_kernel(
         part_ptr += gl.program_id(1).to(gl.int64) * num_tokens * (SLOTS * G * D)
         entries_ptr += entry
         first_place = token_start * SLOTS
-        # Entries are in the order of tokens: those of the block's own tokens come first, and they alone need a mask.
-        index = gl.arange(0, BLOCK, LINE)
-        token = gl.load(entries_ptr + index, mask=index * G < num_rows, other=2147483647) // SLOTS
-        masked_rows = gl.sum((token < key_start + BLOCK - q_start).to(gl.int32), 0) * G
+        # Entries are in the order of tokens: those of the block's own tokens, and any before it, come first and alone
+        # need a mask.
+        num_masked = 0
+        found = BLOCK + 0
+        while found == BLOCK:
+            index = num_masked + gl.arange(0, BLOCK, LINE)
+            token = gl.load(entries_ptr + index, mask=index * G < num_rows, other=2147483647) // SLOTS
+            found = gl.sum((token < key_start + BLOCK - q_start).to(gl.int32), 0)
+            num_masked += found
+        masked_rows = num_masked * G
 
         copy_entries(entries_ptr, entry_smem.index(0), 0, num_rows, G, LINE)
         copy_entries(entries_ptr, entry_smem.index(1), ROWS, num_rows, G, LINE)

@@ -164,7 +164,7 @@ def first_item_kernel(
     segment_start = tl.program_id(1) * range_segments
     segment_end = tl.minimum(segment_start + range_segments, segments)
     ends_ptr += head.to(tl.int64) * J * segments
-    first_ptr += (tl.program_id(1) * tl.num_programs(0) + head) * (J + 1)
+    first_ptr += (tl.program_id(1).to(tl.int64) * tl.num_programs(0) + head) * (J + 1)
     total = 0
     tl.store(first_ptr, total)
     for first in range(0, J, BLOCKS):
@@ -187,7 +187,7 @@ def item_kernel(
     segment_start = tl.program_id(2) * range_segments
     segment_end = tl.minimum(segment_start + range_segments, segments)
     ends_ptr += head.to(tl.int64) * J * segments
-    first_ptr += (tl.program_id(2) * tl.num_programs(1) + head) * (J + 1)
+    first_ptr += (tl.program_id(2).to(tl.int64) * tl.num_programs(1) + head) * (J + 1)
     item = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     j = find_document(first_ptr, item, J, steps)  # the last block whose items begin at or before this one
     live = j < J

@@ -15,6 +15,7 @@ from nsa.ops.triton.hopper_union import hopper_union_serves
 from nsa.ops.triton.invert import sub_block_ratio
 
 HOPPER = "a Hopper GPU, heads of 64 or 128, or keys of 192 with values of 128"
+HOPPER_SCORES = "a Hopper GPU, keys of 64, 128 or 192, up to 32 heads a group"
 HOPPER_STAGES = (("forward", "forward"), ("backward, keys", "key"), ("backward, queries", "query"))
 
 
@@ -55,7 +56,7 @@ def kernels(q: Tensor, k: Tensor, v: Tensor, geometry: BlockGeometry, num_docs: 
         found.append(Kernel(f"{stage} backward, keys", "dense_key", by_key, f"{fits}, queries loaded as {loads}"))
         found.append(Kernel(f"{stage} backward, queries", "dense_query", by_query, fits))
     if score_topk.hopper_scores(fitting[0], group):
-        found.append(Kernel("choice of blocks", "hopper_score, choice", {}, HOPPER))
+        found.append(Kernel("choice of blocks", "hopper_score, choice", {}, HOPPER_SCORES))
     else:
         scores = score_topk.score_tile(q, group, geometry.num_compressed(k.shape[1]), large)
         found.append(Kernel("choice of blocks", "score, choice", scores, fits))

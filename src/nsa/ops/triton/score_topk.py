@@ -56,8 +56,8 @@ def score_tile(q: Tensor, group_size: int, num_keys: int, large: bool) -> dict[s
 
 
 def hopper_scores(q: Tensor, group_size: int) -> bool:
-    """Whether Hopper's own kernel scores these fitting queries."""
-    return hopper_serves(q, q[..., :128]) and group_size <= 32
+    """Whether Hopper's own kernel scores these fitting queries; one head a group wider than 64 leaves it no room."""
+    return hopper_serves(q, q[..., :128]) and (2 if q.shape[3] > 64 else 1) <= group_size <= 32
 
 
 @triton.jit
@@ -247,9 +247,9 @@ def _quarters(x):
     return x0, x1, x2, x3
 
 
-@triton.jit(do_not_specialize=["T", "N", "q_start", "head_start", "token_start", "num_tokens"])
+@triton.jit(do_not_specialize=["T", "q_start", "head_start", "token_start", "num_tokens"])
 def choice_kernel(
-    mass_ptr, list_ptr, out_ptr, doc_ptr, doc_end_ptr, T, N, q_start, head_start, token_start, num_tokens, width,
+    mass_ptr, list_ptr, out_ptr, doc_ptr, T, q_start, head_start, token_start, num_tokens, width,
     HKV: tl.constexpr, SIZE: tl.constexpr, STRIDE: tl.constexpr, BLOCK: tl.constexpr, COUNT: tl.constexpr,
     INIT: tl.constexpr, LOCAL: tl.constexpr, PACKED: tl.constexpr, POOLED: tl.constexpr, PADDED: tl.constexpr,
     CHUNK: tl.constexpr, QUADS: tl.constexpr, SLACK: tl.constexpr,
@@ -303,6 +303,7 @@ def choice_kernel(
                     if filled > FIRST + FREE:  # keep the best of the list
                         tl.debug_barrier()
                         i = (tl.arange(0, QUADS // 32) * 32)[:, None] + tl.arange(0, 32)[None, :]
+                        # The hint sticks to a sum, not to what was loaded.
                         first = tl.multiple_of(_read_quads(list_ptr, i, FIRST, filled) + 0, [4, 4])
                         old = first[:, :, None] + four
                         old_bits = _importance(
@@ -416,7 +417,7 @@ def select_blocks(
     shape = {"HKV": Hkv, "SIZE": geometry.compress_block_size, "STRIDE": geometry.compress_stride,
              "BLOCK": geometry.select_block_size, "POOLED": pooled, "PACKED": layout is not None}  # fmt: skip
     bounds = (lists, lists) if layout is None else (layout.cu_seqlens, layout.cu_compressed)
-    documents = (lists, lists) if layout is None else (layout.doc_start, layout.doc_end)
+    doc_start = lists if layout is None else layout.doc_start
     num_docs = 0 if layout is None else layout.cu_seqlens.numel() - 1
     for chunk in chunks:
         heads, tokens = chunk.head_end - chunk.head, chunk.token_end - chunk.token
@@ -433,7 +434,7 @@ def select_blocks(
                 H=H, DK=Dk, TAIL=key_tail(Dk), PRECISION=dot_precision(q), **shape, **tile,
             )  # fmt: skip
         choice_kernel[(tokens, heads)](
-            mass, lists, out, *documents, T, N, q_start, chunk.head, chunk.token, tokens, width,
+            mass, lists, out, doc_start, T, q_start, chunk.head, chunk.token, tokens, width,
             COUNT=count, INIT=geometry.num_init_blocks, LOCAL=geometry.num_local_blocks, **shape, **choice,
         )  # fmt: skip
     return out
