@@ -302,7 +302,7 @@ def choose_given(geometry: BlockGeometry, last: int, kind: str, options: dict, p
     for name in calls:
         setattr(score_topk, name, partial(counted, name))
     score_topk.choice_kernel[(3, 1)](
-        mass, lists, out, lists, lists, 3, N, start, 0, 0, 3, width, HKV=1, SIZE=size, STRIDE=stride, BLOCK=block,
+        mass, lists, out, lists, 3, start, 0, 0, 3, width, HKV=1, SIZE=size, STRIDE=stride, BLOCK=block,
         COUNT=geometry.num_selected_blocks, INIT=geometry.num_init_blocks, LOCAL=geometry.num_local_blocks,
         PACKED=False, POOLED=True, **tile,
     )  # fmt: skip
