@@ -36,6 +36,7 @@ EDGE = BlockGeometry(8, 4, 16, 4, 1, 2, 127)  # intervals begin and end one from
 BLOCKS = BlockGeometry(4, 2, 64, 4, 1, 1, 40)
 ODD = BlockGeometry(8, 4, 48, 3, 1, 1, 40)
 FEW = BlockGeometry(4, 2, 64, 2, 1, 1, 40)
+FORCED = BlockGeometry(4, 2, 64, 6, 2, 3, 150)
 BARE = BlockGeometry(4, 2, 64, 4, 0, 1, 40)  # no initial block
 
 # name -> batch, tokens, heads, groups, size of keys (values have 128 at most), geometry, document bounds, q_start,
@@ -62,6 +63,11 @@ CASES = {
     "whole, keys of 192": (1, 400, 4, 1, 192, BLOCKS, None, 0, 0, "float16", 2, "a"),
     "whole, blocks of 48 tokens": (1, 190, 4, 1, 64, ODD, None, 0, 0, "float16", 2, "a"),
     "whole, packed, five heads a group": (1, 450, 5, 1, 64, BLOCKS, [0, 0, 20, 440], 0, 0, "float16", 2, "ak"),
+    "whole, packed, four heads a group": (1, 520, 8, 2, 64, BLOCKS, [0, 0, 20, 150, 151, 490], 0, 0, "float16", 2, "ak"),
+    "whole, packed, one head a group, no initial block": (
+        1, 600, 1, 1, 64, BARE, [0, 3, 70, 72, 420, 590], 0, 0, "float16", 2, "a",
+    ),
+    "whole, many forced blocks, keys of 192": (1, 700, 16, 1, 192, FORCED, [0, 700], 0, 0, "bfloat16", 2, "ar"),
     "whole, unions": (1, 420, 8, 2, 64, BLOCKS, None, 0, 0, "float16", 3, "au"),
     "whole, unions, packed, five heads a group": (1, 350, 5, 1, 64, BLOCKS, [0, 0, 20, 340], 0, 0, "float16", 2, "au"),
     "whole, unions, small scratch": (1, 330, 4, 2, 128, BARE, [0, 0, 20, 320], 0, 0, "float16", 2, "auk"),

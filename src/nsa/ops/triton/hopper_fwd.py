@@ -131,6 +131,36 @@ def copy_queries(
 
 
 @gluon.jit
+def load_queries(
+    q_desc, q_tail_desc, q_smem, q_tail_smem, q_full, q_empty, place, phase, box, D: gl.constexpr, TAIL: gl.constexpr
+):  # fmt: skip
+    """Load a box of queries once its place is free."""
+    mbarrier.wait(q_empty.index(place), phase)
+    mbarrier.expect(q_full.index(place), 2 * ROWS * (D + TAIL))
+    tma.async_copy_global_to_shared(q_desc, box, q_full.index(place), q_smem.index(place))
+    if TAIL > 0:
+        tma.async_copy_global_to_shared(q_tail_desc, box, q_full.index(place), q_tail_smem.index(place))
+
+
+@gluon.jit
+def load_keys(
+    k_desc, k_tail_desc, v_desc, k_smem, k_tail_smem, v_smem, k_full, k_empty, v_full, v_empty, step, box,
+    D: gl.constexpr, TAIL: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """Load the keys and values of a step once its place is free."""
+    slot = step % STAGES
+    phase = (step // STAGES & 1) ^ 1
+    mbarrier.wait(k_empty.index(slot), phase)
+    mbarrier.expect(k_full.index(slot), 2 * KEYS * (D + TAIL))
+    tma.async_copy_global_to_shared(k_desc, box, k_full.index(slot), k_smem.index(slot))
+    if TAIL > 0:
+        tma.async_copy_global_to_shared(k_tail_desc, box, k_full.index(slot), k_tail_smem.index(slot))
+    mbarrier.wait(v_empty.index(slot), phase)
+    mbarrier.expect(v_full.index(slot), 2 * KEYS * D)
+    tma.async_copy_global_to_shared(v_desc, box, v_full.index(slot), v_smem.index(slot))
+
+
+@gluon.jit
 def _load_partition(
     q_desc, q_tail_desc, k_desc, k_tail_desc, v_desc, q_smem, q_tail_smem, k_smem, k_tail_smem, v_smem, q_full, q_empty,
     k_full, k_empty, v_full, v_empty, doc_ptr, cmp_ptr, T, S, q_start, k_start, num_tiles, heads,
@@ -144,32 +174,25 @@ def _load_partition(
             row, GROUPS * ROWS, doc_ptr, cmp_ptr, T, S, q_start, k_start, G, SIZE, STRIDE, WINDOW, PACKED
         )
         for part in gl.static_range(GROUPS if BOXES else 0):
-            place = turn % 2 * GROUPS + part
-            mbarrier.wait(q_empty.index(place), (turn // 2 & 1) ^ 1)
-            mbarrier.expect(q_full.index(place), 2 * ROWS * (D + TAIL))
             box = [b, row // G + part * (ROWS // G), group * G, 0]
-            tma.async_copy_global_to_shared(q_desc, box, q_full.index(place), q_smem.index(place))
-            if TAIL > 0:
-                tma.async_copy_global_to_shared(q_tail_desc, box, q_full.index(place), q_tail_smem.index(place))
+            load_queries(
+                q_desc, q_tail_desc, q_smem, q_tail_smem, q_full, q_empty, turn % 2 * GROUPS + part,
+                (turn // 2 & 1) ^ 1, box, D, TAIL,
+            )  # fmt: skip
         # Tiles without any key take one step, all of it masked.
         for i in range(gl.maximum(gl.cdiv(end - first, KEYS), 1)):
-            slot = step % STAGES
-            phase = (step // STAGES & 1) ^ 1
             box = [b, first + i * KEYS, group, 0]
-            mbarrier.wait(k_empty.index(slot), phase)
-            mbarrier.expect(k_full.index(slot), 2 * KEYS * (D + TAIL))
-            tma.async_copy_global_to_shared(k_desc, box, k_full.index(slot), k_smem.index(slot))
-            if TAIL > 0:
-                tma.async_copy_global_to_shared(k_tail_desc, box, k_full.index(slot), k_tail_smem.index(slot))
-            mbarrier.wait(v_empty.index(slot), phase)
-            mbarrier.expect(v_full.index(slot), 2 * KEYS * D)
-            tma.async_copy_global_to_shared(v_desc, box, v_full.index(slot), v_smem.index(slot))
+            load_keys(
+                k_desc, k_tail_desc, v_desc, k_smem, k_tail_smem, v_smem, k_full, k_empty, v_full, v_empty, step, box,
+                D, TAIL, STAGES,
+            )  # fmt: skip
             step += 1
 
 
 @gluon.jit
 def _soften(
-    s, best, total, key_start, first, end, plain_first, plain_end, scale_log2, LEFT: gl.constexpr, LAYOUT: gl.constexpr,
+    s, best, total, key_start, first, end, early, plain_first, plain_end, scale_log2, LEFT: gl.constexpr,
+    EARLY: gl.constexpr, LAYOUT: gl.constexpr,
 ):  # fmt: skip
     """One step of the online softmax, in base 2, and by how much the previous steps' results fade."""
     if (key_start < plain_first) | (key_start + KEYS > plain_end):
@@ -177,6 +200,8 @@ def _soften(
         seen = key[None, :] < end[:, None]
         if LEFT:
             seen = seen & (key[None, :] >= first[:, None])
+        if EARLY:
+            seen = seen | (key[None, :] < early[:, None])
         s = gl.where(seen, s, float("-inf"))
     new_best = gl.maximum(best, gl.max(s, 1) * scale_log2)
     safe = gl.where(new_best == float("-inf"), 0.0, new_best)
@@ -196,12 +221,17 @@ def scores(q_tile, q_tail, k_smem, k_tail_smem, slot, none, D: gl.constexpr, TAI
 
 
 @gluon.jit
-def _attend(
+def attend(
     q_tile, q_tail, k_smem, k_tail_smem, v_smem, k_full, k_empty, v_full, v_empty, step, tile_first, tile_end,
-    first, end, plain_first, plain_end, scale_log2, D: gl.constexpr, TAIL: gl.constexpr, LEFT: gl.constexpr,
-    S_LAYOUT: gl.constexpr, O_LAYOUT: gl.constexpr, STAGES: gl.constexpr,
+    first, end, early, plain_first, plain_end, scale_log2, D: gl.constexpr, TAIL: gl.constexpr, LEFT: gl.constexpr,
+    EARLY: gl.constexpr, S_LAYOUT: gl.constexpr, O_LAYOUT: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Sum of values, running maximum and sum of a group's rows, and the number of the next step."""
+    """Sum of values, running maximum and sum of a group's rows, and the number of the next step.
+
+    Args:
+        first, end: keys that a row sees; with EARLY also those before `early`.
+        plain_first, plain_end: keys that all rows see.
+    """
     P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, O_LAYOUT, 2)
     dtype: gl.constexpr = q_tile.dtype
     none = gl.zeros([ROWS, KEYS], gl.float32, S_LAYOUT)
@@ -214,7 +244,7 @@ def _attend(
     s = warpgroup_mma_wait(0, deps=[s])
     mbarrier.arrive(k_empty.index(slot), count=1)
     p, best, total, _fading = _soften(
-        s, best, total, tile_first, first, end, plain_first, plain_end, scale_log2, LEFT, S_LAYOUT
+        s, best, total, tile_first, first, end, early, plain_first, plain_end, scale_log2, LEFT, EARLY, S_LAYOUT
     )
     p = gl.convert_layout(p.to(dtype), P_LAYOUT)
     for key_start in range(tile_first + KEYS, tile_end, KEYS):
@@ -229,7 +259,7 @@ def _attend(
         s = warpgroup_mma_wait(1, deps=[s])
         mbarrier.arrive(k_empty.index(slot), count=1)
         fresh, best, total, decay = _soften(
-            s, best, total, key_start, first, end, plain_first, plain_end, scale_log2, LEFT, S_LAYOUT
+            s, best, total, key_start, first, end, early, plain_first, plain_end, scale_log2, LEFT, EARLY, S_LAYOUT
         )
         acc = warpgroup_mma_wait(0, deps=[acc])
         mbarrier.arrive(v_empty.index(old_slot), count=1)
@@ -286,9 +316,10 @@ def _row_partition(
                 next_place = (turn + 1) % 2 * GROUPS + PART
                 next_row += PART * ROWS
                 copy_queries(q_ptr, q_smem, q_tail_smem, next_place, next_row, next_b, next_group, T, G, HKV, D, TAIL)
-        acc, best, total, step = _attend(
+        acc, best, total, step = attend(
             q, q_tail, k_smem, k_tail_smem, v_smem, k_full, k_empty, v_full, v_empty, step, tile_first, tile_end,
-            first, end, plain_first, plain_end, scale_log2, D, TAIL, PACKED or WINDOW > 0, S_LAYOUT, O_LAYOUT, STAGES,
+            first, end, first, plain_first, plain_end, scale_log2, D, TAIL, PACKED or WINDOW > 0, False, S_LAYOUT,
+            O_LAYOUT, STAGES,
         )  # fmt: skip
 
         share = 1.0 / gl.where(total == 0.0, 1.0, total)

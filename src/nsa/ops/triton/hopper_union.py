@@ -39,6 +39,8 @@ from nsa.ops.triton.hopper_fwd import (
     copy_queries,
     describe_box,
     describe_parts,
+    load_keys,
+    load_queries,
     make_barriers,
     num_rounds,
     row_offsets,
@@ -88,26 +90,17 @@ def _load_partition(
         # Tiles without any block take one step, all of it masked.
         key_start = gl.where(count > 0, gl.load(starts), 0)
         for part in gl.static_range(GROUPS if BOXES else 0):
-            place = turn % 2 * GROUPS + part
-            mbarrier.wait(q_empty.index(place), (turn // 2 & 1) ^ 1)
-            mbarrier.expect(q_full.index(place), 2 * ROWS * (D + TAIL))
             box = [b, token + part * TOKENS, group * G, 0]
-            tma.async_copy_global_to_shared(q_desc, box, q_full.index(place), q_smem.index(place))
-            if TAIL > 0:
-                tma.async_copy_global_to_shared(q_tail_desc, box, q_full.index(place), q_tail_smem.index(place))
+            load_queries(
+                q_desc, q_tail_desc, q_smem, q_tail_smem, q_full, q_empty, turn % 2 * GROUPS + part,
+                (turn // 2 & 1) ^ 1, box, D, TAIL,
+            )  # fmt: skip
         for i in range(gl.maximum(count, 1)):
             next_start = gl.load(starts + gl.maximum(gl.minimum(i + 1, count - 1), 0))  # long before it is needed
-            slot = step % STAGES
-            phase = (step // STAGES & 1) ^ 1
-            box = [b, key_start, group, 0]
-            mbarrier.wait(k_empty.index(slot), phase)
-            mbarrier.expect(k_full.index(slot), 2 * KEYS * (D + TAIL))
-            tma.async_copy_global_to_shared(k_desc, box, k_full.index(slot), k_smem.index(slot))
-            if TAIL > 0:
-                tma.async_copy_global_to_shared(k_tail_desc, box, k_full.index(slot), k_tail_smem.index(slot))
-            mbarrier.wait(v_empty.index(slot), phase)
-            mbarrier.expect(v_full.index(slot), 2 * KEYS * D)
-            tma.async_copy_global_to_shared(v_desc, box, v_full.index(slot), v_smem.index(slot))
+            load_keys(
+                k_desc, k_tail_desc, v_desc, k_smem, k_tail_smem, v_smem, k_full, k_empty, v_full, v_empty, step,
+                [b, key_start, group, 0], D, TAIL, STAGES,
+            )  # fmt: skip
             step += 1
             key_start = next_start
 

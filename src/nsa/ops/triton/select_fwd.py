@@ -24,6 +24,7 @@ from torch import Tensor
 
 from nsa.geometry import BlockGeometry
 from nsa.ops.triton.common import LN2, LOG2E, Layout, dot_precision, has_large_shared_memory, key_tail, scratch_of
+from nsa.ops.triton.hopper_finish import Window, hopper_finish
 from nsa.ops.triton.hopper_select_fwd import hopper_select_forward, hopper_select_forward_serves, range_tokens
 from nsa.ops.triton.invert import cut_chunks, invert, item_keys, plan
 
@@ -210,13 +211,15 @@ def chunk_token_bytes(scratch: int, columns: int, scratch_bytes: int) -> int:
 def select_forward(
     q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, geometry: BlockGeometry, layout: Layout | None,
     q_start: int, scale: float, forced: tuple[Tensor, Tensor] | None = None, gated: Gated | None = None,
-    scratch_bytes: int = SCRATCH_BYTES, item_rows: int = ITEM_ROWS, tile: dict[str, int] | None = None,
+    window: Window | None = None, scratch_bytes: int = SCRATCH_BYTES, item_rows: int = ITEM_ROWS,
+    tile: dict[str, int] | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Attention of fitting tensors over the chosen blocks.
 
     Args:
         forced: output and log-sum-exp of the forced blocks, which every token's list must then hold.
         gated: also write the gated sum of the branches.
+        window: in place of `forced`, with `gated`, where `hopper_finish_serves`: also write the window branch.
     """
     B, T, H, Dk = q.shape
     S, Hkv, Dv = k.shape[1], k.shape[2], v.shape[3]
@@ -224,10 +227,11 @@ def select_forward(
     out, lse = q.new_empty(B, T, H, Dv), q.new_empty(B, T, H, dtype=torch.float32)
     if out.numel() == 0:
         return out, lse
-    init, local = (geometry.num_init_blocks, geometry.num_local_blocks) if forced else (0, 0)
+    peeled = forced is not None or window is not None
+    init, local = (geometry.num_init_blocks, geometry.num_local_blocks) if peeled else (0, 0)
     block_indices = block_indices.contiguous()
-    inversion = invert(block_indices, geometry, layout, S, q_start, peel=forced is not None)
-    hopper = tile is None and hopper_select_forward_serves(q, v, inversion.sub_block, forced is not None)
+    inversion = invert(block_indices, geometry, layout, S, q_start, peel=peeled)
+    hopper = tile is None and hopper_select_forward_serves(q, v, inversion.sub_block, peeled)
     tile = tile or select_tile(q, Dk, Dv, has_large_shared_memory(q))
     ratio = inversion.ratio
     free = inversion.slots - (init + local) * ratio
@@ -249,6 +253,8 @@ def select_forward(
     bound = items.table.shape[2]
     for chunk in chunks:
         heads, tokens = chunk.head_end - chunk.head, chunk.token_end - chunk.token
+        if window is not None:
+            part_lse.fill_(float("-inf"))
         if free and hopper:
             hopper_select_forward(
                 q, k, v, part, part_lse, inversion, items, layout, chunk, init * ratio, free, scale
@@ -258,10 +264,16 @@ def select_forward(
             select_forward_kernel[(bound, heads)](
                 q, k, v, part, part_lse, inversion.entries, table, *documents,
                 scale * LOG2E, T, S, q_start, chunk.head, chunk.token, tokens, bound,
-                DK=Dk, TAIL=key_tail(Dk), BLOCK=inversion.sub_block, SHIFT=init * ratio, PEELED=forced is not None,
+                DK=Dk, TAIL=key_tail(Dk), BLOCK=inversion.sub_block, SHIFT=init * ratio, PEELED=peeled,
                 PRECISION=dot_precision(q), BLOCK_N=max(16, triton.next_power_of_2(inversion.sub_block)),
                 **shape, **tile,
             )  # fmt: skip
+        if window is not None and gated is not None:
+            hopper_finish(
+                q, k, v, window, part, part_lse, gated.out_cmp, gated.out_win, gated.gates, gated.out, out, lse,
+                geometry, layout, chunk, free, scale,
+            )  # fmt: skip
+            continue
         rows = max(1, REDUCE_ELEMENTS // Dv)
         select_reduce_kernel[(triton.cdiv(tokens * G, rows), heads)](
             part, part_lse, block_indices, *(forced or (out, lse)), out, lse, *(gated or (out, out, out, out)),
