@@ -216,7 +216,7 @@ def warpgroup_mma_wait(num_outstanding: int = 0, deps: Sequence[Any] | None = No
 
 
 def fence_async_shared(cluster: bool = False) -> None:
-    """All writes by threads that this partition knows of come before what engines do next."""
+    """All accesses by threads that this partition knows of come before what engines do next."""
     program = running()
     program.agent.known |= (program.agent.known & program.by_threads) << 1
     program.synchronise()

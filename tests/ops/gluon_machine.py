@@ -1,6 +1,6 @@
 """What an emulated program consists of: partitions, barriers, shared memory, and what is in flight.
 
-Each access to shared memory gets two bits of an unbounded integer: that it happened, and, for writes by threads, that a
+Each access to shared memory gets two bits of an unbounded integer: that it happened, and, for those by threads, that a
 fence followed. A partition's `known` holds the bits of all that happened before what it does next. Barriers and waits
 hand them on, so that two accesses are in order if and only if the later one's partition knows of the earlier one.
 """
@@ -197,18 +197,20 @@ class Buffer:
     def access(self, where: Range, writes: bool, by_threads: bool) -> int:
         """Record an access by the running partition; raise if one that conflicts may not have ended."""
         program, known = self.program, self.program.agent.known
-        access = program.new_access(f"{'writes' if writes else 'reads'} {self.name}", by_threads and writes)
+        access = program.new_access(f"{'writes' if writes else 'reads'} {self.name}", by_threads)
         written = False
         for region in self.regions.values():
             if not region.where.meets(where):
                 continue
             written |= region.write != 0
-            unknown = (region.write | (region.reads if writes else 0)) & ~known
+            before = region.write | (region.reads if writes else 0)
+            unknown = before & ~known
             if unknown:
                 raise EmulationError(f"race: {program.describe(access)} while {program.describe(unknown)}")
-            if not by_threads and region.write & program.by_threads and not known & region.write << 1:
-                write = program.describe(region.write)
-                raise EmulationError(f"no fence between {write} and {program.describe(access)}")
+            # A thread's read, too, may come after the write of an engine that waits for no fence.
+            unfenced = before & program.by_threads & ~(known >> 1)
+            if not by_threads and unfenced:
+                raise EmulationError(f"no fence between {program.describe(unfenced)} and {program.describe(access)}")
         if not writes and not written:
             raise EmulationError(f"{program.describe(access)}, where nothing was written")
         if writes:

@@ -222,6 +222,7 @@ def _key_partition(
         dv = warpgroup_mma(gl.convert_layout(p.to(dtype), P_LAYOUT), dout, dv, is_async=True)
         dp = warpgroup_mma_wait(1, deps=[dp])
         delta = delta_smem.index(slot).reshape([ROWS]).load(ROW)
+        fence_async_shared()  # reads of lse and delta come before the next ones arrive
         ds = (p * (dp - delta[None, :])).to(dtype)
         dk = warpgroup_mma(gl.convert_layout(ds, P_LAYOUT), q, dk, is_async=True)
         if TAIL > 0:

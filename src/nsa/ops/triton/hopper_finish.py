@@ -215,10 +215,9 @@ def _attend_partition(
             True, S_LAYOUT, O_LAYOUT, STAGES,
         )  # fmt: skip
         share = 1.0 / gl.where(total == 0.0, 1.0, total)
-        acc = acc * gl.convert_layout(share, gl.SliceLayout(1, O_LAYOUT))[:, None]
-        mbarrier.wait(forced_empty.index(PART), (turn & 1) ^ 1)
-        forced_smem.index(PART).reshape([ROWS, D]).store(acc.to(q.dtype))
-        forced_lse_smem.index(PART).store(gl.where(total == 0.0, float("-inf"), best + gl.log2(total)))
+        # Kept in registers, so that the window need not wait until the tile before is summed.
+        forced = (acc * gl.convert_layout(share, gl.SliceLayout(1, O_LAYOUT))[:, None]).to(q.dtype)
+        forced_lse = gl.where(total == 0.0, float("-inf"), best + gl.log2(total))
 
         tile_first, _from, _to, tile_end = tile_keys(
             tile_row, TILE, doc_ptr, doc_ptr, T, T, 0, 0, G, 1, 1, WINDOW, PACKED
@@ -237,6 +236,9 @@ def _attend_partition(
         gl.store(lse_ptr + row_64, lse, mask=row < T * G)
         # The queries are done with: their place holds the result until it is written, and added.
         q.store((acc * gl.convert_layout(share, gl.SliceLayout(1, O_LAYOUT))[:, None]).to(q.dtype))
+        mbarrier.wait(forced_empty.index(PART), (turn & 1) ^ 1)
+        forced_smem.index(PART).reshape([ROWS, D]).store(forced)
+        forced_lse_smem.index(PART).store(forced_lse)
         fence_async_shared()
         mbarrier.arrive(done.index(PART), count=1)
         tma.async_copy_shared_to_global(win_desc, [b, low // G, group * G, 0], q_smem.index(place))
@@ -258,6 +260,7 @@ def _sum_slots(
         stage = step % STAGES
         mbarrier.wait(part_full.index(stage), step // STAGES & 1)
         value = part_smem.index(stage).reshape([ROWS, D]).load(LAYOUT).to(gl.float32)
+        fence_async_shared()  # else the next part might come before a slow read of this one
         mbarrier.arrive(part_empty.index(stage), count=1)
         if MASKED:
             value = gl.where((weight > 0.0)[:, None], value, 0.0)
@@ -333,10 +336,12 @@ def _sum_partition(
             acc = acc * gate_slc[:, None]
             q_place = turn % BUFFERS * GROUPS + part
             acc += q_smem.index(q_place).reshape([ROWS, D]).load(LAYOUT).to(gl.float32) * gate_win[:, None]
+            fence_async_shared()
             mbarrier.arrive(q_empty.index(q_place), count=1)
             stage = step % STAGES
             mbarrier.wait(part_full.index(stage), step // STAGES & 1)
             acc += part_smem.index(stage).reshape([ROWS, D]).load(LAYOUT).to(gl.float32) * gate_cmp[:, None]
+            fence_async_shared()
             mbarrier.arrive(part_empty.index(stage), count=1)
             step += 1
             gl.store(sum_ptr + place, acc.to(q_smem.dtype), mask=live[:, None])
