@@ -26,6 +26,7 @@ from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from nsa.geometry import BlockGeometry
 from nsa.ops.triton.common import LN2, LOG2E, Layout, hopper_serves, key_interval, num_multiprocessors
@@ -42,12 +43,13 @@ from nsa.ops.triton.hopper_fwd import (
     tile_keys,
     tile_of_round,
 )
-from nsa.ops.triton.invert import Chunk
+from nsa.ops.triton.invert import Chunk, lse_stride
 
 GROUPS = gl.constexpr(2)  # groups of four warps that attend
 TILE = gl.constexpr(128)  # rows of both
 STAGES = 2  # steps of keys in flight
-PART_STAGES = 4  # parts of 64 rows in flight
+PART_STAGES = 3  # parts of 64 rows in flight
+MAX_FREE = 32  # free slots of a token for which there is room
 QUERY_BUFFERS, TAIL_QUERY_BUFFERS = 2, 1  # where keys have a tail, there is no room for the next tile's queries
 
 
@@ -61,9 +63,9 @@ class Window(NamedTuple):
 
 def hopper_finish_serves(q: Tensor, v: Tensor, group_size: int, geometry: BlockGeometry) -> bool:
     """Whether the kernel takes these fitting tensors, after `hopper_select_forward`."""
-    forced = geometry.num_init_blocks + geometry.num_local_blocks
+    free = geometry.num_selected_blocks - geometry.num_init_blocks - geometry.num_local_blocks
     fits = ROWS.value % group_size == 0 and geometry.select_block_size == KEYS.value
-    return fits and forced < geometry.num_selected_blocks and hopper_serves(q, v)
+    return fits and 0 < free <= MAX_FREE and hopper_serves(q, v)
 
 
 @gluon.jit
@@ -149,14 +151,19 @@ def _load_partition(
 
 @gluon.jit
 def _part_partition(
-    part_desc, cmp_desc, part_smem, part_full, part_empty, head_start, token_start, num_tokens, num_tiles, heads,
-    G: gl.constexpr, HKV: gl.constexpr, D: gl.constexpr, FREE: gl.constexpr, STAGES: gl.constexpr,
+    part_desc, part_lse_desc, cmp_desc, part_smem, lse_smem, part_full, part_empty, lse_full, lse_empty, head_start,
+    token_start, num_tokens, num_tiles, heads,
+    G: gl.constexpr, HKV: gl.constexpr, D: gl.constexpr, FREE: gl.constexpr, PADDED: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Load the parts of each 64 rows slot by slot, then their output of the compressed branch."""
+    """Load the log-sum-exps of each 64 rows' parts, the parts slot by slot, and what the compressed branch gave."""
     step = 0
     for turn in range(num_rounds(num_tiles * heads)):
         head, b, group, token, _row = _place_of_tile(turn, num_tiles, heads, head_start, token_start, G, HKV)
         for part in range(GROUPS):
+            mbarrier.wait(lse_empty.index(part), (turn & 1) ^ 1)
+            mbarrier.expect(lse_full.index(part), 4 * PADDED * ROWS)
+            place = [head, 0, token * G]
+            tma.async_copy_global_to_shared(part_lse_desc, place, lse_full.index(part), lse_smem.index(part))
             for slot in range(FREE + 1):
                 stage = step % STAGES
                 mbarrier.wait(part_empty.index(stage), (step // STAGES & 1) ^ 1)
@@ -173,8 +180,8 @@ def _part_partition(
 
 @gluon.jit
 def _attend_partition(
-    PART: gl.constexpr, win_desc, lse_ptr, q_smem, q_tail_smem, k_smem, k_tail_smem, v_smem, forced_smem,
-    forced_lse_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty, forced_empty, done, doc_ptr, scale_log2, T,
+    PART: gl.constexpr, win_desc, lse_ptr, gate_ptr, q_smem, q_tail_smem, k_smem, k_tail_smem, v_smem, forced_smem,
+    line_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty, forced_empty, done, doc_ptr, scale_log2, T,
     head_start, token_start, num_tiles, heads,
     G: gl.constexpr, HKV: gl.constexpr, D: gl.constexpr, TAIL: gl.constexpr, BLOCK: gl.constexpr, INIT: gl.constexpr,
     LOCAL: gl.constexpr, WINDOW: gl.constexpr, PACKED: gl.constexpr, LN2: gl.constexpr, STAGES: gl.constexpr,
@@ -218,6 +225,10 @@ def _attend_partition(
         # Kept in registers, so that the window need not wait until the tile before is summed.
         forced = (acc * gl.convert_layout(share, gl.SliceLayout(1, O_LAYOUT))[:, None]).to(q.dtype)
         forced_lse = gl.where(total == 0.0, float("-inf"), best + gl.log2(total))
+        row_64 = (b.to(gl.int64) * T + t) * (G * HKV) + group * G + row % G
+        gate_cmp = gl.load(gate_ptr + row_64 * 3)
+        gate_slc = gl.load(gate_ptr + row_64 * 3 + 1)
+        gate_win = gl.load(gate_ptr + row_64 * 3 + 2)
 
         tile_first, _from, _to, tile_end = tile_keys(
             tile_row, TILE, doc_ptr, doc_ptr, T, T, 0, 0, G, 1, 1, WINDOW, PACKED
@@ -232,13 +243,15 @@ def _attend_partition(
         )  # fmt: skip
         share = 1.0 / gl.where(total == 0.0, 1.0, total)
         lse = gl.where(total == 0.0, float("-inf"), (best + gl.log2(total)) * LN2)
-        row_64 = (b.to(gl.int64) * T + t) * (G * HKV) + group * G + row % G
         gl.store(lse_ptr + row_64, lse, mask=row < T * G)
         # The queries are done with: their place holds the result until it is written, and added.
         q.store((acc * gl.convert_layout(share, gl.SliceLayout(1, O_LAYOUT))[:, None]).to(q.dtype))
         mbarrier.wait(forced_empty.index(PART), (turn & 1) ^ 1)
         forced_smem.index(PART).reshape([ROWS, D]).store(forced)
-        forced_lse_smem.index(PART).store(forced_lse)
+        line_smem.index(4 * PART).store(forced_lse)
+        line_smem.index(4 * PART + 1).store(gate_cmp.to(gl.float32))
+        line_smem.index(4 * PART + 2).store(gate_slc.to(gl.float32))
+        line_smem.index(4 * PART + 3).store(gate_win.to(gl.float32))
         fence_async_shared()
         mbarrier.arrive(done.index(PART), count=1)
         tma.async_copy_shared_to_global(win_desc, [b, low // G, group * G, 0], q_smem.index(place))
@@ -248,15 +261,15 @@ def _attend_partition(
 
 @gluon.jit
 def _sum_slots(
-    acc, total, best, part_smem, part_full, part_empty, step, lse_ptr, FREE: gl.constexpr, MASKED: gl.constexpr,
-    STRIDE: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, LAYOUT: gl.constexpr,
+    weights, part_smem, part_full, part_empty, step, FREE: gl.constexpr, MASKED: gl.constexpr, D: gl.constexpr,
+    STAGES: gl.constexpr, LAYOUT: gl.constexpr, WEIGHT_LAYOUT: gl.constexpr,
 ):  # fmt: skip
-    """Add the parts of 64 rows by their weights; MASKED leaves out what was not written, of log-sum-exp -inf."""
-    lse = gl.load(lse_ptr)
+    """Sum of 64 rows' parts by their weights; MASKED leaves out what was not written, of weight 0."""
+    number = gl.arange(0, weights.shape[1], gl.SliceLayout(0, WEIGHT_LAYOUT))[None, :]
+    acc = gl.zeros([ROWS, D], gl.float32, LAYOUT)
     for slot in range(FREE):
-        weight = gl.exp2(lse - best)
-        lse = gl.load(lse_ptr + gl.minimum(slot + 1, FREE - 1) * STRIDE)  # long before it is needed
-        total += weight
+        weight = gl.sum(gl.where(number == slot, weights, 0.0), 1)
+        weight = gl.convert_layout(weight, gl.SliceLayout(1, LAYOUT), assert_trivial=True)
         stage = step % STAGES
         mbarrier.wait(part_full.index(stage), step // STAGES & 1)
         value = part_smem.index(stage).reshape([ROWS, D]).load(LAYOUT).to(gl.float32)
@@ -266,62 +279,57 @@ def _sum_slots(
             value = gl.where((weight > 0.0)[:, None], value, 0.0)
         acc += value * weight[:, None]
         step += 1
-    return acc, total, step
+    return acc, step
 
 
 @gluon.jit
 def _sum_partition(
-    part_lse_ptr, gate_ptr, out_ptr, sum_ptr, lse_ptr, q_smem, forced_smem, forced_lse_smem, part_smem, q_empty,
-    part_full, part_empty, forced_empty, done, doc_ptr, T, head_start, token_start, num_tokens, num_tiles, heads,
-    G: gl.constexpr, HKV: gl.constexpr, D: gl.constexpr, FREE: gl.constexpr, BLOCK: gl.constexpr, INIT: gl.constexpr,
-    LOCAL: gl.constexpr, PACKED: gl.constexpr, LN2: gl.constexpr, STAGES: gl.constexpr, BUFFERS: gl.constexpr,
+    out_ptr, sum_ptr, lse_ptr, q_smem, forced_smem, line_smem, part_smem, lse_smem, q_empty, part_full, part_empty,
+    lse_full, lse_empty, forced_empty, done, doc_ptr, T, head_start, token_start, num_tokens, num_tiles, heads,
+    G: gl.constexpr, HKV: gl.constexpr, D: gl.constexpr, FREE: gl.constexpr, PADDED: gl.constexpr,
+    BLOCK: gl.constexpr, INIT: gl.constexpr, LOCAL: gl.constexpr, PACKED: gl.constexpr, LN2: gl.constexpr,
+    STAGES: gl.constexpr, BUFFERS: gl.constexpr,
 ):  # fmt: skip
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
+    # A thread has two rows, and all their weights; eight rows one below the other are eight different banks. It loads
+    # nothing from global memory, as a fence would wait for it.
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [8, 4], [4, 1], [0, 1])
+    WEIGHT_LAYOUT: gl.constexpr = gl.BlockedLayout([1, PADDED], [8, 4], [4, 1], [0, 1])
     ROW: gl.constexpr = gl.SliceLayout(1, LAYOUT)
-    LINE: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    dtype: gl.constexpr = q_smem.dtype
+    slots = gl.arange(0, PADDED, gl.SliceLayout(0, WEIGHT_LAYOUT))[None, :]
     step = 0
     for turn in range(num_rounds(num_tiles * heads)):
-        head, b, group, token, _row = _place_of_tile(turn, num_tiles, heads, head_start, token_start, G, HKV)
-        first_row = (b.to(gl.int64) * T + token_start) * (G * HKV) + group * G
-        lse_base = part_lse_ptr + head.to(gl.int64) * num_tokens * (FREE * G)
+        _head, b, group, token, _row = _place_of_tile(turn, num_tiles, heads, head_start, token_start, G, HKV)
         for part in range(GROUPS):
-            line = gl.arange(0, ROWS, LINE)
-            line_lse = lse_base + gl.minimum(token + line // G, num_tokens - 1) * (FREE * G) + line % G
-            best = gl.full([ROWS], float("-inf"), gl.float32, LINE)
-            for slot in gl.static_range(FREE):
-                best = gl.maximum(best, gl.load(line_lse + slot * G))
-            best = gl.convert_layout(gl.where(best == float("-inf"), 0.0, best), ROW)
-
-            row = gl.arange(0, ROWS, ROW)
-            last = gl.minimum(token + row // G, num_tokens - 1)
-            live = token + row // G < num_tokens
-            row_64 = first_row + last * (G * HKV) + row % G
-            slot_lse = lse_base + last * (FREE * G) + row % G
-            acc = gl.zeros([ROWS, D], gl.float32, LAYOUT)
-            total = gl.zeros([ROWS], gl.float32, ROW)
+            mbarrier.wait(lse_full.index(part), turn & 1)
+            slot_lse = lse_smem.index(part).reshape([PADDED, ROWS]).permute([1, 0]).load(WEIGHT_LAYOUT)
+            slot_lse = gl.where(slots < FREE, slot_lse, float("-inf"))
+            fence_async_shared()  # else the next ones might come before a slow read of these
+            mbarrier.arrive(lse_empty.index(part), count=1)
+            best = gl.max(slot_lse, 1)
+            best = gl.where(best == float("-inf"), 0.0, best)
+            weights = gl.exp2(slot_lse - best[:, None])
+            total = gl.convert_layout(gl.sum(weights, 1), ROW, assert_trivial=True)
+            best = gl.convert_layout(best, ROW, assert_trivial=True)
             # All slots are in use where all tokens have as many blocks before their local ones.
             t_low = token_start + gl.minimum(token, num_tokens - 1)
             t_high = token_start + gl.minimum(token + ROWS // G, num_tokens) - 1
             doc = _document(t_high, doc_ptr, PACKED)
             if (t_low - doc) // BLOCK + 1 >= FREE + INIT + LOCAL:
-                acc, total, step = _sum_slots(
-                    acc, total, best, part_smem, part_full, part_empty, step, slot_lse, FREE, False, G, D, STAGES,
-                    LAYOUT,
-                )  # fmt: skip
+                acc, step = _sum_slots(
+                    weights, part_smem, part_full, part_empty, step, FREE, False, D, STAGES, LAYOUT, WEIGHT_LAYOUT
+                )
             else:
-                acc, total, step = _sum_slots(
-                    acc, total, best, part_smem, part_full, part_empty, step, slot_lse, FREE, True, G, D, STAGES,
-                    LAYOUT,
-                )  # fmt: skip
+                acc, step = _sum_slots(
+                    weights, part_smem, part_full, part_empty, step, FREE, True, D, STAGES, LAYOUT, WEIGHT_LAYOUT
+                )
 
-            gates = gate_ptr + row_64 * 3
-            gate_cmp = gl.load(gates).to(gl.float32)
-            gate_slc = gl.load(gates + 1).to(gl.float32)
-            gate_win = gl.load(gates + 2).to(gl.float32)
             mbarrier.wait(done.index(part), turn & 1)
-            forced_lse = forced_lse_smem.index(part).load(ROW)
+            forced_lse = line_smem.index(4 * part).load(ROW)
+            gate_cmp = line_smem.index(4 * part + 1).load(ROW)
+            gate_slc = line_smem.index(4 * part + 2).load(ROW)
+            gate_win = line_smem.index(4 * part + 3).load(ROW)
             forced = forced_smem.index(part).reshape([ROWS, D]).load(LAYOUT).to(gl.float32)
-            mbarrier.arrive(forced_empty.index(part), count=1)
             new_best = gl.maximum(gl.where(total == 0.0, float("-inf"), best), forced_lse)
             safe = gl.where(new_best == float("-inf"), 0.0, new_best)
             weight = gl.exp2(forced_lse - safe)
@@ -329,33 +337,39 @@ def _sum_partition(
             total = total * fade + weight
             share = 1.0 / gl.where(total == 0.0, 1.0, total)
             acc = acc * (fade * share)[:, None] + forced * (weight * share)[:, None]
-            lse = gl.where(total == 0.0, float("-inf"), (safe + gl.log2(total)) * LN2)
-            gl.store(lse_ptr + row_64, lse, mask=live)
-            place = row_64[:, None] * D + gl.arange(0, D, gl.SliceLayout(0, LAYOUT))[None, :]
-            gl.store(out_ptr + place, acc.to(q_smem.dtype), mask=live[:, None])
-            acc = acc * gate_slc[:, None]
+            out = acc.to(dtype)
             q_place = turn % BUFFERS * GROUPS + part
-            acc += q_smem.index(q_place).reshape([ROWS, D]).load(LAYOUT).to(gl.float32) * gate_win[:, None]
-            fence_async_shared()
-            mbarrier.arrive(q_empty.index(q_place), count=1)
+            window = q_smem.index(q_place).reshape([ROWS, D]).load(LAYOUT).to(gl.float32)
+            acc = acc * gate_slc[:, None] + window * gate_win[:, None]
             stage = step % STAGES
             mbarrier.wait(part_full.index(stage), step // STAGES & 1)
             acc += part_smem.index(stage).reshape([ROWS, D]).load(LAYOUT).to(gl.float32) * gate_cmp[:, None]
             fence_async_shared()
+            mbarrier.arrive(forced_empty.index(part), count=1)
+            mbarrier.arrive(q_empty.index(q_place), count=1)
             mbarrier.arrive(part_empty.index(stage), count=1)
             step += 1
-            gl.store(sum_ptr + place, acc.to(q_smem.dtype), mask=live[:, None])
+
+            row = gl.arange(0, ROWS, ROW)
+            live = token + row // G < num_tokens
+            row_64 = (b.to(gl.int64) * T + token_start) * (G * HKV) + group * G
+            row_64 = row_64 + gl.minimum(token + row // G, num_tokens - 1) * (G * HKV) + row % G
+            lse = gl.where(total == 0.0, float("-inf"), (safe + gl.log2(total)) * LN2)
+            gl.store(lse_ptr + row_64, lse, mask=live)
+            place = row_64[:, None] * D + gl.arange(0, D, gl.SliceLayout(0, LAYOUT))[None, :]
+            gl.store(out_ptr + place, out, mask=live[:, None])
+            gl.store(sum_ptr + place, acc.to(dtype), mask=live[:, None])
             token += ROWS // G
 
 
 @gluon.jit(do_not_specialize=["T", "head_start", "token_start", "num_tokens", "num_tiles", "heads"])
 def hopper_finish_kernel(
-    q_desc, q_tail_desc, k_desc, k_tail_desc, v_desc, k_win_desc, k_win_tail_desc, v_win_desc, part_desc, cmp_desc,
-    win_desc, part_lse_ptr, gate_ptr, out_ptr, sum_ptr, lse_ptr, lse_win_ptr, doc_ptr, scale_log2, T, head_start,
+    q_desc, q_tail_desc, k_desc, k_tail_desc, v_desc, k_win_desc, k_win_tail_desc, v_win_desc, part_desc,
+    part_lse_desc, cmp_desc, win_desc, gate_ptr, out_ptr, sum_ptr, lse_ptr, lse_win_ptr, doc_ptr, scale_log2, T, head_start,
     token_start, num_tokens, num_tiles, heads,
     G: gl.constexpr, HKV: gl.constexpr, D: gl.constexpr, TAIL: gl.constexpr, FREE: gl.constexpr, BLOCK: gl.constexpr,
-    INIT: gl.constexpr, LOCAL: gl.constexpr, WINDOW: gl.constexpr, PACKED: gl.constexpr, LN2: gl.constexpr,
-    STAGES: gl.constexpr, PART_STAGES: gl.constexpr, BUFFERS: gl.constexpr,
+    INIT: gl.constexpr, LOCAL: gl.constexpr, WINDOW: gl.constexpr, PACKED: gl.constexpr, PADDED: gl.constexpr,
+    LN2: gl.constexpr, STAGES: gl.constexpr, PART_STAGES: gl.constexpr, BUFFERS: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = q_desc.dtype
     line: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[0])
@@ -369,7 +383,8 @@ def hopper_finish_kernel(
         q_tail_smem = gl.allocate_shared_memory(dtype, q_box, q_tail_desc.layout)
         k_tail_smem = gl.allocate_shared_memory(dtype, k_box, k_tail_desc.layout)
     forced_smem = gl.allocate_shared_memory(dtype, [GROUPS] + win_desc.block_shape, win_desc.layout)
-    forced_lse_smem = gl.allocate_shared_memory(gl.float32, [GROUPS, ROWS], line)
+    line_smem = gl.allocate_shared_memory(gl.float32, [4 * GROUPS, ROWS], line)  # forced blocks' log-sum-exps, gates
+    lse_smem = gl.allocate_shared_memory(gl.float32, [GROUPS] + part_lse_desc.block_shape, part_lse_desc.layout)
     part_smem = gl.allocate_shared_memory(dtype, [PART_STAGES] + part_desc.block_shape, part_desc.layout)
     q_full = make_barriers(BUFFERS * GROUPS, 1)
     q_empty = make_barriers(BUFFERS * GROUPS, 2)
@@ -379,24 +394,28 @@ def hopper_finish_kernel(
     v_empty = make_barriers(STAGES, GROUPS)
     part_full = make_barriers(PART_STAGES, 1)
     part_empty = make_barriers(PART_STAGES, 1)
+    lse_full = make_barriers(GROUPS, 1)
+    lse_empty = make_barriers(GROUPS, 1)
     forced_empty = make_barriers(GROUPS, 1)
     done = make_barriers(GROUPS, 1)
     fence_async_shared()
     gl.warp_specialize([
         (_attend_partition, (
-            0, win_desc, lse_win_ptr, q_smem, q_tail_smem, k_smem, k_tail_smem, v_smem, forced_smem, forced_lse_smem,
-            q_full, q_empty, k_full, k_empty, v_full, v_empty, forced_empty, done, doc_ptr, scale_log2, T, head_start,
-            token_start, num_tiles, heads, G, HKV, D, TAIL, BLOCK, INIT, LOCAL, WINDOW, PACKED, LN2, STAGES, BUFFERS,
+            0, win_desc, lse_win_ptr, gate_ptr, q_smem, q_tail_smem, k_smem, k_tail_smem, v_smem, forced_smem,
+            line_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty, forced_empty, done, doc_ptr, scale_log2, T,
+            head_start, token_start, num_tiles, heads, G, HKV, D, TAIL, BLOCK, INIT, LOCAL, WINDOW, PACKED, LN2, STAGES,
+            BUFFERS,
         )),
         (_attend_partition, (
-            1, win_desc, lse_win_ptr, q_smem, q_tail_smem, k_smem, k_tail_smem, v_smem, forced_smem, forced_lse_smem,
-            q_full, q_empty, k_full, k_empty, v_full, v_empty, forced_empty, done, doc_ptr, scale_log2, T, head_start,
-            token_start, num_tiles, heads, G, HKV, D, TAIL, BLOCK, INIT, LOCAL, WINDOW, PACKED, LN2, STAGES, BUFFERS,
+            1, win_desc, lse_win_ptr, gate_ptr, q_smem, q_tail_smem, k_smem, k_tail_smem, v_smem, forced_smem,
+            line_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty, forced_empty, done, doc_ptr, scale_log2, T,
+            head_start, token_start, num_tiles, heads, G, HKV, D, TAIL, BLOCK, INIT, LOCAL, WINDOW, PACKED, LN2, STAGES,
+            BUFFERS,
         )),
         (_sum_partition, (
-            part_lse_ptr, gate_ptr, out_ptr, sum_ptr, lse_ptr, q_smem, forced_smem, forced_lse_smem, part_smem, q_empty,
-            part_full, part_empty, forced_empty, done, doc_ptr, T, head_start, token_start, num_tokens, num_tiles,
-            heads, G, HKV, D, FREE, BLOCK, INIT, LOCAL, PACKED, LN2, PART_STAGES, BUFFERS,
+            out_ptr, sum_ptr, lse_ptr, q_smem, forced_smem, line_smem, part_smem, lse_smem, q_empty, part_full,
+            part_empty, lse_full, lse_empty, forced_empty, done, doc_ptr, T, head_start, token_start, num_tokens,
+            num_tiles, heads, G, HKV, D, FREE, PADDED, BLOCK, INIT, LOCAL, PACKED, LN2, PART_STAGES, BUFFERS,
         )),
         (_load_partition, (
             q_desc, q_tail_desc, k_desc, k_tail_desc, v_desc, k_win_desc, k_win_tail_desc, v_win_desc, q_smem,
@@ -405,10 +424,18 @@ def hopper_finish_kernel(
             BUFFERS,
         )),
         (_part_partition, (
-            part_desc, cmp_desc, part_smem, part_full, part_empty, head_start, token_start, num_tokens, num_tiles,
-            heads, G, HKV, D, FREE, PART_STAGES,
+            part_desc, part_lse_desc, cmp_desc, part_smem, lse_smem, part_full, part_empty, lse_full, lse_empty,
+            head_start, token_start, num_tokens, num_tiles, heads, G, HKV, D, FREE, PADDED, PART_STAGES,
         )),
     ], [4, 4, 1, 1], [168, 152, 24, 24])  # fmt: skip
+
+
+def _describe_lse(part_lse: Tensor, heads: int, free: int, rows: int) -> TensorDescriptor:
+    """Boxes of all slots of 64 rows; beyond the slots they read zeros."""
+    stride = lse_stride(rows)
+    box = [1, triton.next_power_of_2(free), ROWS.value]
+    layout = gl.NVMMASharedLayout.get_default_for(box, gl.float32)
+    return TensorDescriptor(part_lse, [heads, free, rows], [free * stride, stride, 1], box, layout)
 
 
 def hopper_finish(
@@ -432,9 +459,10 @@ def hopper_finish(
     hopper_finish_kernel[(min(num_multiprocessors(q), num_tiles * heads),)](
         *describe_parts(q, D, *box), *describe_parts(k, D, KEYS.value, 1), describe_box(v, KEYS.value, 1),
         *describe_parts(window.k, D, KEYS.value, 1), describe_box(window.v, KEYS.value, 1), describe_box(parts, *box),
-        describe_box(out_cmp, *box), describe_box(out_win, *box), part_lse, gates, out_slc, out, lse_slc, window.lse,
+        _describe_lse(part_lse, heads, free, tokens * G), describe_box(out_cmp, *box), describe_box(out_win, *box),
+        gates, out_slc, out, lse_slc, window.lse,
         q if layout is None else layout.doc_start, scale * LOG2E, T, chunk.head, chunk.token, tokens, num_tiles, heads,
         G=G, HKV=Hkv, D=D, TAIL=tail, FREE=free, BLOCK=geometry.select_block_size, INIT=geometry.num_init_blocks,
-        LOCAL=geometry.num_local_blocks, WINDOW=geometry.window_size, PACKED=layout is not None, LN2=LN2, STAGES=STAGES,
-        PART_STAGES=PART_STAGES, BUFFERS=TAIL_QUERY_BUFFERS if tail else QUERY_BUFFERS, num_warps=4,
+        LOCAL=geometry.num_local_blocks, WINDOW=geometry.window_size, PACKED=layout is not None,
+        PADDED=triton.next_power_of_2(free), LN2=LN2, STAGES=STAGES, PART_STAGES=PART_STAGES, BUFFERS=TAIL_QUERY_BUFFERS if tail else QUERY_BUFFERS, num_warps=4,
     )  # fmt: skip

@@ -7,7 +7,8 @@ The forced blocks, which whole blocks of queries share, can come from a dense ke
 part of the sum; then the slots that are left are the free ones.
 
 Shapes: q `[B, T, H, Dk]`, k `[B, S, Hkv, Dk]`, v `[B, S, Hkv, Dv]`, block_indices `[B, T, Hkv, n]`; partial outputs
-`[heads, tokens, free slots, G, Dv]` of a chunk, in the dtype of q; their log-sum-exps, base 2, without the last size.
+`[heads, tokens, free slots, G, Dv]` of a chunk, in the dtype of q; their log-sum-exps, base 2, `[heads, free slots,
+tokens * G]` with `lse_stride` from slot to slot.
 """
 
 # Kernels are typed by Triton, not by Python.
@@ -26,7 +27,7 @@ from nsa.geometry import BlockGeometry
 from nsa.ops.triton.common import LN2, LOG2E, Layout, dot_precision, has_large_shared_memory, key_tail, scratch_of
 from nsa.ops.triton.hopper_finish import Window, hopper_finish
 from nsa.ops.triton.hopper_select_fwd import hopper_select_forward, hopper_select_forward_serves, range_tokens
-from nsa.ops.triton.invert import cut_chunks, invert, item_keys, plan
+from nsa.ops.triton.invert import cut_chunks, invert, item_keys, lse_stride, plan
 
 SCRATCH_BYTES = 2**31
 ITEM_ROWS = 1024
@@ -57,10 +58,10 @@ def select_tile(q: Tensor, head_dim: int, value_head_dim: int, large: bool) -> d
     return {"BLOCK_M": 64, "num_warps": 4, "num_stages": 1, "maxnreg": 128}  # four programs a multiprocessor
 
 
-@triton.jit(do_not_specialize=["T", "S", "q_start", "head_start", "token_start", "num_tokens", "bound"])
+@triton.jit(do_not_specialize=["T", "S", "q_start", "head_start", "token_start", "num_tokens", "lse_stride", "bound"])
 def select_forward_kernel(
     q_ptr, k_ptr, v_ptr, part_ptr, part_lse_ptr, entries_ptr, item_ptr, doc_ptr, base_ptr,
-    scale_log2, T, S, q_start, head_start, token_start, num_tokens, bound,
+    scale_log2, T, S, q_start, head_start, token_start, num_tokens, lse_stride, bound,
     H: tl.constexpr, HKV: tl.constexpr, DK: tl.constexpr, TAIL: tl.constexpr, DV: tl.constexpr, BLOCK: tl.constexpr,
     RATIO: tl.constexpr, SLOTS: tl.constexpr, FREE: tl.constexpr, SHIFT: tl.constexpr, PEELED: tl.constexpr,
     PACKED: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -90,7 +91,7 @@ def select_forward_kernel(
         q_ptr += ((b * T + token_start) * H + group * G) * DK
         part_row = tl.program_id(1).to(tl.int64) * num_tokens * (FREE * G)
         part_ptr += part_row * DV
-        part_lse_ptr += part_row
+        part_lse_ptr += tl.program_id(1).to(tl.int64) * FREE * lse_stride
         entries_ptr += entry
         for start in tl.range(0, num_rows, BLOCK_M):
             row = tl.minimum(start + tl.arange(0, BLOCK_M), num_rows - 1)  # the last row may repeat, with its own value
@@ -115,9 +116,11 @@ def select_forward_kernel(
             total = tl.sum(p, 1)
             out = tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
             out = out * (1.0 / tl.where(total == 0.0, 1.0, total))[:, None]
-            part = ((t - token_start) * FREE + place % SLOTS - SHIFT) * G + row % G
+            slot = place % SLOTS - SHIFT
+            part = ((t - token_start) * FREE + slot) * G + row % G
             tl.store(part_ptr + (part[:, None] * DV + tl.arange(0, DV)[None, :]), out.to(part_ptr.dtype.element_ty))
-            tl.store(part_lse_ptr + part, tl.where(total == 0.0, float("-inf"), best + tl.math.log2(total)))
+            part_lse = part_lse_ptr + (slot * lse_stride + (t - token_start) * G + row % G)
+            tl.store(part_lse, tl.where(total == 0.0, float("-inf"), best + tl.math.log2(total)))
 
 
 @triton.jit
@@ -138,10 +141,10 @@ def gated_sum(out, cmp_ptr, win_ptr, gate_ptr, sum_ptr, row, place, live):
     tl.store(sum_ptr + place, out.to(sum_ptr.dtype.element_ty), mask=live[:, None])
 
 
-@triton.jit(do_not_specialize=["T", "q_start", "head_start", "token_start", "num_tokens"])
+@triton.jit(do_not_specialize=["T", "q_start", "head_start", "token_start", "num_tokens", "lse_stride"])
 def select_reduce_kernel(
     part_ptr, part_lse_ptr, choice_ptr, forced_ptr, forced_lse_ptr, out_ptr, lse_ptr, cmp_ptr, win_ptr, gate_ptr,
-    sum_ptr, doc_ptr, log2e, T, q_start, head_start, token_start, num_tokens,
+    sum_ptr, doc_ptr, log2e, T, q_start, head_start, token_start, num_tokens, lse_stride,
     H: tl.constexpr, HKV: tl.constexpr, DV: tl.constexpr, RATIO: tl.constexpr, SLOTS: tl.constexpr, FREE: tl.constexpr,
     BLOCK: tl.constexpr, INIT: tl.constexpr, LOCAL: tl.constexpr, PACKED: tl.constexpr, GATED: tl.constexpr,
     PADDED: tl.constexpr, ROWS: tl.constexpr, LN2: tl.constexpr, STAGES: tl.constexpr,
@@ -171,7 +174,8 @@ def select_reduce_kernel(
     set_slots = live[:, None] & (slots < FREE)
     listed = tl.load(choice_ptr[:, None] + slots // RATIO, mask=set_slots, other=-1)
     set_slots = set_slots & (listed >= 0) & (listed <= last_free[:, None])
-    slot_lse = tl.load(part_lse_ptr + part[:, None] + slots * G, mask=set_slots, other=float("-inf"))
+    part_lse_ptr += tl.program_id(1).to(tl.int64) * FREE * lse_stride
+    slot_lse = tl.load(part_lse_ptr + (row[:, None] + slots * lse_stride), mask=set_slots, other=float("-inf"))
     best = tl.max(slot_lse, 1)
     forced_lse = best
     if PEELED:
@@ -192,7 +196,7 @@ def select_reduce_kernel(
         chosen = tl.load(choice_ptr + slot // RATIO, mask=live, other=-1)
         used = live & (chosen >= 0) & (chosen <= last_free)
         place = part + slot * G
-        weight = tl.math.exp2(tl.load(part_lse_ptr + place, mask=live, other=0.0) - best)
+        weight = tl.math.exp2(tl.load(part_lse_ptr + (row + slot * lse_stride), mask=live, other=0.0) - best)
         value = tl.load(part_ptr + place[:, None] * DV + column, mask=live[:, None], other=0.0)
         acc += tl.where(used[:, None], value.to(tl.float32) * weight[:, None], 0.0)
     out = acc / tl.where(total == 0.0, 1.0, total)[:, None]
@@ -248,7 +252,8 @@ def select_forward(
     chunks = cut_chunks(B * Hkv, T, token_bytes, granule, scratch_bytes)
     most = max((c.head_end - c.head) * (c.token_end - c.token) for c in chunks)
     part = q.new_empty(most * G * free, Dv)
-    part_lse = q.new_empty(most * G * free, dtype=torch.float32)
+    sizes = ((c.head_end - c.head, lse_stride((c.token_end - c.token) * G)) for c in chunks)
+    part_lse = q.new_empty(max(heads * stride for heads, stride in sizes) * free, dtype=torch.float32)
     items = plan(inversion, T, granule if hopper else max(c.token_end - c.token for c in chunks), item_entries)
     bound = items.table.shape[2]
     for chunk in chunks:
@@ -263,7 +268,7 @@ def select_forward(
             table = items.table[chunk.token // items.range_tokens, chunk.head : chunk.head_end]
             select_forward_kernel[(bound, heads)](
                 q, k, v, part, part_lse, inversion.entries, table, *documents,
-                scale * LOG2E, T, S, q_start, chunk.head, chunk.token, tokens, bound,
+                scale * LOG2E, T, S, q_start, chunk.head, chunk.token, tokens, lse_stride(tokens * G), bound,
                 DK=Dk, TAIL=key_tail(Dk), BLOCK=inversion.sub_block, SHIFT=init * ratio, PEELED=peeled,
                 PRECISION=dot_precision(q), BLOCK_N=max(16, triton.next_power_of_2(inversion.sub_block)),
                 **shape, **tile,
@@ -277,7 +282,7 @@ def select_forward(
         rows = max(1, REDUCE_ELEMENTS // Dv)
         select_reduce_kernel[(triton.cdiv(tokens * G, rows), heads)](
             part, part_lse, block_indices, *(forced or (out, lse)), out, lse, *(gated or (out, out, out, out)),
-            documents[0], LOG2E, T, q_start, chunk.head, chunk.token, tokens,
+            documents[0], LOG2E, T, q_start, chunk.head, chunk.token, tokens, lse_stride(tokens * G),
             BLOCK=geometry.select_block_size, INIT=init, LOCAL=local, GATED=gated is not None,
             PADDED=triton.next_power_of_2(max(free, 1)), ROWS=rows, LN2=LN2, STAGES=REDUCE_STAGES,
             num_warps=4, **shape,
