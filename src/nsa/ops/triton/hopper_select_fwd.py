@@ -140,10 +140,10 @@ def hopper_select_forward_kernel(
             operand = gl.convert_layout(p.to(dtype), gl.DotOperandLayout(0, PANEL, 2))
             # The last row may repeat, with its own values.
             place = (entries.load(ROW) - first_place).to(gl.uint32)
-            row = (place // SLOTS * FREE + place % SLOTS - SHIFT) * G + rows_of_tile(start, num_rows, ROW) % G
+            row = (place // SLOTS * FREE + place % SLOTS - SHIFT) * G + rows_of_tile(start, num_rows, ROWS, ROW) % G
             gl.store(part_lse_ptr + row.to(gl.int32), best + gl.log2(total))
             place = (entries.load(WHOLE) - first_place).to(gl.uint32)
-            row = (place // SLOTS * FREE + place % SLOTS - SHIFT) * G + rows_of_tile(start, num_rows, WHOLE) % G
+            row = (place // SLOTS * FREE + place % SLOTS - SHIFT) * G + rows_of_tile(start, num_rows, ROWS, WHOLE) % G
             target = row.to(gl.int32)[:, None] * DV + gl.arange(0, WIDTH, gl.SliceLayout(0, LAYOUT))[None, :]
             for panel in gl.static_range(DV // WIDTH):
                 v = v_smem.index(panel).reshape([BLOCK, WIDTH])
