@@ -62,17 +62,30 @@ def copy_entries(entries_ptr, tile, start, num_rows, G: gl.constexpr, LINE: gl.c
 
 
 @gluon.jit
+def make_panels(dtype: gl.constexpr, ROWS: gl.constexpr, PANELS: gl.constexpr, BUFFERS: gl.constexpr = 2):
+    """Room for tiles cut into panels.
+
+    Within one allocation the compiler has threads wait between accesses to different panels too.
+    """
+    square: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    tiles = ()
+    for _ in gl.static_range(PANELS):
+        tiles += (gl.allocate_shared_memory(dtype, [BUFFERS, ROWS, WIDTH], square),)
+    return tiles
+
+
+@gluon.jit
 def copy_panels(
-    x_ptr, tiles, first, entries, first_place, start, num_rows, G: gl.constexpr, H: gl.constexpr, D: gl.constexpr,
+    x_ptr, tiles, buffer, entries, first_place, start, num_rows, G: gl.constexpr, H: gl.constexpr, D: gl.constexpr,
     SLOTS: gl.constexpr, LAYOUT: gl.constexpr,
 ):  # fmt: skip
-    """Begin to copy a tile's rows, whose entries are here, into panels `first`, `first` + 1 and so on."""
+    """Begin to copy a tile's rows, whose entries are here, into panels of `tiles`."""
     ROW: gl.constexpr = gl.SliceLayout(1, LAYOUT)
     token = (entries.load(ROW) - first_place).to(gl.uint32) // SLOTS
     offsets = (token * H + rows_of_tile(start, num_rows, entries.shape[0], ROW) % G).to(gl.int32)[:, None] * D
     offsets += gl.arange(0, WIDTH, gl.SliceLayout(0, LAYOUT))[None, :]
-    for panel in gl.static_range(D // WIDTH):
-        async_copy.async_copy_global_to_shared(tiles.index(first + panel), x_ptr + panel * WIDTH + offsets)
+    for panel in gl.static_range(len(tiles)):
+        async_copy.async_copy_global_to_shared(tiles[panel].index(buffer), x_ptr + panel * WIDTH + offsets)
 
 
 @gluon.jit
@@ -96,11 +109,11 @@ def _repeat(x, NUMBER: gl.constexpr):
 
 
 @gluon.jit
-def _add_panels(operand, tiles, first, sums):
+def _add_panels(operand, tiles, buffer, sums):
     """Begin to add the products of `operand` and the panels of a tile."""
     added = ()
     for panel in gl.static_range(len(sums)):
-        added += (warpgroup_mma(operand, tiles.index(first + panel), sums[panel], is_async=True),)
+        added += (warpgroup_mma(operand, tiles[panel].index(buffer), sums[panel], is_async=True),)
     return added
 
 
@@ -164,14 +177,13 @@ def hopper_select_backward_kernel(
     line: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[0])
     k_smem = gl.allocate_shared_memory(dtype, [PANELS] + k_desc.block_shape, k_desc.layout)
     v_smem = gl.allocate_shared_memory(dtype, [VALUE_PANELS] + v_desc.block_shape, v_desc.layout)
-    q_smem = gl.allocate_shared_memory(dtype, [2 * PANELS, ROWS, WIDTH], square)
-    dout_smem = gl.allocate_shared_memory(dtype, [2 * VALUE_PANELS, ROWS, WIDTH], square)
+    q_smem = make_panels(dtype, ROWS, PANELS)
+    dout_smem = make_panels(dtype, ROWS, VALUE_PANELS)
     lse_smem = gl.allocate_shared_memory(gl.float32, [2, ROWS], line)
     delta_smem = gl.allocate_shared_memory(gl.float32, [2, ROWS], line)
     entry_smem = gl.allocate_shared_memory(gl.int32, [4, ROWS], line)
     ds_smem = gl.allocate_shared_memory(dtype, [ROWS, BLOCK], square)
-    if TRANSPOSED:
-        dq_smem = gl.allocate_shared_memory(dtype, [PANELS, ROWS, WIDTH], square)
+    dq_smem = make_panels(dtype, ROWS, PANELS if TRANSPOSED else 0, 1)
     k_full = make_barriers(1, 1)
     fence_async_shared()
 
@@ -238,29 +250,25 @@ def hopper_select_backward_kernel(
         for start in range(0, num_rows, ROWS):
             step = start // ROWS
             buffer = step % 2
-            first = buffer * PANELS
-            first_value = buffer * VALUE_PANELS
             entries = entry_smem.index(step % 4)
             async_copy.wait_group(0)
             fence_async_shared()  # rows were written by threads, the products read them as TMA does
             s = nothing
             dp = nothing
             for panel in gl.static_range(PANELS):
-                q = q_smem.index(first + panel)
+                q = q_smem[panel].index(buffer)
                 k = k_smem.index(panel).reshape([BLOCK, WIDTH])
                 s = warpgroup_mma(k, q.permute([1, 0]), s, use_acc=panel > 0, is_async=True)
             for panel in gl.static_range(VALUE_PANELS):
-                dout = dout_smem.index(first_value + panel)
+                dout = dout_smem[panel].index(buffer)
                 v = v_smem.index(panel).reshape([BLOCK, WIDTH])
                 dp = warpgroup_mma(v, dout.permute([1, 0]), dp, use_acc=panel > 0, is_async=True)
             if start + ROWS < num_rows:
                 low = start + ROWS
                 other = 1 - buffer
                 what = entry_smem.index((step + 1) % 4)
-                copy_panels(q_ptr, q_smem, other * PANELS, what, first_place, low, num_rows, G, H, DK, SLOTS, LAYOUT)
-                copy_panels(
-                    dout_ptr, dout_smem, other * VALUE_PANELS, what, first_place, low, num_rows, G, H, DV, SLOTS, LAYOUT
-                )  # fmt: skip
+                copy_panels(q_ptr, q_smem, other, what, first_place, low, num_rows, G, H, DK, SLOTS, LAYOUT)
+                copy_panels(dout_ptr, dout_smem, other, what, first_place, low, num_rows, G, H, DV, SLOTS, LAYOUT)
                 _copy_lines(
                     lse_ptr, delta_ptr, what, lse_smem.index(other), delta_smem.index(other), first_place, low,
                     num_rows, G, H, SLOTS, LINE,
@@ -277,12 +285,12 @@ def hopper_select_backward_kernel(
                 position = key_start - q_start + gl.arange(0, BLOCK, gl.SliceLayout(1, TILE))
                 p = gl.where((position[:, None] <= t[None, :]) & (row < num_rows)[None, :], p, 0.0)
             operand = gl.convert_layout(p.to(dtype), OPERAND)
-            dv = _add_panels(operand, dout_smem, first_value, dv)
+            dv = _add_panels(operand, dout_smem, buffer, dv)
             dp = warpgroup_mma_wait(VALUE_PANELS, deps=[dp])
             delta = delta_smem.index(buffer).load(COLUMN)
             ds = (p * (dp - delta[None, :])).to(dtype)
             operand = gl.convert_layout(ds, OPERAND)
-            dk = _add_panels(operand, q_smem, first, dk)
+            dk = _add_panels(operand, q_smem, buffer, dk)
             if QUERIES:
                 if TRANSPOSED:
                     ds_smem.permute([1, 0]).store(ds)
@@ -297,18 +305,18 @@ def hopper_select_backward_kernel(
             if TRANSPOSED:
                 for panel in gl.static_range(PANELS):
                     columns = warpgroup_mma_wait(min(AHEAD, PANELS - panel) - 1, deps=[dq[panel]])
-                    dq_smem.index(panel).permute([1, 0]).store(columns.to(dtype))
+                    dq_smem[panel].index(0).permute([1, 0]).store(columns.to(dtype))
                     if panel + AHEAD < PANELS:
                         dq += (_transposed_panel(k_smem, panel + AHEAD, ds_smem, nothing),)
                 for panel in gl.static_range(PANELS):
-                    tile = dq_smem.index(panel)
+                    tile = dq_smem[panel].index(0)
                     _store_query_panel(part_ptr, tile, panel, entries, first_place, start, num_rows, G, DK, LAYOUT)
             elif QUERIES:
                 for panel in gl.static_range(PANELS):
                     k = k_smem.index(panel).reshape([BLOCK, WIDTH])
                     whole = warpgroup_mma(ds_smem.permute([1, 0]), k, none, use_acc=False, is_async=True)
                     whole = warpgroup_mma_wait(0, deps=[whole])
-                    tile = q_smem.index(first + panel)  # dQ leaves from the queries' place, as these are done with
+                    tile = q_smem[panel].index(buffer)  # dQ leaves from the queries' place, as these are done with
                     tile.store(whole.to(dtype))
                     _store_query_panel(part_ptr, tile, panel, entries, first_place, start, num_rows, G, DK, LAYOUT)
         for panel in gl.static_range(PANELS):
