@@ -134,17 +134,15 @@ def _transposed_panel(k_smem, panel, ds, none):
 
 
 @gluon.jit
-def _store_query_panel(
-    part_ptr, tile, panel, entries, first_place, start, num_rows, G: gl.constexpr, D: gl.constexpr,
-    LAYOUT: gl.constexpr,
+def _query_places(
+    entries, first_place, start, num_rows, G: gl.constexpr, D: gl.constexpr, LAYOUT: gl.constexpr
 ):  # fmt: skip
-    """Store a panel of dQ from shared memory, whole rows at a time."""
-    ROWS: gl.constexpr = tile.shape[0]
+    """Where a tile's rows of dQ go in the scratch, and which rows there are."""
     ROW: gl.constexpr = gl.SliceLayout(1, LAYOUT)
-    live = start + gl.arange(0, ROWS, ROW) < num_rows
+    ROWS: gl.constexpr = entries.shape[0]
     row = (entries.load(ROW) - first_place).to(gl.uint32) * G + rows_of_tile(start, num_rows, ROWS, ROW) % G
     target = row.to(gl.int32)[:, None] * D + gl.arange(0, WIDTH, gl.SliceLayout(0, LAYOUT))[None, :]
-    gl.store(part_ptr + panel * WIDTH + target, tile.load(LAYOUT), mask=live[:, None])
+    return target, (start + gl.arange(0, ROWS, ROW) < num_rows)[:, None]
 
 
 @gluon.jit
@@ -302,6 +300,8 @@ def hopper_select_backward_kernel(
                 dq += (_transposed_panel(k_smem, panel, ds_smem, nothing),)
             dv = _wait_panels(dv, PANELS + AHEAD)
             dk = _wait_panels(dk, AHEAD)
+            if QUERIES:
+                target, live = _query_places(entries, first_place, start, num_rows, G, DK, LAYOUT)
             if TRANSPOSED:
                 for panel in gl.static_range(PANELS):
                     columns = warpgroup_mma_wait(min(AHEAD, PANELS - panel) - 1, deps=[dq[panel]])
@@ -309,8 +309,7 @@ def hopper_select_backward_kernel(
                     if panel + AHEAD < PANELS:
                         dq += (_transposed_panel(k_smem, panel + AHEAD, ds_smem, nothing),)
                 for panel in gl.static_range(PANELS):
-                    tile = dq_smem[panel].index(0)
-                    _store_query_panel(part_ptr, tile, panel, entries, first_place, start, num_rows, G, DK, LAYOUT)
+                    gl.store(part_ptr + panel * WIDTH + target, dq_smem[panel].index(0).load(LAYOUT), mask=live)
             elif QUERIES:
                 for panel in gl.static_range(PANELS):
                     k = k_smem.index(panel).reshape([BLOCK, WIDTH])
@@ -318,7 +317,7 @@ def hopper_select_backward_kernel(
                     whole = warpgroup_mma_wait(0, deps=[whole])
                     tile = q_smem[panel].index(buffer)  # dQ leaves from the queries' place, as these are done with
                     tile.store(whole.to(dtype))
-                    _store_query_panel(part_ptr, tile, panel, entries, first_place, start, num_rows, G, DK, LAYOUT)
+                    gl.store(part_ptr + panel * WIDTH + target, tile.load(LAYOUT), mask=live)
         for panel in gl.static_range(PANELS):
             _store_panel(dk_ptr, dk[panel], item, panel, DK, PANEL)
             if panel < VALUE_PANELS:
