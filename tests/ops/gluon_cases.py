@@ -61,6 +61,8 @@ CASES = {
     "whole": (1, 420, 8, 2, 64, BLOCKS, None, 0, 0, "float16", 3, "a"),
     "whole, head size 128": (2, 330, 2, 1, 128, BLOCKS, None, 0, 0, "bfloat16", 1, "a"),
     "whole, keys of 192": (1, 400, 4, 1, 192, BLOCKS, None, 0, 0, "float16", 2, "a"),
+    "whole, packed, keys of 192, three heads": (1, 330, 6, 2, 192, BLOCKS, [0, 0, 20, 320], 0, 0, "bfloat16", 2, "ak"),
+    "whole, unions, keys of 192": (1, 230, 3, 1, 192, BLOCKS, None, 0, 0, "float16", 2, "au"),
     "whole, blocks of 48 tokens": (1, 190, 4, 1, 64, ODD, None, 0, 0, "float16", 2, "a"),
     "whole, packed, five heads a group": (1, 450, 5, 1, 64, BLOCKS, [0, 0, 20, 440], 0, 0, "float16", 2, "ak"),
     "whole, packed, four heads a group": (1, 520, 8, 2, 64, BLOCKS, [0, 0, 20, 150, 151, 490], 0, 0, "float16", 2, "ak"),

@@ -26,7 +26,8 @@ PLAIN_KERNELS = {
 }  # fmt: skip
 HOPPER_KERNELS = {
     "hopper_forward_kernel", "hopper_key_kernel", "hopper_query_kernel", "hopper_score_kernel",
-    "hopper_select_forward_kernel", "hopper_union_forward_kernel", "hopper_union_query_kernel",
+    "hopper_select_forward_kernel", "hopper_select_backward_kernel", "hopper_union_forward_kernel",
+    "hopper_union_query_kernel",
 }  # fmt: skip
 LAYOUT_KERNELS = {"_compressed_bounds", "_spread"}
 MATRIX_KERNELS = {"select_forward_kernel", "forced_forward_kernel"}
@@ -71,8 +72,6 @@ def test_all_kernels_compile_within_shared_memory(architecture, dtype, group_siz
     if hopper and group_size == 1:  # nor has that for the scores for one wide head; unions take three heads or more
         matrix = matrix - {"hopper_score_kernel"} - {name for name in matrix if "union" in name} | {"score_kernel"}
         matrix |= {"union_forward_kernel", "union_query_kernel"}
-    if hopper:  # its kernel for the selected backward has no room for keys of 192
-        matrix = matrix | {"select_backward_kernel" if head_dim == 192 else "hopper_select_backward_kernel"}
     others = ({"_pack_rows_kernel"} if hopper else set()) | (LAYOUT_KERNELS if packed else set())
     assert {kernel["kernel"] for kernel in kernels} == KERNELS | matrix | others
     assert max(kernel["shared_bytes"] for kernel in kernels) <= LIMITS[architecture]

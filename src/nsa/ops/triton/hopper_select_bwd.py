@@ -5,6 +5,9 @@ the next tile behind the present one. Here a program of four warps, two on a mul
 knows their tokens a tile before. Offsets within a chunk fit 32 bits, and heads are cut into panels of 64 columns, so
 that all that a step needs fits the registers.
 
+Beside dK of keys of 192, registers and shared memory have room for tiles of 32 rows only. A product has 64 rows at
+least: those of dQ are then its columns, and dQ leaves transposed.
+
 Shapes are those of `select_bwd`; blocks of 64 tokens.
 """
 
@@ -34,18 +37,19 @@ from nsa.ops.triton.dense_bwd import Rows
 from nsa.ops.triton.hopper_fwd import make_barriers
 from nsa.ops.triton.invert import Chunk, Inversion, item_keys
 
-ROWS = gl.constexpr(64)  # rows of a tile
+ROWS = gl.constexpr(64)  # rows of a tile; half as many beside keys of 192
 BLOCK = gl.constexpr(64)  # keys of a block
 WIDTH = gl.constexpr(64)  # columns of a panel
+QUERY_PANELS = gl.constexpr(2)  # panels of a transposed dQ in flight at once: three do not fit the registers
 
 
 def hopper_select_backward_serves(q: Tensor, v: Tensor, sub_block: int) -> bool:
     """Whether the kernel takes these fitting tensors and blocks."""
-    return hopper_serves(q, v) and q.shape[3] == v.shape[3] and sub_block == BLOCK.value
+    return hopper_serves(q, v) and sub_block == BLOCK.value
 
 
 @gluon.jit
-def rows_of_tile(start, num_rows, LAYOUT: gl.constexpr):
+def rows_of_tile(start, num_rows, ROWS: gl.constexpr, LAYOUT: gl.constexpr):
     """Numbers of a tile's rows; the item's last repeats."""
     return gl.minimum(start + gl.arange(0, ROWS, LAYOUT), num_rows - 1).to(gl.uint32)
 
@@ -53,21 +57,35 @@ def rows_of_tile(start, num_rows, LAYOUT: gl.constexpr):
 @gluon.jit
 def copy_entries(entries_ptr, tile, start, num_rows, G: gl.constexpr, LINE: gl.constexpr):
     """Begin to copy the entries of a tile's rows."""
-    async_copy.async_copy_global_to_shared(tile, entries_ptr + (rows_of_tile(start, num_rows, LINE) // G).to(gl.int32))
+    row = rows_of_tile(start, num_rows, tile.shape[0], LINE)
+    async_copy.async_copy_global_to_shared(tile, entries_ptr + (row // G).to(gl.int32))
+
+
+@gluon.jit
+def make_panels(dtype: gl.constexpr, ROWS: gl.constexpr, PANELS: gl.constexpr, BUFFERS: gl.constexpr = 2):
+    """Room for tiles cut into panels.
+
+    Within one allocation the compiler has threads wait between accesses to different panels too.
+    """
+    square: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    tiles = ()
+    for _ in gl.static_range(PANELS):
+        tiles += (gl.allocate_shared_memory(dtype, [BUFFERS, ROWS, WIDTH], square),)
+    return tiles
 
 
 @gluon.jit
 def copy_panels(
-    x_ptr, tiles, first, entries, first_place, start, num_rows, G: gl.constexpr, H: gl.constexpr, D: gl.constexpr,
+    x_ptr, tiles, buffer, entries, first_place, start, num_rows, G: gl.constexpr, H: gl.constexpr, D: gl.constexpr,
     SLOTS: gl.constexpr, LAYOUT: gl.constexpr,
 ):  # fmt: skip
-    """Begin to copy a tile's rows, whose entries are here, into panels `first`, `first` + 1 and so on."""
+    """Begin to copy a tile's rows, whose entries are here, into panels of `tiles`."""
     ROW: gl.constexpr = gl.SliceLayout(1, LAYOUT)
     token = (entries.load(ROW) - first_place).to(gl.uint32) // SLOTS
-    offsets = (token * H + rows_of_tile(start, num_rows, ROW) % G).to(gl.int32)[:, None] * D
+    offsets = (token * H + rows_of_tile(start, num_rows, entries.shape[0], ROW) % G).to(gl.int32)[:, None] * D
     offsets += gl.arange(0, WIDTH, gl.SliceLayout(0, LAYOUT))[None, :]
-    for panel in gl.static_range(D // WIDTH):
-        async_copy.async_copy_global_to_shared(tiles.index(first + panel), x_ptr + panel * WIDTH + offsets)
+    for panel in gl.static_range(len(tiles)):
+        async_copy.async_copy_global_to_shared(tiles[panel].index(buffer), x_ptr + panel * WIDTH + offsets)
 
 
 @gluon.jit
@@ -77,26 +95,54 @@ def _copy_lines(
 ):  # fmt: skip
     """Begin to copy the log-sum-exps and deltas of a tile's rows."""
     token = (entries.load(LINE) - first_place).to(gl.uint32) // SLOTS
-    row = (token * H + rows_of_tile(start, num_rows, LINE) % G).to(gl.int32)
+    row = (token * H + rows_of_tile(start, num_rows, entries.shape[0], LINE) % G).to(gl.int32)
     async_copy.async_copy_global_to_shared(lse_tile, lse_ptr + row)
     async_copy.async_copy_global_to_shared(delta_tile, delta_ptr + row)
 
 
 @gluon.jit
-def _query_panel(
-    part_ptr, tile, panel, ds, k, entries, first_place, start, num_rows, G: gl.constexpr, D: gl.constexpr,
-    LAYOUT: gl.constexpr, PANEL: gl.constexpr,
+def _repeat(x, NUMBER: gl.constexpr):
+    values = ()
+    for _ in gl.static_range(NUMBER):
+        values += (x,)
+    return values
+
+
+@gluon.jit
+def _add_panels(operand, tiles, buffer, sums):
+    """Begin to add the products of `operand` and the panels of a tile."""
+    added = ()
+    for panel in gl.static_range(len(sums)):
+        added += (warpgroup_mma(operand, tiles[panel].index(buffer), sums[panel], is_async=True),)
+    return added
+
+
+@gluon.jit
+def _wait_panels(sums, LATER: gl.constexpr):
+    """These sums, after which `LATER` products were begun."""
+    done = ()
+    for panel in gl.static_range(len(sums)):
+        done += (warpgroup_mma_wait(LATER + len(sums) - 1 - panel, deps=[sums[panel]]),)
+    return done
+
+
+@gluon.jit
+def _transposed_panel(k_smem, panel, ds, none):
+    """Begin a panel of dQ, transposed."""
+    k = k_smem.index(panel).reshape([BLOCK, WIDTH])
+    return warpgroup_mma(k.permute([1, 0]), ds.permute([1, 0]), none, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def _query_places(
+    entries, first_place, start, num_rows, G: gl.constexpr, D: gl.constexpr, LAYOUT: gl.constexpr
 ):  # fmt: skip
-    """Columns of a panel of dQ, which leave from the queries' place, as these are done with."""
+    """Where a tile's rows of dQ go in the scratch, and which rows there are."""
     ROW: gl.constexpr = gl.SliceLayout(1, LAYOUT)
-    nothing = gl.zeros([ROWS, WIDTH], gl.float32, PANEL)
-    dq = warpgroup_mma(ds.permute([1, 0]), k, nothing, use_acc=False, is_async=True)
-    dq = warpgroup_mma_wait(0, deps=[dq])
-    tile.store(dq.to(tile.dtype))
-    live = start + gl.arange(0, ROWS, ROW) < num_rows
-    row = (entries.load(ROW) - first_place).to(gl.uint32) * G + rows_of_tile(start, num_rows, ROW) % G
+    ROWS: gl.constexpr = entries.shape[0]
+    row = (entries.load(ROW) - first_place).to(gl.uint32) * G + rows_of_tile(start, num_rows, ROWS, ROW) % G
     target = row.to(gl.int32)[:, None] * D + gl.arange(0, WIDTH, gl.SliceLayout(0, LAYOUT))[None, :]
-    gl.store(part_ptr + panel * WIDTH + target, tile.load(LAYOUT), mask=live[:, None])
+    return target, (start + gl.arange(0, ROWS, ROW) < num_rows)[:, None]
 
 
 @gluon.jit
@@ -110,13 +156,17 @@ def _store_panel(x_ptr, x, item, panel, D: gl.constexpr, PANEL: gl.constexpr):
 def hopper_select_backward_kernel(
     q_ptr, k_desc, v_desc, dout_ptr, lse_ptr, delta_ptr, part_ptr, dk_ptr, dv_ptr, key_ptr, entries_ptr, item_ptr,
     doc_ptr, doc_end_ptr, base_ptr, scale_log2, log2e, T, S, q_start, head_start, token_start, num_tokens, bound,
-    G: gl.constexpr, HKV: gl.constexpr, D: gl.constexpr, RATIO: gl.constexpr, SLOTS: gl.constexpr,
-    PACKED: gl.constexpr, QUERIES: gl.constexpr,
+    G: gl.constexpr, HKV: gl.constexpr, DK: gl.constexpr, DV: gl.constexpr, ROWS: gl.constexpr, RATIO: gl.constexpr,
+    SLOTS: gl.constexpr, PACKED: gl.constexpr, QUERIES: gl.constexpr,
 ):  # fmt: skip
     H: gl.constexpr = G * HKV
-    PANELS: gl.constexpr = D // WIDTH
+    PANELS: gl.constexpr = DK // WIDTH
+    VALUE_PANELS: gl.constexpr = DV // WIDTH
+    TRANSPOSED: gl.constexpr = QUERIES and ROWS < BLOCK
+    AHEAD: gl.constexpr = min(QUERY_PANELS, PANELS) if TRANSPOSED else 0
     PANEL: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
-    COLUMN: gl.constexpr = gl.SliceLayout(0, PANEL)
+    TILE: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
+    COLUMN: gl.constexpr = gl.SliceLayout(0, TILE)
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, PANEL, 2)
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     LINE: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
@@ -124,13 +174,14 @@ def hopper_select_backward_kernel(
     square: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     line: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[0])
     k_smem = gl.allocate_shared_memory(dtype, [PANELS] + k_desc.block_shape, k_desc.layout)
-    v_smem = gl.allocate_shared_memory(dtype, [PANELS] + v_desc.block_shape, v_desc.layout)
-    q_smem = gl.allocate_shared_memory(dtype, [2 * PANELS, ROWS, WIDTH], square)
-    dout_smem = gl.allocate_shared_memory(dtype, [2 * PANELS, ROWS, WIDTH], square)
+    v_smem = gl.allocate_shared_memory(dtype, [VALUE_PANELS] + v_desc.block_shape, v_desc.layout)
+    q_smem = make_panels(dtype, ROWS, PANELS)
+    dout_smem = make_panels(dtype, ROWS, VALUE_PANELS)
     lse_smem = gl.allocate_shared_memory(gl.float32, [2, ROWS], line)
     delta_smem = gl.allocate_shared_memory(gl.float32, [2, ROWS], line)
     entry_smem = gl.allocate_shared_memory(gl.int32, [4, ROWS], line)
-    ds_smem = gl.allocate_shared_memory(dtype, [BLOCK, ROWS], square)
+    ds_smem = gl.allocate_shared_memory(dtype, [ROWS, BLOCK], square)
+    dq_smem = make_panels(dtype, ROWS, PANELS if TRANSPOSED else 0, 1)
     k_full = make_barriers(1, 1)
     fence_async_shared()
 
@@ -149,19 +200,20 @@ def hopper_select_backward_kernel(
             key_end = gl.minimum(key_end, gl.load(doc_end_ptr + gl.load(entries_ptr + entry) // SLOTS))
         gl.store(key_ptr + 2 * item, key_start)
         gl.store(key_ptr + 2 * item + 1, key_end)
-        mbarrier.expect(k_full.index(0), 4 * BLOCK * D)
+        mbarrier.expect(k_full.index(0), 2 * BLOCK * (DK + DV))
         for panel in gl.static_range(PANELS):
             box = [b, key_start, group, panel * WIDTH]
             tma.async_copy_global_to_shared(k_desc, box, k_full.index(0), k_smem.index(panel))
-            tma.async_copy_global_to_shared(v_desc, box, k_full.index(0), v_smem.index(panel))
+            if panel < VALUE_PANELS:
+                tma.async_copy_global_to_shared(v_desc, box, k_full.index(0), v_smem.index(panel))
 
         # One 64-bit base for each tensor; offsets within the chunk fit 32 bits (see `chunk_token_bytes`).
         first_row = (b.to(gl.int64) * T + token_start) * H + group * G
-        q_ptr += first_row * D
-        dout_ptr += first_row * D
+        q_ptr += first_row * DK
+        dout_ptr += first_row * DV
         lse_ptr += first_row
         delta_ptr += first_row
-        part_ptr += gl.program_id(1).to(gl.int64) * num_tokens * (SLOTS * G * D)
+        part_ptr += gl.program_id(1).to(gl.int64) * num_tokens * (SLOTS * G * DK)
         entries_ptr += entry
         first_place = token_start * SLOTS
         # Entries are in the order of tokens: those of the block's own tokens, and any before it, come first and alone
@@ -184,41 +236,37 @@ def hopper_select_backward_kernel(
             G, H, SLOTS, LINE,
         )  # fmt: skip
         what = entry_smem.index(0)
-        copy_panels(q_ptr, q_smem, 0, what, first_place, 0, num_rows, G, H, D, SLOTS, LAYOUT)
-        copy_panels(dout_ptr, dout_smem, 0, what, first_place, 0, num_rows, G, H, D, SLOTS, LAYOUT)
+        copy_panels(q_ptr, q_smem, 0, what, first_place, 0, num_rows, G, H, DK, SLOTS, LAYOUT)
+        copy_panels(dout_ptr, dout_smem, 0, what, first_place, 0, num_rows, G, H, DV, SLOTS, LAYOUT)
         async_copy.commit_group()
 
-        none = gl.zeros([BLOCK, ROWS], gl.float32, PANEL)
-        dk = none
-        dv = none
-        dk_high = none  # of the second panel
-        dv_high = none
+        none = gl.zeros([BLOCK, WIDTH], gl.float32, PANEL)
+        nothing = gl.zeros([BLOCK, ROWS], gl.float32, TILE)
+        dk = _repeat(none, PANELS)
+        dv = _repeat(none, VALUE_PANELS)
         mbarrier.wait(k_full.index(0), 0)
         for start in range(0, num_rows, ROWS):
             step = start // ROWS
             buffer = step % 2
-            first = buffer * PANELS
             entries = entry_smem.index(step % 4)
             async_copy.wait_group(0)
             fence_async_shared()  # rows were written by threads, the products read them as TMA does
-            s = none
-            dp = none
+            s = nothing
+            dp = nothing
             for panel in gl.static_range(PANELS):
-                q = q_smem.index(first + panel)
+                q = q_smem[panel].index(buffer)
                 k = k_smem.index(panel).reshape([BLOCK, WIDTH])
                 s = warpgroup_mma(k, q.permute([1, 0]), s, use_acc=panel > 0, is_async=True)
-            for panel in gl.static_range(PANELS):
-                dout = dout_smem.index(first + panel)
+            for panel in gl.static_range(VALUE_PANELS):
+                dout = dout_smem[panel].index(buffer)
                 v = v_smem.index(panel).reshape([BLOCK, WIDTH])
                 dp = warpgroup_mma(v, dout.permute([1, 0]), dp, use_acc=panel > 0, is_async=True)
             if start + ROWS < num_rows:
                 low = start + ROWS
                 other = 1 - buffer
                 what = entry_smem.index((step + 1) % 4)
-                copy_panels(q_ptr, q_smem, other * PANELS, what, first_place, low, num_rows, G, H, D, SLOTS, LAYOUT)
-                copy_panels(
-                    dout_ptr, dout_smem, other * PANELS, what, first_place, low, num_rows, G, H, D, SLOTS, LAYOUT
-                )  # fmt: skip
+                copy_panels(q_ptr, q_smem, other, what, first_place, low, num_rows, G, H, DK, SLOTS, LAYOUT)
+                copy_panels(dout_ptr, dout_smem, other, what, first_place, low, num_rows, G, H, DV, SLOTS, LAYOUT)
                 _copy_lines(
                     lse_ptr, delta_ptr, what, lse_smem.index(other), delta_smem.index(other), first_place, low,
                     num_rows, G, H, SLOTS, LINE,
@@ -227,46 +275,53 @@ def hopper_select_backward_kernel(
             async_copy.commit_group()
 
             lse = lse_smem.index(buffer).load(COLUMN) * log2e
-            s = warpgroup_mma_wait(PANELS, deps=[s])
+            s = warpgroup_mma_wait(VALUE_PANELS, deps=[s])
             p = gl.exp2(s * scale_log2 - lse[None, :])
             if (start < masked_rows) | (start + ROWS > num_rows):
                 row = start + gl.arange(0, ROWS, COLUMN)
                 t = entries.load(COLUMN) // SLOTS
-                position = key_start - q_start + gl.arange(0, BLOCK, gl.SliceLayout(1, PANEL))
+                position = key_start - q_start + gl.arange(0, BLOCK, gl.SliceLayout(1, TILE))
                 p = gl.where((position[:, None] <= t[None, :]) & (row < num_rows)[None, :], p, 0.0)
             operand = gl.convert_layout(p.to(dtype), OPERAND)
-            dv = warpgroup_mma(operand, dout_smem.index(first), dv, is_async=True)
-            if PANELS > 1:
-                dv_high = warpgroup_mma(operand, dout_smem.index(first + 1), dv_high, is_async=True)
-            dp = warpgroup_mma_wait(PANELS, deps=[dp])
+            dv = _add_panels(operand, dout_smem, buffer, dv)
+            dp = warpgroup_mma_wait(VALUE_PANELS, deps=[dp])
             delta = delta_smem.index(buffer).load(COLUMN)
             ds = (p * (dp - delta[None, :])).to(dtype)
             operand = gl.convert_layout(ds, OPERAND)
-            dk = warpgroup_mma(operand, q_smem.index(first), dk, is_async=True)
-            if PANELS > 1:
-                dk_high = warpgroup_mma(operand, q_smem.index(first + 1), dk_high, is_async=True)
+            dk = _add_panels(operand, q_smem, buffer, dk)
             if QUERIES:
-                ds_smem.store(ds)
+                if TRANSPOSED:
+                    ds_smem.permute([1, 0]).store(ds)
+                else:
+                    ds_smem.store(ds)
                 fence_async_shared()
-            dv = warpgroup_mma_wait(2 * PANELS - 1, deps=[dv])
-            if PANELS > 1:
-                dv_high = warpgroup_mma_wait(2, deps=[dv_high])
-                dk = warpgroup_mma_wait(1, deps=[dk])
-                dk_high = warpgroup_mma_wait(0, deps=[dk_high])
-            else:
-                dk = warpgroup_mma_wait(0, deps=[dk])
+            dq = ()
+            for panel in gl.static_range(AHEAD):
+                dq += (_transposed_panel(k_smem, panel, ds_smem, nothing),)
+            dv = _wait_panels(dv, PANELS + AHEAD)
+            dk = _wait_panels(dk, AHEAD)
             if QUERIES:
+                target, live = _query_places(entries, first_place, start, num_rows, G, DK, LAYOUT)
+            if TRANSPOSED:
+                for panel in gl.static_range(PANELS):
+                    columns = warpgroup_mma_wait(min(AHEAD, PANELS - panel) - 1, deps=[dq[panel]])
+                    dq_smem[panel].index(0).permute([1, 0]).store(columns.to(dtype))
+                    if panel + AHEAD < PANELS:
+                        dq += (_transposed_panel(k_smem, panel + AHEAD, ds_smem, nothing),)
+                for panel in gl.static_range(PANELS):
+                    gl.store(part_ptr + panel * WIDTH + target, dq_smem[panel].index(0).load(LAYOUT), mask=live)
+            elif QUERIES:
                 for panel in gl.static_range(PANELS):
                     k = k_smem.index(panel).reshape([BLOCK, WIDTH])
-                    _query_panel(
-                        part_ptr, q_smem.index(first + panel), panel, ds_smem, k, entries, first_place, start, num_rows,
-                        G, D, LAYOUT, PANEL,
-                    )  # fmt: skip
-        _store_panel(dk_ptr, dk, item, 0, D, PANEL)
-        _store_panel(dv_ptr, dv, item, 0, D, PANEL)
-        if PANELS > 1:
-            _store_panel(dk_ptr, dk_high, item, 1, D, PANEL)
-            _store_panel(dv_ptr, dv_high, item, 1, D, PANEL)
+                    whole = warpgroup_mma(ds_smem.permute([1, 0]), k, none, use_acc=False, is_async=True)
+                    whole = warpgroup_mma_wait(0, deps=[whole])
+                    tile = q_smem[panel].index(buffer)  # dQ leaves from the queries' place, as these are done with
+                    tile.store(whole.to(dtype))
+                    gl.store(part_ptr + panel * WIDTH + target, tile.load(LAYOUT), mask=live)
+        for panel in gl.static_range(PANELS):
+            _store_panel(dk_ptr, dk[panel], item, panel, DK, PANEL)
+            if panel < VALUE_PANELS:
+                _store_panel(dv_ptr, dv[panel], item, panel, DV, PANEL)
 
 
 def describe_panels(x: Tensor) -> TensorDescriptor:
@@ -282,7 +337,7 @@ def hopper_select_backward(
     scale: float, queries: bool,
 ) -> None:  # fmt: skip
     """Write what `select_backward_kernel` gives for a chunk of tensors that the kernel serves."""
-    T, H, D = q.shape[1:]
+    T, H, Dk = q.shape[1:]
     S, Hkv = k.shape[1:3]
     G = H // Hkv
     documents = (q, q, q) if layout is None else (layout.doc_start, layout.doc_end, layout.block_base)
@@ -291,6 +346,6 @@ def hopper_select_backward(
         q, describe_panels(k), describe_panels(v), dout, *rows, part, item_dk, item_dv, item_key, inversion.entries,
         table, *documents, scale * LOG2E, LOG2E, T, S, q_start, chunk.head, chunk.token,
         chunk.token_end - chunk.token, bound,
-        G=G, HKV=Hkv, D=D, RATIO=inversion.ratio, SLOTS=inversion.slots, PACKED=layout is not None, QUERIES=queries,
-        num_warps=4,
+        G=G, HKV=Hkv, DK=Dk, DV=v.shape[3], ROWS=ROWS.value // (2 if Dk > 128 else 1), RATIO=inversion.ratio,
+        SLOTS=inversion.slots, PACKED=layout is not None, QUERIES=queries, num_warps=4,
     )  # fmt: skip

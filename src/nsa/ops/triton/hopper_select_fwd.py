@@ -37,6 +37,7 @@ from nsa.ops.triton.hopper_select_bwd import (
     copy_entries,
     copy_panels,
     describe_panels,
+    make_panels,
     rows_of_tile,
 )
 from nsa.ops.triton.invert import Chunk, Inversion, Items, item_keys, lse_stride
@@ -72,11 +73,10 @@ def hopper_select_forward_kernel(
     WHOLE: gl.constexpr = gl.SliceLayout(1, LAYOUT)
     LINE: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     dtype: gl.constexpr = k_desc.dtype
-    square: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     line: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[0])
     k_smem = gl.allocate_shared_memory(dtype, [PANELS] + k_desc.block_shape, k_desc.layout)
     v_smem = gl.allocate_shared_memory(dtype, [DV // WIDTH] + v_desc.block_shape, v_desc.layout)
-    q_smem = gl.allocate_shared_memory(dtype, [2 * PANELS, ROWS, WIDTH], square)
+    q_smem = make_panels(dtype, ROWS, PANELS)
     entry_smem = gl.allocate_shared_memory(gl.int32, [4, ROWS], line)
     k_full = make_barriers(1, 1)
     fence_async_shared()
@@ -116,18 +116,18 @@ def hopper_select_forward_kernel(
         mbarrier.wait(k_full.index(0), 0)
         for start in range(0, num_rows, ROWS):
             step = start // ROWS
-            first = step % 2 * PANELS
+            buffer = step % 2
             entries = entry_smem.index(step % 4)
             async_copy.wait_group(0)
             fence_async_shared()  # rows were written by threads, the products read them as TMA does
             s = none
             for panel in gl.static_range(PANELS):
                 k = k_smem.index(panel).reshape([BLOCK, WIDTH])
-                s = warpgroup_mma(q_smem.index(first + panel), k.permute([1, 0]), s, use_acc=panel > 0, is_async=True)
+                s = warpgroup_mma(q_smem[panel].index(buffer), k.permute([1, 0]), s, use_acc=panel > 0, is_async=True)
             if start + ROWS < num_rows:
                 low = start + ROWS
                 what = entry_smem.index((step + 1) % 4)
-                copy_panels(q_ptr, q_smem, PANELS - first, what, first_place, low, num_rows, G, H, DK, SLOTS, LAYOUT)
+                copy_panels(q_ptr, q_smem, 1 - buffer, what, first_place, low, num_rows, G, H, DK, SLOTS, LAYOUT)
                 copy_entries(entries_ptr, entry_smem.index((step + 2) % 4), low + ROWS, num_rows, G, LINE)
             async_copy.commit_group()
 
@@ -139,16 +139,16 @@ def hopper_select_forward_kernel(
             operand = gl.convert_layout(p.to(dtype), gl.DotOperandLayout(0, PANEL, 2))
             # The last row may repeat, with its own values.
             place = (entries.load(ROW) - first_place).to(gl.uint32)
-            row = (place % SLOTS - SHIFT) * lse_stride + place // SLOTS * G + rows_of_tile(start, num_rows, ROW) % G
+            row = (place % SLOTS - SHIFT) * lse_stride + place // SLOTS * G + rows_of_tile(start, num_rows, ROWS, ROW) % G
             gl.store(part_lse_ptr + row.to(gl.int32), best + gl.log2(total))
             place = (entries.load(WHOLE) - first_place).to(gl.uint32)
-            row = (place // SLOTS * FREE + place % SLOTS - SHIFT) * G + rows_of_tile(start, num_rows, WHOLE) % G
+            row = (place // SLOTS * FREE + place % SLOTS - SHIFT) * G + rows_of_tile(start, num_rows, ROWS, WHOLE) % G
             target = row.to(gl.int32)[:, None] * DV + gl.arange(0, WIDTH, gl.SliceLayout(0, LAYOUT))[None, :]
             for panel in gl.static_range(DV // WIDTH):
                 v = v_smem.index(panel).reshape([BLOCK, WIDTH])
                 out = warpgroup_mma(operand, v, none, use_acc=False, is_async=True)
                 out = warpgroup_mma_wait(0, deps=[out])
-                tile = q_smem.index(first + panel)
+                tile = q_smem[panel].index(buffer)
                 tile.store((out * share).to(dtype))
                 gl.store(part_ptr + panel * WIDTH + target, tile.load(LAYOUT))
 
