@@ -290,10 +290,10 @@ def _sum_partition(
     BLOCK: gl.constexpr, INIT: gl.constexpr, LOCAL: gl.constexpr, PACKED: gl.constexpr, LN2: gl.constexpr,
     STAGES: gl.constexpr, BUFFERS: gl.constexpr,
 ):  # fmt: skip
-    # A thread has two rows, and all their weights; eight rows one below the other are eight different banks. It loads
+    # A thread has one row, and all its weights; eight rows one below the other are eight different banks. It loads
     # nothing from global memory, as a fence would wait for it.
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [8, 4], [4, 1], [0, 1])
-    WEIGHT_LAYOUT: gl.constexpr = gl.BlockedLayout([1, PADDED], [8, 4], [4, 1], [0, 1])
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [8, 4], [8, 1], [0, 1])
+    WEIGHT_LAYOUT: gl.constexpr = gl.BlockedLayout([1, PADDED], [8, 4], [8, 1], [0, 1])
     ROW: gl.constexpr = gl.SliceLayout(1, LAYOUT)
     dtype: gl.constexpr = q_smem.dtype
     slots = gl.arange(0, PADDED, gl.SliceLayout(0, WEIGHT_LAYOUT))[None, :]
@@ -427,7 +427,7 @@ def hopper_finish_kernel(
             part_desc, part_lse_desc, cmp_desc, part_smem, lse_smem, part_full, part_empty, lse_full, lse_empty,
             head_start, token_start, num_tokens, num_tiles, heads, G, HKV, D, FREE, PADDED, PART_STAGES,
         )),
-    ], [4, 4, 1, 1], [168, 152, 24, 24])  # fmt: skip
+    ], [4, 8, 1, 1], [160, 80, 24, 24])  # fmt: skip
 
 
 def _describe_lse(part_lse: Tensor, heads: int, free: int, rows: int) -> TensorDescriptor:
