@@ -33,7 +33,7 @@ PROGRAM = Path(__file__).with_name("gluon_cases.py")
 PATHS = [str(Path(__file__).parents[2] / "src"), str(Path(__file__).parents[1])]
 NUM_CASES, NUM_SEEDS = 40, 3
 KERNELS = {
-    "hopper_finish_kernel", "hopper_forward_kernel", "hopper_key_kernel", "hopper_query_kernel", "hopper_score_kernel",
+    "hopper_forward_kernel", "hopper_key_kernel", "hopper_query_kernel", "hopper_score_kernel",
     "hopper_select_forward_kernel", "hopper_select_backward_kernel", "hopper_union_forward_kernel",
     "hopper_union_query_kernel",
 }  # fmt: skip

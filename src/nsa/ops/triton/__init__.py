@@ -25,7 +25,6 @@ from nsa.ops.triton import (
     dense_bwd,
     dense_fwd,
     forced,
-    hopper_finish,
     score_topk,
     select_bwd,
     select_fwd,
@@ -131,19 +130,13 @@ def attention_forward(
         keys_win, values_win = (keys, values) if k_win is k and v_win is v else (fit(k_win, KEY_SIZES), fit(v_win))
         out_cmp, lse_cmp = dense_fwd.dense_forward(queries, keys_cmp, values_cmp, shape, layout, 0, 0, 0, scale)
         blocks = score_topk.select_blocks(queries, keys_cmp, lse_cmp, shape, layout, 0, scale)
-        group, out, gates = q.shape[2] // k.shape[2], torch.empty_like(out_cmp), gates.contiguous()
+        window = shape.window_size
+        out_win, lse_win = dense_fwd.dense_forward(queries, keys_win, values_win, shape, layout, window, 0, 0, scale)
+        out = torch.empty_like(out_cmp)
+        gated = select_fwd.Gated(out_cmp, out_win, gates.contiguous(), out)
         selected = (queries, keys, values, blocks, shape, layout, 0, scale)
-        union = _union_pays(queries, keys, shape, layout, select_union.forward_ratio(queries, values, group, shape))
-        if not union and hopper_finish.hopper_finish_serves(queries, values, group, shape):
-            out_win, lse_win = torch.empty_like(out_cmp), torch.empty_like(lse_cmp)
-            gated = select_fwd.Gated(out_cmp, out_win, gates, out)
-            window = hopper_finish.Window(keys_win, values_win, lse_win)
-            out_slc, lse_slc = select_fwd.select_forward(*selected, gated=gated, window=window)
-            return *(_cut(x, v) for x in (out, out_cmp, out_slc, out_win)), lse_cmp, lse_slc, lse_win, blocks
-        size = shape.window_size
-        out_win, lse_win = dense_fwd.dense_forward(queries, keys_win, values_win, shape, layout, size, 0, 0, scale)
-        gated = select_fwd.Gated(out_cmp, out_win, gates, out)
-        if union:
+        ratio = select_union.forward_ratio(queries, values, q.shape[2] // k.shape[2], shape)
+        if _union_pays(queries, keys, shape, layout, ratio):
             out_slc, lse_slc = select_union.union_forward(*selected, gated)
         else:
             known = forced.forced_forward(queries, keys, values, shape, layout, 0, scale)

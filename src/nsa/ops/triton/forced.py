@@ -17,8 +17,9 @@ import triton.language as tl
 from torch import Tensor
 
 from nsa.geometry import BlockGeometry
-from nsa.ops.triton.common import LN2, LOG2E, Layout, dot_precision, has_large_shared_memory, key_tail
+from nsa.ops.triton.common import LN2, LOG2E, Layout, dot_precision, has_large_shared_memory, hopper_serves, key_tail
 from nsa.ops.triton.dense_fwd import attend_tile, describe, describe_keys, forward_tile
+from nsa.ops.triton.hopper_fwd import hopper_forward
 
 
 @triton.jit
@@ -102,6 +103,9 @@ def forced_forward(
     S, Hkv, Dv = k.shape[1], k.shape[2], v.shape[3]
     out, lse = q.new_empty(B, T, H, Dv), q.new_empty(B, T, H, dtype=torch.float32)
     if out.numel() == 0:
+        return out, lse
+    if tile is None and hopper_serves(q, v):
+        hopper_forward(q, k, v, out, lse, geometry, layout, 0, q_start, 0, scale, forced=True)
         return out, lse
     tile = tile or forced_tile(q, Dv, H // Hkv, has_large_shared_memory(q))
     forced_forward_kernel[(triton.cdiv(T * (H // Hkv), tile["BLOCK_M"]), B * Hkv)](

@@ -33,6 +33,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from nsa.geometry import BlockGeometry
 from nsa.ops.triton.common import LN2, LOG2E, Layout, key_interval, num_multiprocessors
+from nsa.ops.triton.hopper_forced import forced_keys_of_rows, forced_keys_of_tile
 
 ROWS = gl.constexpr(64)  # rows of a group of four warps, as one wgmma takes
 GROUPS = gl.constexpr(3)  # groups of four warps
@@ -165,7 +166,8 @@ def _load_partition(
     q_desc, q_tail_desc, k_desc, k_tail_desc, v_desc, q_smem, q_tail_smem, k_smem, k_tail_smem, v_smem, q_full, q_empty,
     k_full, k_empty, v_full, v_empty, doc_ptr, cmp_ptr, T, S, q_start, k_start, num_tiles, heads,
     G: gl.constexpr, HKV: gl.constexpr, D: gl.constexpr, TAIL: gl.constexpr, SIZE: gl.constexpr, STRIDE: gl.constexpr,
-    WINDOW: gl.constexpr, PACKED: gl.constexpr, STAGES: gl.constexpr, BOXES: gl.constexpr,
+    WINDOW: gl.constexpr, BLOCK: gl.constexpr, INIT: gl.constexpr, LOCAL: gl.constexpr, PACKED: gl.constexpr,
+    STAGES: gl.constexpr, BOXES: gl.constexpr,
 ):  # fmt: skip
     step = 0
     for turn in range(num_rounds(num_tiles * heads)):
@@ -173,6 +175,11 @@ def _load_partition(
         first, _from, _to, end = tile_keys(
             row, GROUPS * ROWS, doc_ptr, cmp_ptr, T, S, q_start, k_start, G, SIZE, STRIDE, WINDOW, PACKED
         )
+        if LOCAL > 0:
+            first = 0
+            doc, early, local, end = forced_keys_of_tile(
+                row, GROUPS * ROWS, doc_ptr, T, S, q_start, G, BLOCK, INIT, LOCAL, PACKED, KEYS
+            )
         for part in gl.static_range(GROUPS if BOXES else 0):
             box = [b, row // G + part * (ROWS // G), group * G, 0]
             load_queries(
@@ -181,7 +188,10 @@ def _load_partition(
             )  # fmt: skip
         # Tiles without any key take one step, all of it masked.
         for i in range(gl.maximum(gl.cdiv(end - first, KEYS), 1)):
-            box = [b, first + i * KEYS, group, 0]
+            key_start = first + i * KEYS
+            if LOCAL > 0:
+                key_start = gl.where(key_start < early, doc + key_start, local + (key_start - early))
+            box = [b, key_start, group, 0]
             load_keys(
                 k_desc, k_tail_desc, v_desc, k_smem, k_tail_smem, v_smem, k_full, k_empty, v_full, v_empty, step, box,
                 D, TAIL, STAGES,
@@ -191,7 +201,7 @@ def _load_partition(
 
 @gluon.jit
 def _soften(
-    s, best, total, key_start, first, end, early, plain_first, plain_end, scale_log2, LEFT: gl.constexpr,
+    s, best, total, key_start, first, end, early, early_end, plain_first, plain_end, scale_log2, LEFT: gl.constexpr,
     EARLY: gl.constexpr, LAYOUT: gl.constexpr,
 ):  # fmt: skip
     """One step of the online softmax, in base 2, and by how much the previous steps' results fade."""
@@ -201,7 +211,7 @@ def _soften(
         if LEFT:
             seen = seen & (key[None, :] >= first[:, None])
         if EARLY:
-            seen = seen | (key[None, :] < early[:, None])
+            seen = seen | ((key[None, :] >= early[:, None]) & (key[None, :] < early_end[:, None]))
         s = gl.where(seen, s, float("-inf"))
     new_best = gl.maximum(best, gl.max(s, 1) * scale_log2)
     safe = gl.where(new_best == float("-inf"), 0.0, new_best)
@@ -221,15 +231,15 @@ def scores(q_tile, q_tail, k_smem, k_tail_smem, slot, none, D: gl.constexpr, TAI
 
 
 @gluon.jit
-def attend(
+def _attend(
     q_tile, q_tail, k_smem, k_tail_smem, v_smem, k_full, k_empty, v_full, v_empty, step, tile_first, tile_end,
-    first, end, early, plain_first, plain_end, scale_log2, D: gl.constexpr, TAIL: gl.constexpr, LEFT: gl.constexpr,
-    EARLY: gl.constexpr, S_LAYOUT: gl.constexpr, O_LAYOUT: gl.constexpr, STAGES: gl.constexpr,
+    first, end, early, early_end, plain_first, plain_end, scale_log2, D: gl.constexpr, TAIL: gl.constexpr,
+    LEFT: gl.constexpr, EARLY: gl.constexpr, S_LAYOUT: gl.constexpr, O_LAYOUT: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Sum of values, running maximum and sum of a group's rows, and the number of the next step.
 
     Args:
-        first, end: keys that a row sees; with EARLY also those before `early`.
+        first, end: keys that a row sees; with EARLY also those from `early` to `early_end`.
         plain_first, plain_end: keys that all rows see.
     """
     P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, O_LAYOUT, 2)
@@ -244,8 +254,9 @@ def attend(
     s = warpgroup_mma_wait(0, deps=[s])
     mbarrier.arrive(k_empty.index(slot), count=1)
     p, best, total, _fading = _soften(
-        s, best, total, tile_first, first, end, early, plain_first, plain_end, scale_log2, LEFT, EARLY, S_LAYOUT
-    )
+        s, best, total, tile_first, first, end, early, early_end, plain_first, plain_end, scale_log2, LEFT, EARLY,
+        S_LAYOUT,
+    )  # fmt: skip
     p = gl.convert_layout(p.to(dtype), P_LAYOUT)
     for key_start in range(tile_first + KEYS, tile_end, KEYS):
         old_slot = slot
@@ -259,8 +270,9 @@ def attend(
         s = warpgroup_mma_wait(1, deps=[s])
         mbarrier.arrive(k_empty.index(slot), count=1)
         fresh, best, total, decay = _soften(
-            s, best, total, key_start, first, end, early, plain_first, plain_end, scale_log2, LEFT, EARLY, S_LAYOUT
-        )
+            s, best, total, key_start, first, end, early, early_end, plain_first, plain_end, scale_log2, LEFT, EARLY,
+            S_LAYOUT,
+        )  # fmt: skip
         acc = warpgroup_mma_wait(0, deps=[acc])
         mbarrier.arrive(v_empty.index(old_slot), count=1)
         acc = acc * gl.convert_layout(decay, gl.SliceLayout(1, O_LAYOUT))[:, None]
@@ -277,7 +289,8 @@ def _row_partition(
     PART: gl.constexpr, q_ptr, out_ptr, out_desc, lse_ptr, q_smem, q_tail_smem, k_smem, k_tail_smem, v_smem, q_full,
     q_empty, k_full, k_empty, v_full, v_empty, doc_ptr, cmp_ptr, scale_log2, T, S, q_start, k_start, num_tiles, heads,
     G: gl.constexpr, HKV: gl.constexpr, D: gl.constexpr, TAIL: gl.constexpr, SIZE: gl.constexpr, STRIDE: gl.constexpr,
-    WINDOW: gl.constexpr, PACKED: gl.constexpr, LN2: gl.constexpr, STAGES: gl.constexpr, BOXES: gl.constexpr,
+    WINDOW: gl.constexpr, BLOCK: gl.constexpr, INIT: gl.constexpr, LOCAL: gl.constexpr, PACKED: gl.constexpr,
+    LN2: gl.constexpr, STAGES: gl.constexpr, BOXES: gl.constexpr,
 ):  # fmt: skip
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
     O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
@@ -301,6 +314,15 @@ def _row_partition(
         row = low + gl.arange(0, ROWS, gl.SliceLayout(1, S_LAYOUT))
         t = gl.minimum(row // G, T - 1)
         first, end = key_interval(t, doc_ptr, cmp_ptr, S, q_start, k_start, SIZE, STRIDE, WINDOW, PACKED)
+        row_early, early_end = first, first
+        if LOCAL > 0:
+            tile_first = 0
+            doc, early, local, tile_end = forced_keys_of_tile(
+                tile_row, GROUPS * ROWS, doc_ptr, T, S, q_start, G, BLOCK, INIT, LOCAL, PACKED, KEYS
+            )
+            first, end, row_early, early_end, plain_first, plain_end = forced_keys_of_rows(
+                t, low, ROWS, doc, early, local, doc_ptr, T, S, q_start, G, BLOCK, INIT, LOCAL, PACKED
+            )
         place = turn % 2 * GROUPS + PART
         q = q_smem.index(place).reshape([ROWS, D])
         q_tail = q
@@ -316,10 +338,10 @@ def _row_partition(
                 next_place = (turn + 1) % 2 * GROUPS + PART
                 next_row += PART * ROWS
                 copy_queries(q_ptr, q_smem, q_tail_smem, next_place, next_row, next_b, next_group, T, G, HKV, D, TAIL)
-        acc, best, total, step = attend(
+        acc, best, total, step = _attend(
             q, q_tail, k_smem, k_tail_smem, v_smem, k_full, k_empty, v_full, v_empty, step, tile_first, tile_end,
-            first, end, first, plain_first, plain_end, scale_log2, D, TAIL, PACKED or WINDOW > 0, False, S_LAYOUT,
-            O_LAYOUT, STAGES,
+            first, end, row_early, early_end, plain_first, plain_end, scale_log2, D, TAIL,
+            PACKED or WINDOW > 0 or LOCAL > 0, LOCAL > 0, S_LAYOUT, O_LAYOUT, STAGES,
         )  # fmt: skip
 
         share = 1.0 / gl.where(total == 0.0, 1.0, total)
@@ -343,7 +365,8 @@ def hopper_forward_kernel(
     q_desc, q_tail_desc, k_desc, k_tail_desc, v_desc, out_desc, q_ptr, out_ptr, lse_ptr, doc_ptr, cmp_ptr, scale_log2,
     T, S, q_start, k_start, num_tiles, heads,
     G: gl.constexpr, HKV: gl.constexpr, D: gl.constexpr, TAIL: gl.constexpr, SIZE: gl.constexpr, STRIDE: gl.constexpr,
-    WINDOW: gl.constexpr, PACKED: gl.constexpr, LN2: gl.constexpr, STAGES: gl.constexpr, BOXES: gl.constexpr,
+    WINDOW: gl.constexpr, BLOCK: gl.constexpr, INIT: gl.constexpr, LOCAL: gl.constexpr, PACKED: gl.constexpr,
+    LN2: gl.constexpr, STAGES: gl.constexpr, BOXES: gl.constexpr,
 ):  # fmt: skip
     q_smem = gl.allocate_shared_memory(q_desc.dtype, [2 * GROUPS] + q_desc.block_shape, q_desc.layout)
     k_smem = gl.allocate_shared_memory(k_desc.dtype, [STAGES] + k_desc.block_shape, k_desc.layout)
@@ -365,31 +388,31 @@ def hopper_forward_kernel(
         (_row_partition, (
             0, q_ptr, out_ptr, out_desc, lse_ptr, q_smem, q_tail_smem, k_smem, k_tail_smem, v_smem, q_full, q_empty,
             k_full, k_empty, v_full, v_empty, doc_ptr, cmp_ptr, scale_log2, T, S, q_start, k_start, num_tiles,
-            heads, G, HKV, D, TAIL, SIZE, STRIDE, WINDOW, PACKED, LN2, STAGES, BOXES,
+            heads, G, HKV, D, TAIL, SIZE, STRIDE, WINDOW, BLOCK, INIT, LOCAL, PACKED, LN2, STAGES, BOXES,
         )),
         (_row_partition, (
             1, q_ptr, out_ptr, out_desc, lse_ptr, q_smem, q_tail_smem, k_smem, k_tail_smem, v_smem, q_full, q_empty,
             k_full, k_empty, v_full, v_empty, doc_ptr, cmp_ptr, scale_log2, T, S, q_start, k_start, num_tiles,
-            heads, G, HKV, D, TAIL, SIZE, STRIDE, WINDOW, PACKED, LN2, STAGES, BOXES,
+            heads, G, HKV, D, TAIL, SIZE, STRIDE, WINDOW, BLOCK, INIT, LOCAL, PACKED, LN2, STAGES, BOXES,
         )),
         (_row_partition, (
             2, q_ptr, out_ptr, out_desc, lse_ptr, q_smem, q_tail_smem, k_smem, k_tail_smem, v_smem, q_full, q_empty,
             k_full, k_empty, v_full, v_empty, doc_ptr, cmp_ptr, scale_log2, T, S, q_start, k_start, num_tiles,
-            heads, G, HKV, D, TAIL, SIZE, STRIDE, WINDOW, PACKED, LN2, STAGES, BOXES,
+            heads, G, HKV, D, TAIL, SIZE, STRIDE, WINDOW, BLOCK, INIT, LOCAL, PACKED, LN2, STAGES, BOXES,
         )),
         (_load_partition, (
             q_desc, q_tail_desc, k_desc, k_tail_desc, v_desc, q_smem, q_tail_smem, k_smem, k_tail_smem, v_smem,
             q_full, q_empty, k_full, k_empty, v_full, v_empty, doc_ptr, cmp_ptr, T, S, q_start, k_start, num_tiles,
-            heads, G, HKV, D, TAIL, SIZE, STRIDE, WINDOW, PACKED, STAGES, BOXES,
+            heads, G, HKV, D, TAIL, SIZE, STRIDE, WINDOW, BLOCK, INIT, LOCAL, PACKED, STAGES, BOXES,
         )),
     ], [4, 4, 1], [160, 160, 24])  # fmt: skip
 
 
 def hopper_forward(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, geometry: BlockGeometry, layout: Layout | None,
-    window: int, q_start: int, k_start: int, scale: float,
+    window: int, q_start: int, k_start: int, scale: float, forced: bool = False,
 ) -> None:  # fmt: skip
-    """Write what `dense_forward` gives for tensors that `hopper_serves` takes."""
+    """Write what `dense_forward`, or with `forced` `forced_forward`, gives for tensors that `hopper_serves` takes."""
     B, T, H, Dk = q.shape
     S, Hkv, D = k.shape[1], k.shape[2], v.shape[3]
     G, tail = H // Hkv, Dk - D
@@ -401,6 +424,7 @@ def hopper_forward(
         *describe_parts(q, D, *box), *describe_parts(k, D, KEYS.value, 1), describe_box(v, KEYS.value, 1),
         describe_box(out, *box), q, out, lse, *documents, scale * LOG2E, T, S, q_start, k_start, num_tiles, B * Hkv,
         G=G, HKV=Hkv, D=D, TAIL=tail, SIZE=geometry.compress_block_size, STRIDE=geometry.compress_stride,
-        WINDOW=window, PACKED=layout is not None, LN2=LN2, STAGES=TAIL_STAGES if tail else STAGES,
-        BOXES=boxes, num_warps=4,
+        WINDOW=window, BLOCK=geometry.select_block_size if forced else 0,
+        INIT=geometry.num_init_blocks if forced else 0, LOCAL=geometry.num_local_blocks if forced else 0,
+        PACKED=layout is not None, LN2=LN2, STAGES=TAIL_STAGES if tail else STAGES, BOXES=boxes, num_warps=4,
     )  # fmt: skip

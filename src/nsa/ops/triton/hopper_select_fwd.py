@@ -40,7 +40,7 @@ from nsa.ops.triton.hopper_select_bwd import (
     make_panels,
     rows_of_tile,
 )
-from nsa.ops.triton.invert import Chunk, Inversion, Items, item_keys, lse_stride
+from nsa.ops.triton.invert import Chunk, Inversion, Items, item_keys
 
 # A range of tokens has so many rows for each block there is, and so many bytes of a group's queries at least. Long ones
 # leave L2 before the next block reads them, short ones make items of few rows.
@@ -58,10 +58,10 @@ def hopper_select_forward_serves(q: Tensor, v: Tensor, sub_block: int, peeled: b
     return hopper_serves(q, v) and peeled and sub_block == BLOCK.value
 
 
-@gluon.jit(do_not_specialize=["T", "head_start", "token_start", "num_tokens", "lse_stride", "num_heads", "bound"])
+@gluon.jit(do_not_specialize=["T", "head_start", "token_start", "num_tokens", "num_heads", "bound"])
 def hopper_select_forward_kernel(
     q_ptr, k_desc, v_desc, part_ptr, part_lse_ptr, entries_ptr, item_ptr, doc_ptr, base_ptr, scale_log2, T, head_start,
-    token_start, num_tokens, lse_stride, num_heads, bound,
+    token_start, num_tokens, num_heads, bound,
     G: gl.constexpr, HKV: gl.constexpr, DK: gl.constexpr, DV: gl.constexpr, RATIO: gl.constexpr, SLOTS: gl.constexpr,
     FREE: gl.constexpr, SHIFT: gl.constexpr, PACKED: gl.constexpr,
 ):  # fmt: skip
@@ -102,8 +102,9 @@ def hopper_select_forward_kernel(
 
         # One 64-bit base for each tensor; offsets within the chunk fit 32 bits (see `chunk_token_bytes`).
         q_ptr += ((b.to(gl.int64) * T + token_start) * H + group * G) * DK
-        part_ptr += gl.program_id(1).to(gl.int64) * num_tokens * (FREE * G * DV)
-        part_lse_ptr += gl.program_id(1).to(gl.int64) * FREE * lse_stride
+        part_row = gl.program_id(1).to(gl.int64) * num_tokens * (FREE * G)
+        part_ptr += part_row * DV
+        part_lse_ptr += part_row
         entries_ptr += entry
         first_place = token_start * SLOTS
         copy_entries(entries_ptr, entry_smem.index(0), 0, num_rows, G, LINE)
@@ -139,7 +140,7 @@ def hopper_select_forward_kernel(
             operand = gl.convert_layout(p.to(dtype), gl.DotOperandLayout(0, PANEL, 2))
             # The last row may repeat, with its own values.
             place = (entries.load(ROW) - first_place).to(gl.uint32)
-            row = (place % SLOTS - SHIFT) * lse_stride + place // SLOTS * G + rows_of_tile(start, num_rows, ROWS, ROW) % G
+            row = (place // SLOTS * FREE + place % SLOTS - SHIFT) * G + rows_of_tile(start, num_rows, ROWS, ROW) % G
             gl.store(part_lse_ptr + row.to(gl.int32), best + gl.log2(total))
             place = (entries.load(WHOLE) - first_place).to(gl.uint32)
             row = (place // SLOTS * FREE + place % SLOTS - SHIFT) * G + rows_of_tile(start, num_rows, ROWS, WHOLE) % G
@@ -170,7 +171,7 @@ def hopper_select_forward(
     grid = (bound, chunk.head_end - chunk.head, triton.cdiv(tokens, items.range_tokens))
     hopper_select_forward_kernel[grid](
         q, describe_panels(k), describe_panels(v), part, part_lse, inversion.entries, table, *documents, scale * LOG2E,
-        T, chunk.head, chunk.token, tokens, lse_stride(tokens * (H // Hkv)), B * Hkv, bound,
+        T, chunk.head, chunk.token, tokens, B * Hkv, bound,
         G=H // Hkv, HKV=Hkv, DK=Dk, DV=v.shape[3], RATIO=inversion.ratio, SLOTS=inversion.slots, FREE=free, SHIFT=shift,
         PACKED=layout is not None, num_warps=4,
     )  # fmt: skip

@@ -70,11 +70,6 @@ class Chunk(NamedTuple):
     token_end: int
 
 
-def lse_stride(rows: int) -> int:
-    """From a slot's log-sum-exps of a chunk's rows to the next slot's, so that each begins at 16 bytes."""
-    return -(-rows // 4) * 4
-
-
 def sub_block_ratio(select_block_size: int) -> int:
     """The fewest equal parts of at most MAX_SUB_BLOCK tokens."""
     parts = range(1, select_block_size + 1)

@@ -9,14 +9,12 @@ from torch import Tensor
 from nsa.geometry import BlockGeometry
 from nsa.ops.triton import dense_bwd, dense_fwd, score_topk, select_bwd, select_fwd, select_union
 from nsa.ops.triton.common import KEY_SIZES, VALUE_SIZES, has_large_shared_memory, hopper_serves
-from nsa.ops.triton.hopper_finish import hopper_finish_serves
 from nsa.ops.triton.hopper_select_bwd import hopper_select_backward_serves
 from nsa.ops.triton.hopper_select_fwd import hopper_select_forward_serves
 from nsa.ops.triton.hopper_union import hopper_union_serves
 from nsa.ops.triton.invert import sub_block_ratio
 
 HOPPER = "a Hopper GPU, heads of 64 or 128, or keys of 192 with values of 128"
-HOPPER_FINISH = "beside the sum over slots: a Hopper GPU, groups that fill tiles of 64 rows, blocks of 64 tokens"
 HOPPER_SCORES = "a Hopper GPU, keys of 64, 128 or 192, up to 32 heads a group"
 HOPPER_STAGES = (("forward", "forward"), ("backward, keys", "key"), ("backward, queries", "query"))
 
@@ -50,13 +48,9 @@ def kernels(q: Tensor, k: Tensor, v: Tensor, geometry: BlockGeometry, num_docs: 
     # What the kernels see once heads are padded.
     fitting = q[..., :1].expand(*q.shape[:3], key), v[..., :1].expand(*v.shape[:3], value)
     hopper = hopper_serves(*fitting)
-    union = select_union.union_pays(*reckoned, select_union.forward_ratio(*fitting, group, geometry))
-    finish = not union and hopper_finish_serves(*fitting, group, geometry)
     for stage in ("compressed", "window"):
         if hopper:
             found += [Kernel(f"{stage} {what}", f"hopper_{name}", {}, HOPPER) for what, name in HOPPER_STAGES]
-            if finish and stage == "window":
-                found[-len(HOPPER_STAGES)] = Kernel("window forward", "hopper_finish", {}, HOPPER_FINISH)
             continue
         found.append(Kernel(f"{stage} forward", "dense_forward", forward, fits))
         found.append(Kernel(f"{stage} backward, keys", "dense_key", by_key, f"{fits}, queries loaded as {loads}"))
@@ -66,15 +60,15 @@ def kernels(q: Tensor, k: Tensor, v: Tensor, geometry: BlockGeometry, num_docs: 
     else:
         scores = score_topk.score_tile(q, group, geometry.num_compressed(k.shape[1]), large)
         found.append(Kernel("choice of blocks", "score, choice", scores, fits))
-    if finish:
-        how, tile = "hopper_select_forward, hopper_finish", {}
-    elif union and hopper_union_serves(*fitting, group, geometry):
+    union = select_union.union_pays(*reckoned, select_union.forward_ratio(*fitting, group, geometry))
+    if union and hopper_union_serves(*fitting, group, geometry):
         how, tile = "union, hopper_union_forward", {}
     elif union:
         how, tile = "union, union_forward", select_union.fit_tile(forward, group, geometry)
     else:
         hopper = hopper_select_forward_serves(*fitting, block, peeled=True)
-        how = f"forced_forward, {'hopper_' if hopper else ''}select_forward, select_reduce"
+        by_block = "hopper_select_forward" if hopper else "select_forward"
+        how = f"{'hopper' if hopper_serves(*fitting) else 'forced'}_forward, {by_block}, select_reduce"
         tile = {} if hopper else select_fwd.select_tile(*size)
     found.append(Kernel("selected forward and gated sum", how, tile, _why(union)))
     union = select_union.union_pays(*reckoned, select_union.backward_ratio(*fitting, group, geometry))

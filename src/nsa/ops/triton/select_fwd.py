@@ -7,8 +7,7 @@ The forced blocks, which whole blocks of queries share, can come from a dense ke
 part of the sum; then the slots that are left are the free ones.
 
 Shapes: q `[B, T, H, Dk]`, k `[B, S, Hkv, Dk]`, v `[B, S, Hkv, Dv]`, block_indices `[B, T, Hkv, n]`; partial outputs
-`[heads, tokens, free slots, G, Dv]` of a chunk, in the dtype of q; their log-sum-exps, base 2, `[heads, free slots,
-tokens * G]` with `lse_stride` from slot to slot.
+`[heads, tokens, free slots, G, Dv]` of a chunk, in the dtype of q; their log-sum-exps, base 2, without the last size.
 """
 
 # Kernels are typed by Triton, not by Python.
@@ -25,9 +24,8 @@ from torch import Tensor
 
 from nsa.geometry import BlockGeometry
 from nsa.ops.triton.common import LN2, LOG2E, Layout, dot_precision, has_large_shared_memory, key_tail, scratch_of
-from nsa.ops.triton.hopper_finish import Window, hopper_finish
 from nsa.ops.triton.hopper_select_fwd import hopper_select_forward, hopper_select_forward_serves, range_tokens
-from nsa.ops.triton.invert import cut_chunks, invert, item_keys, lse_stride, plan
+from nsa.ops.triton.invert import cut_chunks, invert, item_keys, plan
 
 SCRATCH_BYTES = 2**31
 ITEM_ROWS = 1024
@@ -58,10 +56,10 @@ def select_tile(q: Tensor, head_dim: int, value_head_dim: int, large: bool) -> d
     return {"BLOCK_M": 64, "num_warps": 4, "num_stages": 1, "maxnreg": 128}  # four programs a multiprocessor
 
 
-@triton.jit(do_not_specialize=["T", "S", "q_start", "head_start", "token_start", "num_tokens", "lse_stride", "bound"])
+@triton.jit(do_not_specialize=["T", "S", "q_start", "head_start", "token_start", "num_tokens", "bound"])
 def select_forward_kernel(
     q_ptr, k_ptr, v_ptr, part_ptr, part_lse_ptr, entries_ptr, item_ptr, doc_ptr, base_ptr,
-    scale_log2, T, S, q_start, head_start, token_start, num_tokens, lse_stride, bound,
+    scale_log2, T, S, q_start, head_start, token_start, num_tokens, bound,
     H: tl.constexpr, HKV: tl.constexpr, DK: tl.constexpr, TAIL: tl.constexpr, DV: tl.constexpr, BLOCK: tl.constexpr,
     RATIO: tl.constexpr, SLOTS: tl.constexpr, FREE: tl.constexpr, SHIFT: tl.constexpr, PEELED: tl.constexpr,
     PACKED: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -91,7 +89,7 @@ def select_forward_kernel(
         q_ptr += ((b * T + token_start) * H + group * G) * DK
         part_row = tl.program_id(1).to(tl.int64) * num_tokens * (FREE * G)
         part_ptr += part_row * DV
-        part_lse_ptr += tl.program_id(1).to(tl.int64) * FREE * lse_stride
+        part_lse_ptr += part_row
         entries_ptr += entry
         for start in tl.range(0, num_rows, BLOCK_M):
             row = tl.minimum(start + tl.arange(0, BLOCK_M), num_rows - 1)  # the last row may repeat, with its own value
@@ -116,11 +114,9 @@ def select_forward_kernel(
             total = tl.sum(p, 1)
             out = tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
             out = out * (1.0 / tl.where(total == 0.0, 1.0, total))[:, None]
-            slot = place % SLOTS - SHIFT
-            part = ((t - token_start) * FREE + slot) * G + row % G
+            part = ((t - token_start) * FREE + place % SLOTS - SHIFT) * G + row % G
             tl.store(part_ptr + (part[:, None] * DV + tl.arange(0, DV)[None, :]), out.to(part_ptr.dtype.element_ty))
-            part_lse = part_lse_ptr + (slot * lse_stride + (t - token_start) * G + row % G)
-            tl.store(part_lse, tl.where(total == 0.0, float("-inf"), best + tl.math.log2(total)))
+            tl.store(part_lse_ptr + part, tl.where(total == 0.0, float("-inf"), best + tl.math.log2(total)))
 
 
 @triton.jit
@@ -141,10 +137,10 @@ def gated_sum(out, cmp_ptr, win_ptr, gate_ptr, sum_ptr, row, place, live):
     tl.store(sum_ptr + place, out.to(sum_ptr.dtype.element_ty), mask=live[:, None])
 
 
-@triton.jit(do_not_specialize=["T", "q_start", "head_start", "token_start", "num_tokens", "lse_stride"])
+@triton.jit(do_not_specialize=["T", "q_start", "head_start", "token_start", "num_tokens"])
 def select_reduce_kernel(
     part_ptr, part_lse_ptr, choice_ptr, forced_ptr, forced_lse_ptr, out_ptr, lse_ptr, cmp_ptr, win_ptr, gate_ptr,
-    sum_ptr, doc_ptr, log2e, T, q_start, head_start, token_start, num_tokens, lse_stride,
+    sum_ptr, doc_ptr, log2e, T, q_start, head_start, token_start, num_tokens,
     H: tl.constexpr, HKV: tl.constexpr, DV: tl.constexpr, RATIO: tl.constexpr, SLOTS: tl.constexpr, FREE: tl.constexpr,
     BLOCK: tl.constexpr, INIT: tl.constexpr, LOCAL: tl.constexpr, PACKED: tl.constexpr, GATED: tl.constexpr,
     PADDED: tl.constexpr, ROWS: tl.constexpr, LN2: tl.constexpr, STAGES: tl.constexpr,
@@ -174,8 +170,7 @@ def select_reduce_kernel(
     set_slots = live[:, None] & (slots < FREE)
     listed = tl.load(choice_ptr[:, None] + slots // RATIO, mask=set_slots, other=-1)
     set_slots = set_slots & (listed >= 0) & (listed <= last_free[:, None])
-    part_lse_ptr += tl.program_id(1).to(tl.int64) * FREE * lse_stride
-    slot_lse = tl.load(part_lse_ptr + (row[:, None] + slots * lse_stride), mask=set_slots, other=float("-inf"))
+    slot_lse = tl.load(part_lse_ptr + part[:, None] + slots * G, mask=set_slots, other=float("-inf"))
     best = tl.max(slot_lse, 1)
     forced_lse = best
     if PEELED:
@@ -196,7 +191,7 @@ def select_reduce_kernel(
         chosen = tl.load(choice_ptr + slot // RATIO, mask=live, other=-1)
         used = live & (chosen >= 0) & (chosen <= last_free)
         place = part + slot * G
-        weight = tl.math.exp2(tl.load(part_lse_ptr + (row + slot * lse_stride), mask=live, other=0.0) - best)
+        weight = tl.math.exp2(tl.load(part_lse_ptr + place, mask=live, other=0.0) - best)
         value = tl.load(part_ptr + place[:, None] * DV + column, mask=live[:, None], other=0.0)
         acc += tl.where(used[:, None], value.to(tl.float32) * weight[:, None], 0.0)
     out = acc / tl.where(total == 0.0, 1.0, total)[:, None]
@@ -215,15 +210,13 @@ def chunk_token_bytes(scratch: int, columns: int, scratch_bytes: int) -> int:
 def select_forward(
     q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, geometry: BlockGeometry, layout: Layout | None,
     q_start: int, scale: float, forced: tuple[Tensor, Tensor] | None = None, gated: Gated | None = None,
-    window: Window | None = None, scratch_bytes: int = SCRATCH_BYTES, item_rows: int = ITEM_ROWS,
-    tile: dict[str, int] | None = None,
+    scratch_bytes: int = SCRATCH_BYTES, item_rows: int = ITEM_ROWS, tile: dict[str, int] | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Attention of fitting tensors over the chosen blocks.
 
     Args:
         forced: output and log-sum-exp of the forced blocks, which every token's list must then hold.
         gated: also write the gated sum of the branches.
-        window: in place of `forced`, with `gated`, where `hopper_finish_serves`: also write the window branch.
     """
     B, T, H, Dk = q.shape
     S, Hkv, Dv = k.shape[1], k.shape[2], v.shape[3]
@@ -231,11 +224,10 @@ def select_forward(
     out, lse = q.new_empty(B, T, H, Dv), q.new_empty(B, T, H, dtype=torch.float32)
     if out.numel() == 0:
         return out, lse
-    peeled = forced is not None or window is not None
-    init, local = (geometry.num_init_blocks, geometry.num_local_blocks) if peeled else (0, 0)
+    init, local = (geometry.num_init_blocks, geometry.num_local_blocks) if forced else (0, 0)
     block_indices = block_indices.contiguous()
-    inversion = invert(block_indices, geometry, layout, S, q_start, peel=peeled)
-    hopper = tile is None and hopper_select_forward_serves(q, v, inversion.sub_block, peeled)
+    inversion = invert(block_indices, geometry, layout, S, q_start, peel=forced is not None)
+    hopper = tile is None and hopper_select_forward_serves(q, v, inversion.sub_block, forced is not None)
     tile = tile or select_tile(q, Dk, Dv, has_large_shared_memory(q))
     ratio = inversion.ratio
     free = inversion.slots - (init + local) * ratio
@@ -252,14 +244,11 @@ def select_forward(
     chunks = cut_chunks(B * Hkv, T, token_bytes, granule, scratch_bytes)
     most = max((c.head_end - c.head) * (c.token_end - c.token) for c in chunks)
     part = q.new_empty(most * G * free, Dv)
-    sizes = ((c.head_end - c.head, lse_stride((c.token_end - c.token) * G)) for c in chunks)
-    part_lse = q.new_empty(max(heads * stride for heads, stride in sizes) * free, dtype=torch.float32)
+    part_lse = q.new_empty(most * G * free, dtype=torch.float32)
     items = plan(inversion, T, granule if hopper else max(c.token_end - c.token for c in chunks), item_entries)
     bound = items.table.shape[2]
     for chunk in chunks:
         heads, tokens = chunk.head_end - chunk.head, chunk.token_end - chunk.token
-        if window is not None:
-            part_lse.fill_(float("-inf"))
         if free and hopper:
             hopper_select_forward(
                 q, k, v, part, part_lse, inversion, items, layout, chunk, init * ratio, free, scale
@@ -268,21 +257,15 @@ def select_forward(
             table = items.table[chunk.token // items.range_tokens, chunk.head : chunk.head_end]
             select_forward_kernel[(bound, heads)](
                 q, k, v, part, part_lse, inversion.entries, table, *documents,
-                scale * LOG2E, T, S, q_start, chunk.head, chunk.token, tokens, lse_stride(tokens * G), bound,
-                DK=Dk, TAIL=key_tail(Dk), BLOCK=inversion.sub_block, SHIFT=init * ratio, PEELED=peeled,
+                scale * LOG2E, T, S, q_start, chunk.head, chunk.token, tokens, bound,
+                DK=Dk, TAIL=key_tail(Dk), BLOCK=inversion.sub_block, SHIFT=init * ratio, PEELED=forced is not None,
                 PRECISION=dot_precision(q), BLOCK_N=max(16, triton.next_power_of_2(inversion.sub_block)),
                 **shape, **tile,
             )  # fmt: skip
-        if window is not None and gated is not None:
-            hopper_finish(
-                q, k, v, window, part, part_lse, gated.out_cmp, gated.out_win, gated.gates, gated.out, out, lse,
-                geometry, layout, chunk, free, scale,
-            )  # fmt: skip
-            continue
         rows = max(1, REDUCE_ELEMENTS // Dv)
         select_reduce_kernel[(triton.cdiv(tokens * G, rows), heads)](
             part, part_lse, block_indices, *(forced or (out, lse)), out, lse, *(gated or (out, out, out, out)),
-            documents[0], LOG2E, T, q_start, chunk.head, chunk.token, tokens, lse_stride(tokens * G),
+            documents[0], LOG2E, T, q_start, chunk.head, chunk.token, tokens,
             BLOCK=geometry.select_block_size, INIT=init, LOCAL=local, GATED=gated is not None,
             PADDED=triton.next_power_of_2(max(free, 1)), ROWS=rows, LN2=LN2, STAGES=REDUCE_STAGES,
             num_warps=4, **shape,
