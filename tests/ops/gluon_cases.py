@@ -65,7 +65,9 @@ CASES = {
     "whole, unions, keys of 192": (1, 230, 3, 1, 192, BLOCKS, None, 0, 0, "float16", 2, "au"),
     "whole, blocks of 48 tokens": (1, 190, 4, 1, 64, ODD, None, 0, 0, "float16", 2, "a"),
     "whole, packed, five heads a group": (1, 450, 5, 1, 64, BLOCKS, [0, 0, 20, 440], 0, 0, "float16", 2, "ak"),
-    "whole, packed, four heads a group": (1, 520, 8, 2, 64, BLOCKS, [0, 0, 20, 150, 151, 490], 0, 0, "float16", 2, "ak"),
+    "whole, packed, four heads a group": (
+        1, 520, 8, 2, 64, BLOCKS, [0, 0, 20, 150, 151, 490], 0, 0, "float16", 2, "ak",
+    ),
     "whole, packed, one head a group, no initial block": (
         1, 600, 1, 1, 64, BARE, [0, 3, 70, 72, 420, 590], 0, 0, "float16", 2, "a",
     ),

@@ -17,12 +17,11 @@ SOURCE = Path(__file__).parents[2] / "src"
 KERNELS = {
     "mean_pool_kernel", "mean_pool_backward_kernel", "delta_kernel", "choice_kernel", "count_kernel",
     "sort_kernel", "first_item_kernel", "item_kernel", "select_forward_kernel", "select_reduce_kernel",
-    "select_query_reduce_kernel", "select_key_reduce_kernel", "forced_forward_kernel",
-    "gate_backward_kernel", "union_kernel",
+    "select_query_reduce_kernel", "select_key_reduce_kernel", "gate_backward_kernel", "union_kernel",
 }  # fmt: skip
 PLAIN_KERNELS = {
     "dense_forward_kernel", "dense_key_kernel", "dense_query_kernel", "score_kernel", "union_forward_kernel",
-    "union_query_kernel", "select_backward_kernel",
+    "union_query_kernel", "select_backward_kernel", "forced_forward_kernel",
 }  # fmt: skip
 HOPPER_KERNELS = {
     "hopper_forward_kernel", "hopper_key_kernel", "hopper_query_kernel", "hopper_score_kernel",
@@ -30,7 +29,7 @@ HOPPER_KERNELS = {
     "hopper_union_query_kernel",
 }  # fmt: skip
 LAYOUT_KERNELS = {"_compressed_bounds", "_spread"}
-MATRIX_KERNELS = {"select_forward_kernel", "forced_forward_kernel"}
+MATRIX_KERNELS = {"select_forward_kernel"}
 # Shared memory that a program may have: consumer Ampere and Ada 99 KiB, Hopper and data-centre Blackwell 227 KiB.
 LIMITS = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 

@@ -3,9 +3,9 @@
 Reading order: common (which keys a query sees), dense_fwd and dense_bwd (compressed and window branch), score_topk (the
 choice of blocks), invert (its inversion), select_fwd and select_bwd (selected branch), forced (its forced blocks),
 select_union (the same branch where neighbours choose from few blocks), combine (gates), compress (mean pooling), report
-(which of them run). Hopper has its own for the compressed and window branch: hopper_fwd, hopper_bwd_keys and
-hopper_bwd_queries; for scores: hopper_score; for the selected branch: hopper_select_bwd and hopper_select_fwd; and for
-unions: hopper_union and hopper_union_queries.
+(which of them run). Hopper has its own for the compressed and window branch: hopper_fwd (with hopper_forced for the
+forced blocks), hopper_bwd_keys and hopper_bwd_queries; for scores: hopper_score; for the selected branch:
+hopper_select_bwd and hopper_select_fwd; and for unions: hopper_union and hopper_union_queries.
 
 Arguments and shapes are those of the operators in `nsa.ops.registry`; `geometry` is `BlockGeometry.as_tuple()`. Nothing
 here waits for the device, keeps state between calls, or depends on the order in which programs run.

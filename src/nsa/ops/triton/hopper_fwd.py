@@ -1,4 +1,6 @@
-"""Forward of the compressed and the window branch on Hopper, in Gluon: loads and the parts of a tile run side by side.
+"""Forward of the compressed and the window branch and of the forced blocks on Hopper, in Gluon.
+
+Loads and the parts of a tile run side by side.
 
 One warp loads keys and values by TMA, and queries where whole tokens fill a tile (BOXES); rows of other group sizes are
 copied by those who need them. Groups of four warps hold 64 rows (token, head) each and drift apart, so that one
@@ -6,7 +8,8 @@ computes exponentials while others multiply; each issues the next scores and the
 et al., FlashAttention-3, arXiv 2407.08608, section 3). Programs are persistent, one for each multiprocessor: the next
 tile's queries arrive under the present tile.
 
-Shapes and intervals are those of `dense_fwd`; `hopper_serves` says which shapes come here.
+Shapes and intervals are those of `dense_fwd`, for forced blocks those of `hopper_forced`; `hopper_serves` says which
+shapes come here.
 """
 
 # Kernels are typed by Triton, not by Python.
