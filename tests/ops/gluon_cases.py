@@ -68,6 +68,7 @@ CASES = {
     "whole, packed, four heads a group": (
         1, 520, 8, 2, 64, BLOCKS, [0, 0, 20, 150, 151, 490], 0, 0, "float16", 2, "ak",
     ),
+    "whole, packed, one head a group": (1, 420, 1, 1, 64, BLOCKS, [0, 20, 410], 0, 0, "float16", 2, "a"),
     "whole, packed, one head a group, no initial block": (
         1, 600, 1, 1, 64, BARE, [0, 3, 70, 72, 420, 590], 0, 0, "float16", 2, "a",
     ),

@@ -234,6 +234,11 @@ class MBarrier:
         barrier.init(int(count))
 
     @staticmethod
+    def invalidate(barrier: Barrier) -> None:
+        running().synchronise()
+        barrier.invalidate(running().agent.known)
+
+    @staticmethod
     def expect(barrier: Barrier, num_bytes: Any, pred: Any = True) -> None:
         """One thread arrives, without a word for what others of its partition wrote."""
         program = running()

@@ -107,6 +107,7 @@ class Barrier:
     def __init__(self, program: Program, name: str) -> None:
         self.program, self.name = program, name
         self.count = self.pending = self.bytes = self.phase = 0
+        self.valid = True
         self.gathered = self.released = 0  # what those who arrived know, in this phase and up to the last one
 
     def init(self, count: int) -> None:
@@ -117,10 +118,14 @@ class Barrier:
         self.program.agent.known |= self.made
 
     def check(self, known: int, by_engine: bool = False) -> None:
-        if self.count == 0 or not known & self.made:
-            raise EmulationError(f"{where_in_kernel()}: {self.name} was not initialised before")
+        if self.count == 0 or not self.valid or not known & self.made:
+            raise EmulationError(f"{where_in_kernel()}: {self.name} was not initialised before, or invalidated")
         if by_engine and not known & self.made << 1:
             raise EmulationError(f"{where_in_kernel()}: no fence after the initialisation of {self.name}")
+
+    def invalidate(self, known: int) -> None:
+        self.check(known)
+        self.valid = False
 
     def arrive(self, count: int, known: int) -> None:
         self.check(known)
@@ -244,6 +249,7 @@ class Program:
         self.place, self.grid, self.number, self.schedule = place, grid, number, schedule
         self.agent = Agent(0, "program", warps, 0)
         self.agents = [self.agent]
+        self.specialized = False
         self.pending: list[Operation] = []
         self.barriers: list[BarrierArray] = []
         self.accesses: list[tuple[str, str, str]] = []
@@ -323,6 +329,7 @@ class Program:
         parent = self.agent
         if parent.number:
             raise EmulationError(f"{where_in_kernel()}: a partition starts partitions")
+        self.specialized = True
         names = [function.__name__ for function, _ in work]
         for number, name in enumerate(names, 1):
             name = f"{name} ({number})" if names.count(name) > 1 else name
@@ -373,3 +380,6 @@ class Program:
         for barrier in itertools.chain.from_iterable(array.barriers for array in self.barriers):
             if barrier.count == 0 or barrier.pending != barrier.count or barrier.bytes:
                 raise EmulationError(f"the program ends within a phase of {barrier}")
+            # Partitions keep what they are given; else the compiler reuses the place of a barrier after its last use.
+            if barrier.valid and not self.specialized:
+                raise EmulationError(f"the program ends without invalidating {barrier}")

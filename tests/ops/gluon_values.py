@@ -343,9 +343,9 @@ class Language:
     float16, bfloat16, float32, float64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
     range = staticmethod(emulated_range)
     static_range = staticmethod(lambda *bounds: range(*(int(x) for x in bounds)))
-    BlockedLayout = SliceLayout = DotOperandLayout = NVMMADistributedLayout = NVMMASharedLayout = (
-        SwizzledSharedLayout
-    ) = Anything()
+    BlockedLayout = DistributedLinearLayout = SliceLayout = DotOperandLayout = NVMMADistributedLayout = (
+        NVMMASharedLayout
+    ) = SwizzledSharedLayout = Anything()
     exp, exp2, log, log2 = (_elementwise(f) for f in (torch.exp, torch.exp2, torch.log, torch.log2))
     sqrt, abs = _elementwise(torch.sqrt), _elementwise(torch.abs)
 

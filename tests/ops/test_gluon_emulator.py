@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -31,7 +32,7 @@ from ops.gluon_values import EmulationError
 
 PROGRAM = Path(__file__).with_name("gluon_cases.py")
 PATHS = [str(Path(__file__).parents[2] / "src"), str(Path(__file__).parents[1])]
-NUM_CASES, NUM_SEEDS = 40, 3
+NUM_CASES, NUM_SEEDS = 41, 3
 KERNELS = {
     "hopper_forward_kernel", "hopper_key_kernel", "hopper_query_kernel", "hopper_score_kernel",
     "hopper_select_forward_kernel", "hopper_select_backward_kernel", "hopper_union_forward_kernel",
@@ -107,6 +108,8 @@ def _product_partition(out_desc, x_smem, out_smem, full, empty, num_steps, GATHE
             fence_async_shared()
         x = x_smem.index(slot)
         acc = warpgroup_mma(x.permute([1, 0]), x, acc, is_async=True)
+        if FAULT == "no fence after a read":
+            x.load(None)
         if FAULT == "arrival before the wait":
             mbarrier.arrive(empty.index(slot), count=1)
         if FAULT == "product in flight":
@@ -182,6 +185,7 @@ def test_a_right_pipeline_passes_under_every_schedule(gather, schedule):
         (False, "no fence after the barriers", "no fence after the initialisation of full"),
         (False, "no wait for the store", "before it knows that _product_partition reads out_smem"),
         (False, "written after a store", "race: _product_partition writes out_smem"),
+        (False, "no fence after a read", "no fence between _product_partition reads x_smem"),
         (True, "no fence after a gather", "no fence between _gather_partition writes x_smem"),
         (True, "ordinary store", "race: _product_partition reads x_smem"),
         (True, "beyond the tensor", "of 20480"),
@@ -191,6 +195,27 @@ def test_every_fault_is_found_under_every_schedule(gather, fault, message):
     for seed in range(8):
         with emulate(seed), pytest.raises(EmulationError, match=message):
             run_pipeline(gather, fault)
+
+
+@gluon.jit
+def _one_load_kernel(x_desc, INVALIDATED: gl.constexpr):
+    x_smem = gl.allocate_shared_memory(x_desc.dtype, [64, 64], x_desc.layout)
+    full = make_barriers(1, 1)
+    fence_async_shared()
+    mbarrier.expect(full.index(0), 2 * 64 * 64)
+    tma.async_copy_global_to_shared(x_desc, [0, 0], full.index(0), x_smem)
+    mbarrier.wait(full.index(0), 0)
+    if INVALIDATED:
+        mbarrier.invalidate(full.index(0))
+
+
+@pytest.mark.parametrize("invalidated", [False, True])
+def test_a_barrier_of_a_program_without_partitions_must_be_invalidated(invalidated):
+    x = torch.zeros(64, 64, dtype=torch.float16)
+    layout = gl.NVMMASharedLayout.get_default_for([64, 64], gl.float16)
+    error = nullcontext() if invalidated else pytest.raises(EmulationError, match="without invalidating full")
+    with emulate(), error:
+        _one_load_kernel[(1,)](TensorDescriptor(x, [64, 64], [64, 1], [64, 64], layout), INVALIDATED=invalidated)
 
 
 def test_programs_that_write_the_same_are_an_error():

@@ -187,6 +187,18 @@ def query_interval(
     return tl.minimum(tl.maximum(first, 0), T), tl.minimum(tl.maximum(end, 0), T)
 
 
+@triton.jit
+def local_start(position, doc, BLOCK: tl.constexpr, LOCAL: tl.constexpr):
+    """First key of the local blocks of a query of a document that begins at `doc`."""
+    return tl.maximum(doc, doc + ((position - doc) // BLOCK - (LOCAL - 1)) * BLOCK)
+
+
+@triton.jit
+def num_early(position, doc, BLOCK: tl.constexpr, INIT: tl.constexpr, LOCAL: tl.constexpr):
+    """Keys of its initial blocks before the local ones."""
+    return tl.minimum(local_start(position, doc, BLOCK, LOCAL) - doc, INIT * BLOCK)
+
+
 def fit(x: Tensor, sizes: tuple[int, ...] = VALUE_SIZES) -> Tensor:
     """`x` as the kernels take it: contiguous, 16-byte aligned, its last size padded to one of `sizes`.
 

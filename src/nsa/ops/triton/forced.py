@@ -1,7 +1,7 @@
 """Forward of the selected branch's forced blocks: the same keys for all queries of a block, so that tiles are dense.
 
 A query sees two intervals of keys: its document's first blocks, and its own block with those before it, up to itself.
-Both ends of both never decrease, packed documents included.
+Both ends of both never decrease, packed documents included. On Hopper `hopper_fwd` attends to them.
 
 Shapes: q `[B, T, H, Dk]`, k `[B, S, Hkv, Dk]`, v `[B, S, Hkv, Dv]`; a tile holds BLOCK_M rows (token, head of a group).
 """
@@ -17,7 +17,17 @@ import triton.language as tl
 from torch import Tensor
 
 from nsa.geometry import BlockGeometry
-from nsa.ops.triton.common import LN2, LOG2E, Layout, dot_precision, has_large_shared_memory, hopper_serves, key_tail
+from nsa.ops.triton.common import (
+    LN2,
+    LOG2E,
+    Layout,
+    dot_precision,
+    has_large_shared_memory,
+    hopper_serves,
+    key_tail,
+    local_start,
+    num_early,
+)
 from nsa.ops.triton.dense_fwd import attend_tile, describe, describe_keys, forward_tile
 from nsa.ops.triton.hopper_fwd import hopper_forward
 
@@ -31,12 +41,11 @@ def forced_interval(
     doc = t * 0
     if PACKED:
         doc = tl.load(doc_ptr + t)
-    position = t + q_start
-    first = tl.maximum(doc, doc + ((position - doc) // BLOCK - (LOCAL - 1)) * BLOCK)
-    end = position + 1
+    first = local_start(t + q_start, doc, BLOCK, LOCAL)
+    end = t + q_start + 1
     if not LOCAL_PART:
-        end = tl.minimum(first, doc + INIT * BLOCK)
         first = doc
+        end = doc + num_early(t + q_start, doc, BLOCK, INIT, LOCAL)
     return tl.minimum(first, S), tl.minimum(tl.maximum(first, end), S)
 
 

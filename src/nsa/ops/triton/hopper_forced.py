@@ -14,6 +14,8 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from nsa.ops.triton.common import local_start, num_early
+
 
 @gluon.jit
 def _document(t, doc_ptr, PACKED: gl.constexpr):
@@ -21,18 +23,6 @@ def _document(t, doc_ptr, PACKED: gl.constexpr):
     if PACKED:
         doc = gl.load(doc_ptr + t)
     return doc
-
-
-@gluon.jit
-def _local_start(position, doc, BLOCK: gl.constexpr, LOCAL: gl.constexpr):
-    """First key of the local blocks."""
-    return gl.maximum(doc, doc + ((position - doc) // BLOCK - (LOCAL - 1)) * BLOCK)
-
-
-@gluon.jit
-def _num_early(position, doc, BLOCK: gl.constexpr, INIT: gl.constexpr, LOCAL: gl.constexpr):
-    """Keys of the initial blocks before the local ones."""
-    return gl.minimum(_local_start(position, doc, BLOCK, LOCAL) - doc, INIT * BLOCK)
 
 
 @gluon.jit
@@ -44,9 +34,9 @@ def forced_keys_of_tile(
     t_low = gl.minimum(row // G, T - 1)
     high = gl.minimum((row + rows - 1) // G, T - 1) + q_start
     doc = _document(t_low, doc_ptr, PACKED)
-    early = gl.cdiv(_num_early(high, doc, BLOCK, INIT, LOCAL), KEYS) * KEYS
-    local = _local_start(t_low + q_start, doc, BLOCK, LOCAL)
-    return doc, early, local, early + gl.maximum(gl.minimum(high + 1, S) - local, 0)
+    early = gl.cdiv(num_early(high, doc, BLOCK, INIT, LOCAL), KEYS) * KEYS
+    local = local_start(t_low + q_start, doc, BLOCK, LOCAL)
+    return doc, early, local, early + gl.minimum(high + 1, S) - local
 
 
 @gluon.jit
@@ -61,14 +51,14 @@ def forced_keys_of_rows(
         tile_doc, early, local: of the tile, from `forced_keys_of_tile`.
     """
     doc = _document(t, doc_ptr, PACKED)
-    first = early + _local_start(t + q_start, doc, BLOCK, LOCAL) - local
+    first = early + local_start(t + q_start, doc, BLOCK, LOCAL) - local
     end = early + gl.minimum(t + q_start + 1, S) - local
     row_early = gl.where(doc == tile_doc, 0, early + doc - local)
-    early_end = row_early + _num_early(t + q_start, doc, BLOCK, INIT, LOCAL)
+    early_end = row_early + num_early(t + q_start, doc, BLOCK, INIT, LOCAL)
     t_low = gl.minimum(low // G, T - 1)
     t_high = gl.minimum((low + rows - 1) // G, T - 1)
-    apart = _local_start(t_high + q_start, tile_doc, BLOCK, LOCAL) - local
-    whole = (apart == 0) & (_num_early(t_low + q_start, tile_doc, BLOCK, INIT, LOCAL) == early)
+    apart = local_start(t_high + q_start, tile_doc, BLOCK, LOCAL) - local
+    whole = (apart == 0) & (num_early(t_low + q_start, tile_doc, BLOCK, INIT, LOCAL) == early)
     plain_end = early + gl.minimum(t_low + q_start + 1, S) - local
     plain_end = gl.where(_document(t_high, doc_ptr, PACKED) == tile_doc, plain_end, 0)
     return first, end, row_early, early_end, gl.where(whole, 0, early + apart), plain_end

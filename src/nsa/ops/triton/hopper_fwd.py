@@ -175,13 +175,14 @@ def _load_partition(
     step = 0
     for turn in range(num_rounds(num_tiles * heads)):
         row, b, group = tile_of_round(turn, num_tiles, heads, HKV, GROUPS * ROWS)
-        first, _from, _to, end = tile_keys(
-            row, GROUPS * ROWS, doc_ptr, cmp_ptr, T, S, q_start, k_start, G, SIZE, STRIDE, WINDOW, PACKED
-        )
         if LOCAL > 0:
             first = 0
             doc, early, local, end = forced_keys_of_tile(
                 row, GROUPS * ROWS, doc_ptr, T, S, q_start, G, BLOCK, INIT, LOCAL, PACKED, KEYS
+            )
+        else:
+            first, _from, _to, end = tile_keys(
+                row, GROUPS * ROWS, doc_ptr, cmp_ptr, T, S, q_start, k_start, G, SIZE, STRIDE, WINDOW, PACKED
             )
         for part in gl.static_range(GROUPS if BOXES else 0):
             box = [b, row // G + part * (ROWS // G), group * G, 0]
@@ -307,17 +308,9 @@ def _row_partition(
         )
     for turn in range(rounds):
         tile_row, b, group = tile_of_round(turn, num_tiles, heads, HKV, GROUPS * ROWS)
-        tile_first, _from, _to, tile_end = tile_keys(
-            tile_row, GROUPS * ROWS, doc_ptr, cmp_ptr, T, S, q_start, k_start, G, SIZE, STRIDE, WINDOW, PACKED
-        )
         low = tile_row + PART * ROWS
-        _first, plain_first, plain_end, _end = tile_keys(
-            low, ROWS, doc_ptr, cmp_ptr, T, S, q_start, k_start, G, SIZE, STRIDE, WINDOW, PACKED
-        )
         row = low + gl.arange(0, ROWS, gl.SliceLayout(1, S_LAYOUT))
         t = gl.minimum(row // G, T - 1)
-        first, end = key_interval(t, doc_ptr, cmp_ptr, S, q_start, k_start, SIZE, STRIDE, WINDOW, PACKED)
-        row_early, early_end = first, first
         if LOCAL > 0:
             tile_first = 0
             doc, early, local, tile_end = forced_keys_of_tile(
@@ -326,6 +319,15 @@ def _row_partition(
             first, end, row_early, early_end, plain_first, plain_end = forced_keys_of_rows(
                 t, low, ROWS, doc, early, local, doc_ptr, T, S, q_start, G, BLOCK, INIT, LOCAL, PACKED
             )
+        else:
+            tile_first, _from, _to, tile_end = tile_keys(
+                tile_row, GROUPS * ROWS, doc_ptr, cmp_ptr, T, S, q_start, k_start, G, SIZE, STRIDE, WINDOW, PACKED
+            )
+            _first, plain_first, plain_end, _end = tile_keys(
+                low, ROWS, doc_ptr, cmp_ptr, T, S, q_start, k_start, G, SIZE, STRIDE, WINDOW, PACKED
+            )
+            first, end = key_interval(t, doc_ptr, cmp_ptr, S, q_start, k_start, SIZE, STRIDE, WINDOW, PACKED)
+            row_early, early_end = first, first
         place = turn % 2 * GROUPS + PART
         q = q_smem.index(place).reshape([ROWS, D])
         q_tail = q

@@ -70,13 +70,17 @@ def hopper_select_forward_kernel(
     PANEL: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
     ROW: gl.constexpr = gl.SliceLayout(1, PANEL)
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-    WHOLE: gl.constexpr = gl.SliceLayout(1, LAYOUT)
+    # PANEL with columns exchanged among four lanes: each has eight that lie together, in the same two rows.
+    OUT: gl.constexpr = gl.DistributedLinearLayout(
+        [[0, 1], [0, 2], [0, 4], [8, 0], [0, 32]], [[0, 8], [0, 16], [1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]], [],
+        [64, 64],
+    )  # fmt: skip
     LINE: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     dtype: gl.constexpr = k_desc.dtype
     line: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[0])
     k_smem = gl.allocate_shared_memory(dtype, [PANELS] + k_desc.block_shape, k_desc.layout)
     v_smem = gl.allocate_shared_memory(dtype, [DV // WIDTH] + v_desc.block_shape, v_desc.layout)
-    q_smem = make_panels(dtype, ROWS, PANELS)
+    q_smem = make_panels(dtype, ROWS, PANELS, 1)
     entry_smem = gl.allocate_shared_memory(gl.int32, [4, ROWS], line)
     k_full = make_barriers(1, 1)
     fence_async_shared()
@@ -117,41 +121,38 @@ def hopper_select_forward_kernel(
         mbarrier.wait(k_full.index(0), 0)
         for start in range(0, num_rows, ROWS):
             step = start // ROWS
-            buffer = step % 2
-            entries = entry_smem.index(step % 4)
             async_copy.wait_group(0)
             fence_async_shared()  # rows were written by threads, the products read them as TMA does
             s = none
             for panel in gl.static_range(PANELS):
                 k = k_smem.index(panel).reshape([BLOCK, WIDTH])
-                s = warpgroup_mma(q_smem[panel].index(buffer), k.permute([1, 0]), s, use_acc=panel > 0, is_async=True)
+                s = warpgroup_mma(q_smem[panel].index(0), k.permute([1, 0]), s, use_acc=panel > 0, is_async=True)
+            # The last row may repeat, with its own values.
+            place = (entry_smem.index(step % 4).load(ROW) - first_place).to(gl.uint32)
+            row = (place // SLOTS * FREE + place % SLOTS - SHIFT) * G + rows_of_tile(start, num_rows, ROWS, ROW) % G
+            row = row.to(gl.int32)
+            s = warpgroup_mma_wait(0, deps=[s])
             if start + ROWS < num_rows:
                 low = start + ROWS
                 what = entry_smem.index((step + 1) % 4)
-                copy_panels(q_ptr, q_smem, 1 - buffer, what, first_place, low, num_rows, G, H, DK, SLOTS, LAYOUT)
+                copy_panels(q_ptr, q_smem, 0, what, first_place, low, num_rows, G, H, DK, SLOTS, LAYOUT)
                 copy_entries(entries_ptr, entry_smem.index((step + 2) % 4), low + ROWS, num_rows, G, LINE)
             async_copy.commit_group()
 
-            s = warpgroup_mma_wait(0, deps=[s])
             best = gl.max(s, 1) * scale_log2
             p = gl.exp2(s * scale_log2 - best[:, None])
             total = gl.sum(p, 1)
             share = (1.0 / total)[:, None]
             operand = gl.convert_layout(p.to(dtype), gl.DotOperandLayout(0, PANEL, 2))
-            # The last row may repeat, with its own values.
-            place = (entries.load(ROW) - first_place).to(gl.uint32)
-            row = (place // SLOTS * FREE + place % SLOTS - SHIFT) * G + rows_of_tile(start, num_rows, ROWS, ROW) % G
-            gl.store(part_lse_ptr + row.to(gl.int32), best + gl.log2(total))
-            place = (entries.load(WHOLE) - first_place).to(gl.uint32)
-            row = (place // SLOTS * FREE + place % SLOTS - SHIFT) * G + rows_of_tile(start, num_rows, ROWS, WHOLE) % G
-            target = row.to(gl.int32)[:, None] * DV + gl.arange(0, WIDTH, gl.SliceLayout(0, LAYOUT))[None, :]
+            gl.store(part_lse_ptr + row, best + gl.log2(total))
+            target = gl.convert_layout(row, gl.SliceLayout(1, OUT), assert_trivial=True)[:, None] * DV
+            target += gl.arange(0, WIDTH, gl.SliceLayout(0, OUT))[None, :]
             for panel in gl.static_range(DV // WIDTH):
                 v = v_smem.index(panel).reshape([BLOCK, WIDTH])
                 out = warpgroup_mma(operand, v, none, use_acc=False, is_async=True)
                 out = warpgroup_mma_wait(0, deps=[out])
-                tile = q_smem[panel].index(buffer)
-                tile.store((out * share).to(dtype))
-                gl.store(part_ptr + panel * WIDTH + target, tile.load(LAYOUT))
+                gl.store(part_ptr + panel * WIDTH + target, gl.convert_layout((out * share).to(dtype), OUT))
+    mbarrier.invalidate(k_full.index(0))  # not before, or the compiler gives its place to something else
 
 
 def hopper_select_forward(
