@@ -29,7 +29,7 @@ from nsa.ops.triton.common import (
     num_early,
 )
 from nsa.ops.triton.dense_fwd import attend_tile, describe, describe_keys, forward_tile
-from nsa.ops.triton.hopper_fwd import hopper_forward
+from nsa.ops.triton.hopper_fwd import ROWS, hopper_forward
 
 
 @triton.jit
@@ -96,6 +96,11 @@ def forced_forward_kernel(
     tl.store(lse_ptr + row_64, lse, mask=live)
 
 
+def hopper_forced_serves(q: Tensor, v: Tensor, group_size: int) -> bool:
+    """Whether `hopper_fwd` takes these fitting tensors: not where keys have a tail and rows are copied, as it spills."""
+    return hopper_serves(q, v) and (q.shape[3] == v.shape[3] or ROWS.value % group_size == 0)
+
+
 def forced_tile(q: Tensor, value_head_dim: int, group_size: int, large: bool) -> dict[str, int]:
     """Two or three steps are too few for a pipeline, which takes the room of another program, unless they are short."""
     tile = {**forward_tile(q, q.shape[3], value_head_dim, large), "num_stages": 1}
@@ -113,7 +118,7 @@ def forced_forward(
     out, lse = q.new_empty(B, T, H, Dv), q.new_empty(B, T, H, dtype=torch.float32)
     if out.numel() == 0:
         return out, lse
-    if tile is None and hopper_serves(q, v):
+    if tile is None and hopper_forced_serves(q, v, H // Hkv):
         hopper_forward(q, k, v, out, lse, geometry, layout, 0, q_start, 0, scale, forced=True)
         return out, lse
     tile = tile or forced_tile(q, Dv, H // Hkv, has_large_shared_memory(q))

@@ -9,6 +9,7 @@ from torch import Tensor
 from nsa.geometry import BlockGeometry
 from nsa.ops.triton import dense_bwd, dense_fwd, score_topk, select_bwd, select_fwd, select_union
 from nsa.ops.triton.common import KEY_SIZES, VALUE_SIZES, has_large_shared_memory, hopper_serves
+from nsa.ops.triton.forced import hopper_forced_serves
 from nsa.ops.triton.hopper_select_bwd import hopper_select_backward_serves
 from nsa.ops.triton.hopper_select_fwd import hopper_select_forward_serves
 from nsa.ops.triton.hopper_union import hopper_union_serves
@@ -68,7 +69,8 @@ def kernels(q: Tensor, k: Tensor, v: Tensor, geometry: BlockGeometry, num_docs: 
     else:
         hopper = hopper_select_forward_serves(*fitting, block, peeled=True)
         by_block = "hopper_select_forward" if hopper else "select_forward"
-        how = f"{'hopper' if hopper_serves(*fitting) else 'forced'}_forward, {by_block}, select_reduce"
+        dense = "hopper_forward" if hopper_forced_serves(*fitting, group) else "forced_forward"
+        how = f"{dense}, {by_block}, select_reduce"
         tile = {} if hopper else select_fwd.select_tile(*size)
     found.append(Kernel("selected forward and gated sum", how, tile, _why(union)))
     union = select_union.union_pays(*reckoned, select_union.backward_ratio(*fitting, group, geometry))
