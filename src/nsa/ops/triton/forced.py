@@ -97,7 +97,7 @@ def forced_forward_kernel(
 
 
 def hopper_forced_serves(q: Tensor, v: Tensor, group_size: int) -> bool:
-    """Whether `hopper_fwd` takes these fitting tensors: not where keys have a tail and rows are copied, as it spills."""
+    """Whether `hopper_fwd` takes these fitting tensors; where keys have a tail and rows are copied, it would spill."""
     return hopper_serves(q, v) and (q.shape[3] == v.shape[3] or ROWS.value % group_size == 0)
 
 
