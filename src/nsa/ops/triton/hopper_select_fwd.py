@@ -1,7 +1,8 @@
 """Forward of the selected branch's free blocks on Hopper, in Gluon: the next tile's rows arrive under the present one.
 
-Items and scratch are those of `select_fwd`, steps and their order those of `hopper_select_bwd`. Results leave from the
-queries' place, whole rows at a time.
+Items and scratch are those of `select_fwd`. Queries have one place, so that four programs fit a multiprocessor: the
+next tile's are ordered as soon as the present one's scores are there. Lanes exchange results, so that each stores eight
+columns that lie together.
 
 Shapes are those of `select_fwd`; blocks of 64 tokens, before all tokens that chose them (`forced` holds the others),
 so that nothing is masked.
