@@ -2,7 +2,7 @@
 
     BadInput("steps below one", "train c.yaml --train.steps 0", says=("train.steps", "0"))
 
-Each area has a file here with a list `CASES`; `test_bad_inputs.py` runs all of them in this process through `nsa.cli.main`.
+Each area has a file here with a list `CASES`; `test_bad_inputs.py` runs them all in this process, by `nsa.cli.main`.
 """
 
 from __future__ import annotations
