@@ -71,7 +71,15 @@ class PlainReader(FileSystemReader):
         try:
             with path.open("rb") as file:
                 metadata = _PlainUnpickler(file).load()
-        except (pickle.UnpicklingError, EOFError, AttributeError, IndexError, KeyError, TypeError, UnicodeError) as error:
+        except (
+            pickle.UnpicklingError,
+            EOFError,
+            AttributeError,
+            IndexError,
+            KeyError,
+            TypeError,
+            UnicodeError,
+        ) as error:
             raise ValueError(f"{path} cannot be read: {error}") from error
         if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
             raise ValueError(f"{path} holds {type(metadata).__name__} and no description of a checkpoint")
