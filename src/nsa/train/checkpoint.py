@@ -186,9 +186,8 @@ class Listing:
             raise ValueError(f"{path} cannot be read: it needs step, world_size and files, and nothing else")
         found = STEP_FOLDER.fullmatch(checkpoint.name)
         if found and int(found[1]) != listing.step:
-            raise ValueError(
-                f"{checkpoint} holds step {listing.step}; call it {step_folder(Path(), listing.step)} again"
-            )
+            named = step_folder(checkpoint.parent, listing.step).name
+            raise ValueError(f"{checkpoint} holds step {listing.step}; give it back its name {named}")
         for name in files:
             inside(checkpoint, name)
         ranks = {name for name in files if name.startswith("random_rank")}

@@ -38,9 +38,7 @@ def check_run_files(run: Path) -> None:
         _expect_folder(path)
     latest = run / FOLDERS[0] / LATEST
     if os.path.lexists(latest) and not latest.is_symlink():
-        raise ValueError(
-            f"{latest} must be a link to the newest checkpoint; remove it, and the next checkpoint makes one"
-        )
+        raise ValueError(f"{latest} must be a link to the newest checkpoint; remove it, the next checkpoint makes one")
 
 
 def expect_file(path: Path) -> None:
