@@ -8,7 +8,7 @@ from contextlib import ExitStack
 
 from transformers.utils import logging
 
-from nsa.cli import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, EXIT_USAGE, fail
+from nsa.cli import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, EXIT_USAGE, explained, fail
 from nsa.data.errors import DataError
 from nsa.terminal import printable
 from nsa.train.checkpoint import CheckpointError
@@ -90,7 +90,7 @@ def _begin(
         parallel = stack.enter_context(setup_parallel(config.run.device, config.train.parallel, **options))
         return begin(config, parallel)
     except (ValueError, OSError, CheckpointError) as error:
-        raise BadInputError(str(error)) from error
+        raise BadInputError(explained(error)) from error
 
 
 def closing(outcome: Outcome) -> str:

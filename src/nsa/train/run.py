@@ -82,7 +82,8 @@ def prepare(
             path,
             config_yaml=dump_config(config),
             env=snapshot(trainer.device, command)
-            | {"routing": routing_values(trainer), "kernels": kernel_values(trainer)},
+            | {"routing": routing_values(trainer), "kernels": kernel_values(trainer)}
+            | {"config": config.model_dump(mode="json")},
             data_index=data_index(trainer),
             preflight=report.values(),
         )
@@ -193,7 +194,7 @@ def finish(
             write_json(folder.metrics_json, metrics)
             draw_curves(folder, folder.curves_png)
             write_report(folder, trainer.config, metrics)
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ReportError(f"the report of {folder.path} could not be written: {error}") from error
         folder.write_status(**status.ended)
     return Outcome(folder, stopped_by, metrics)
