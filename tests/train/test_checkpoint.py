@@ -132,3 +132,59 @@ def test_a_folder_with_a_model_alone_cannot_be_resumed(tmp_path: Path) -> None:
     assert complete_checkpoints(tmp_path) == [checkpoint]
     with pytest.raises(ValueError, match="no state of training"):
         choose_checkpoint(tmp_path)
+
+
+def test_every_flipped_bit_of_the_listing_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "READ_BYTES", 64)  # quicker than a large buffer for each tiny file
+    checkpoint = write_files(tmp_path, 10)
+    path = checkpoint / "complete.json"
+    contents = path.read_bytes()
+    for bit in range(8 * len(contents)):
+        flipped = bytearray(contents)
+        flipped[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(flipped)
+        problem = damage(checkpoint)
+        assert problem is not None, bytes(flipped)
+        assert str(checkpoint) in problem
+    path.write_bytes(contents)
+    assert damage(checkpoint) is None
+
+
+def test_every_cut_of_the_listing_is_found(tmp_path: Path) -> None:
+    checkpoint = write_files(tmp_path, 10)
+    path = checkpoint / "complete.json"
+    contents = path.read_bytes().rstrip()
+    for end in range(len(contents)):
+        path.write_bytes(contents[:end])
+        assert damage(checkpoint) is not None, end
+
+
+def test_a_renamed_checkpoint_is_not_the_newest(tmp_path: Path) -> None:
+    write_files(tmp_path / "checkpoints", 5, keep=9)
+    write_files(tmp_path / "checkpoints", 10, keep=9).rename(tmp_path / "checkpoints" / "step_000099")
+    assert newest_checkpoint(tmp_path).name == "step_000005"
+    chosen, notes = choose_checkpoint(tmp_path / "checkpoints")
+    assert chosen == tmp_path / "checkpoints" / "step_000005"
+    assert "step_000099 holds step 10; give it back its name step_000010" in notes[0]
+
+
+@pytest.mark.parametrize("name", ["../outside", "/etc/hostname", "state/../../outside", "link", "deep/link"])
+def test_a_listing_that_names_files_outside_is_damage(tmp_path: Path, name: str) -> None:
+    checkpoint = write_files(tmp_path / "checkpoints", 5)
+    outside = tmp_path / "checkpoints" / "outside"
+    outside.write_text("of somebody else")
+    if name.endswith("link"):
+        (checkpoint / name).parent.mkdir(exist_ok=True)
+        (checkpoint / name).symlink_to(outside)
+    listing = json.loads((checkpoint / "complete.json").read_text())
+    listing["files"][name] = vars(module.FileSum.of(outside))
+    (checkpoint / "complete.json").write_text(json.dumps(listing))
+    for contents in (True, False):
+        assert "which lies outside of it" in str(damage(checkpoint, contents=contents))
+
+
+def test_a_link_is_no_checkpoint(tmp_path: Path) -> None:
+    elsewhere = write_files(tmp_path / "elsewhere", 5)
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "step_000005").symlink_to(elsewhere)
+    assert step_folders(tmp_path / "checkpoints") == []

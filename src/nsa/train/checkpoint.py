@@ -202,10 +202,10 @@ def inside(folder: Path, name: str) -> Path:
     Raises:
         ValueError: it lies elsewhere.
     """
-    path = folder / name
-    if name == "" or "\0" in name or not path.resolve().is_relative_to(folder.resolve()):
+    whole = os.path.realpath(folder)
+    if name == "" or "\0" in name or not os.path.realpath(folder / name).startswith(whole + os.sep):
         raise ValueError(f"{folder} names the file {name!r}, which lies outside of it")
-    return path
+    return folder / name
 
 
 def random_file(rank: int) -> str:
