@@ -1,4 +1,4 @@
-"""A checkpoint whose files ask for code to be run is refused by name and runs nothing, though its checksums are right."""
+"""A checkpoint whose files ask for calls is refused by name and nothing is called, though its checksums are right."""
 
 from __future__ import annotations
 

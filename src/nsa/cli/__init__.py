@@ -16,7 +16,7 @@ import sys
 from collections.abc import Collection, Sequence
 
 from nsa import __version__
-from nsa.terminal import printable
+from nsa.terminal import printable, redacted
 
 # The interpreter's last search for garbage among the libraries' objects takes seconds on a slow machine.
 atexit.register(gc.freeze)
@@ -91,5 +91,5 @@ def explained(error: Exception) -> str:
 
 def fail(command: str, error: Exception) -> int:
     """Print a user's mistake as one message, without a traceback, and return the exit code for it."""
-    print(f"nsa {command}: {printable(explained(error))}", file=sys.stderr)
+    print(f"nsa {command}: {printable(redacted(explained(error)))}", file=sys.stderr)
     return EXIT_USAGE

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, get_args
 
-from nsa.terminal import printable
+from nsa.terminal import printable, redacted
 from nsa.train.run_lock import RunLock
 
 State = Literal["running", "finished", "stopped", "failed"]
@@ -185,7 +185,7 @@ class FailureStatus:
         if kind is None or error is None:
             return
         # A full disk may have stopped a table before the checkpoint in flight, whose note says more.
-        reason = printable("; ".join([f"{kind.__name__}: {error}", *getattr(error, "__notes__", [])]))
+        reason = printable(redacted("; ".join([f"{kind.__name__}: {error}", *getattr(error, "__notes__", [])])))
         folder = self.folder.path
         if self.ended is None:
             error.add_note(f"rank {self.rank}, after step {self.step}; once mended, go on with: nsa resume {folder}")
