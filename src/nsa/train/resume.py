@@ -159,7 +159,6 @@ def _prepare_locked(
     before = on_main(parallel, lambda: _look_into(folder, config, parallel))
     if stored.note:
         say(f"note: {stored.note}")
-    trainer = Trainer(config, parallel)
     say(f"checking the checkpoints in {folder.checkpoints}")
     checkpoint, damaged = on_main(parallel, lambda: choose_checkpoint(folder.checkpoints))
     for note in damaged:
@@ -170,6 +169,7 @@ def _prepare_locked(
         source = checkpoint / RUN_CONFIG
         trained = read_config(source)
         check_unchanged(trained, config, is_allowed, path=folder.config_yaml, source=source)
+    trainer = Trainer(config, parallel)
     if checkpoint is not None and (note := trainer.load(checkpoint)):
         say(f"note: {note}")
     done = before.get("state") == "finished" and not before.get("report_failure")
