@@ -412,7 +412,7 @@ NEW = [
     )
     for name in ("../up", "a/b", ".hidden", "-x", "two words", "ünicode", "a;b", "")
 ] + [
-    BadInput("run name too long", "train c.yaml", ("xxx", "too long"), tiny("name: tiny", f"name: {'x' * 300}")),
+    BadInput("run name too long", "train c.yaml", ("xxx", "at most 200"), tiny("name: tiny", f"name: {'x' * 300}")),
     BadInput("run folder is a file", "train c.yaml --run.folder c.yaml", ("c.yaml is not a folder", "--run.folder")),
     BadInput("run folder below a file", "train c.yaml --run.folder c.yaml/a/b", ("c.yaml is not a folder",)),
     BadInput("run folder is a device", "train c.yaml --run.folder /dev/null", ("/dev/null is not a folder",)),

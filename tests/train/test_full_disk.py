@@ -68,11 +68,11 @@ def test_a_run_ends_in_order_without_board_samples_and_status(
     honest = RunFolder.write_status
     monkeypatch.setattr(recorder.SummaryWriter, "add_scalar", full)
     monkeypatch.setattr(recorder.SummaryWriter, "close", full)
-    monkeypatch.setattr(
-        RunFolder,
-        "write_status",
-        lambda self, state, **rest: full() if state == "running" else honest(self, state, **rest),
-    )
+
+    def write_status(self: RunFolder, state: Any, **rest: Any) -> None:
+        full() if state == "running" else honest(self, state, **rest)
+
+    monkeypatch.setattr(RunFolder, "write_status", write_status)
     honest_samples = trainer.write_samples
     trainer.write_samples = lambda folder, moment: full() if moment == "before" else honest_samples(folder, moment)
     assert train(trainer, folder).metrics["step"] == 4

@@ -209,9 +209,7 @@ def check_unused(path: Path) -> None:
     if "\0" in str(path):
         raise ValueError(f"run.folder {str(path.parent)!r} holds a zero character; give a path without it")
     if len(os.fsencode(path.name)) > MAX_NAME_BYTES:
-        raise ValueError(
-            f"run.name {path.name[:20]}... is too long: {len(path.name)} letters, at most {MAX_NAME_BYTES}"
-        )
+        raise ValueError(f"run.name {path.name[:20]}... has {len(path.name)} letters; give at most {MAX_NAME_BYTES}")
     if _is_there(path):
         raise ValueError(
             f"the run folder {path} exists already and is left as it is; "
