@@ -169,9 +169,8 @@ def test_halt_stops_a_run_that_is_just_being_resumed(
 
 
 def test_halt_says_when_nothing_here_reads_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run = RunFolder.create(tmp_path / "run", config_yaml="", env={}, data_index={}).path
-    RunFolder(run).write_status("running", step=1)
-    assert main(["halt", str(run)]) == 0
+    here = RunFolder.create(tmp_path / "run", config_yaml="", env={}, data_index={})
+    assert main(["halt", str(here.path)]) == 0
     assert "the run stops after its current step" in capsys.readouterr().out
     gone = RunFolder.create(tmp_path / "gone", config_yaml="", env={}, data_index={})
     gone.lock.close()
