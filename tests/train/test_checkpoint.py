@@ -136,7 +136,9 @@ def test_a_folder_with_a_model_alone_cannot_be_resumed(tmp_path: Path) -> None:
 
 def test_every_flipped_bit_of_the_listing_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "READ_BYTES", 64)  # quicker than a large buffer for each tiny file
-    checkpoint = write_files(tmp_path, 10)
+    # Names that a bit tells apart.
+    parts = {"state/__0_0.distcp": b"a", "state/__1_0.distcp": b"b"}
+    checkpoint = write_files(tmp_path, 10, more=parts)
     path = checkpoint / "complete.json"
     contents = path.read_bytes()
     for bit in range(8 * len(contents)):
