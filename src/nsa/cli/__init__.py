@@ -7,12 +7,19 @@ on request after a checkpoint, 130 interrupted (Ctrl-C) otherwise.
 
 from __future__ import annotations
 
+import atexit
 import difflib
+import gc
 import importlib
+import os
 import sys
 from collections.abc import Collection, Sequence
 
 from nsa import __version__
+from nsa.terminal import printable, redacted
+
+# The interpreter's last search for garbage among the libraries' objects takes seconds on a slow machine.
+atexit.register(gc.freeze)
 
 EXIT_DONE, EXIT_FAILED, EXIT_USAGE, EXIT_STOPPED, EXIT_INTERRUPTED = 0, 1, 2, 3, 130
 
@@ -48,6 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     module, _ = COMMANDS[name]
     try:
         return importlib.import_module(module).main(rest)
+    except PermissionError as error:
+        return fail(name, error)
     except KeyboardInterrupt as interrupt:
         print("\n  ".join([f"nsa {name}: interrupted", *getattr(interrupt, "__notes__", [])]), file=sys.stderr)
         return EXIT_INTERRUPTED
@@ -71,7 +80,16 @@ def unknown(program: str, what: str, name: str, known: Collection[str]) -> int:
     return EXIT_USAGE
 
 
+def explained(error: Exception) -> str:
+    """What an error says to a user: what the system refused has its file first, and the remedy."""
+    if isinstance(error, PermissionError) and error.filename:
+        return f"{error.filename} is closed to user {os.getuid()}: {error.strerror}; change its rights or its owner"
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
+
+
 def fail(command: str, error: Exception) -> int:
     """Print a user's mistake as one message, without a traceback, and return the exit code for it."""
-    print(f"nsa {command}: {error}", file=sys.stderr)
+    print(f"nsa {command}: {printable(redacted(explained(error)))}", file=sys.stderr)
     return EXIT_USAGE

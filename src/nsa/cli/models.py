@@ -11,7 +11,7 @@ from transformers.utils import logging
 
 import nsa.hf  # noqa: F401  (registers the model with the auto classes)
 from nsa.data.tokenizers import Tokenizer, load_tokenizer
-from nsa.train.checkpoint import newest_checkpoint
+from nsa.train.checkpoint import check_readable, newest_checkpoint
 from nsa.train.device import choose_device
 
 
@@ -38,6 +38,7 @@ def load_model(folder: Path, device: str = "auto") -> tuple[PreTrainedModel, Tok
                 f"{folder} is neither a transformers model folder (no config.json) nor a run folder (no checkpoints)"
             )
         folder = newest_checkpoint(folder)
+    check_readable(folder)
     tokenizer = load_tokenizer(folder)
     try:
         model = AutoModelForCausalLM.from_pretrained(folder)
