@@ -83,6 +83,7 @@ class ByteTokenizer:
             bos_token="<bos>",
             eos_token="<eos>",
             pad_token="<pad>",
+            padding_side="left",
             clean_up_tokenization_spaces=False,
         ).save_pretrained(folder)
 
@@ -148,6 +149,7 @@ class HuggingFaceTokenizer:
 
     def save(self, folder: str | Path) -> None:
         """Write `tokenizer.json` and `tokenizer_config.json`, for `load_tokenizer` and `AutoTokenizer`."""
+        self._tokenizer.padding_side = "left"  # as generate() needs it
         self._tokenizer.save_pretrained(folder)
 
 

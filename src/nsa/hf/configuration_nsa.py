@@ -13,6 +13,8 @@ from transformers import PreTrainedConfig
 
 from nsa.geometry import BlockGeometry
 
+# transformers' own classes read config.json too and refuse layer types that they do not know, so ours have a key of ours.
+LAYER_TYPES_KEY = "nsa_layer_types"
 LAYER_TYPES = ("nsa", "full_attention", "sliding_attention")
 ROPE_TYPES = ("default", "linear", "ntk", "yarn", "llama3")
 OPTIONS = {
@@ -36,7 +38,7 @@ class NSAConfig(PreTrainedConfig):
         head_dim: size of a query or key head, even; hidden_size / num_attention_heads unless given.
         value_head_dim: size of a value head; head_dim unless given.
         layer_types: "nsa", "full_attention" or "sliding_attention" for each layer; all "nsa" unless given. Sliding
-            layers see `window_size` tokens.
+            layers see `window_size` tokens. config.json holds it as `nsa_layer_types`; both names are read.
         compress_block_size, compress_stride, select_block_size, num_selected_blocks, num_init_blocks,
             num_local_blocks, window_size: the fields of `BlockGeometry`.
         compression, compress_rope, shared_kv, gate, gate_temperature: as in `NSAAttention`.
@@ -97,6 +99,10 @@ class NSAConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         self._check_heads()
+        saved = kwargs.pop(LAYER_TYPES_KEY, None)
+        if saved is not None and self.layer_types not in (None, saved):
+            raise ValueError(f"layer_types and {LAYER_TYPES_KEY} differ; give one of them")
+        self.layer_types = saved if self.layer_types is None else self.layer_types
         if self.head_dim is None:
             self.head_dim = self.hidden_size // self.num_attention_heads
         if self.value_head_dim is None:
@@ -107,6 +113,12 @@ class NSAConfig(PreTrainedConfig):
         self._check_rope_type()
         super().__post_init__(**kwargs)
         self.validate()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, of which config.json is made."""
+        values = super().to_dict()
+        values[LAYER_TYPES_KEY] = values.pop("layer_types")
+        return values
 
     @property
     def geometry(self) -> BlockGeometry:

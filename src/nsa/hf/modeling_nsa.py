@@ -33,7 +33,7 @@ from nsa.ops.validate import check_cu_seqlens
 from .cache_nsa import NSACacheLayer, adopt_cache, new_cache
 from .configuration_nsa import NSAConfig
 from .dense_nsa import DenseAttention
-from .rows_nsa import Rows, arrange_rows, documents_of, packed_rows
+from .rows_nsa import Rows, arrange_rows, check_prompts, documents_of, packed_rows
 
 
 class NSARMSNorm(nn.Module):
@@ -227,7 +227,7 @@ class NSAModel(NSAPreTrainedModel):
             raise ValueError("output_attentions is not supported: no attention matrix is ever made; see nsa.inspect")
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         cu_seqlens = _document_bounds(cu_seqlens, position_ids, attention_mask, past_key_values, kwargs)
-        cache = self._cache(past_key_values, use_cache, packed=cu_seqlens is not None)
+        cache = self._cache(x, past_key_values, use_cache, packed=cu_seqlens is not None)
         caches = [] if cache is None else adopt_cache(cache, self.config)
         rows = _rows(x, attention_mask, position_ids, cu_seqlens, caches[0] if caches else None)
         num_columns, keep_hidden = x.shape[1], bool(kwargs.get("output_hidden_states"))
@@ -249,7 +249,7 @@ class NSAModel(NSAPreTrainedModel):
             hidden_states=(*hidden[:-1], x) if keep_hidden else None,  # pyright: ignore[reportArgumentType]
         )
 
-    def _cache(self, given: Cache | None, use_cache: bool | None, *, packed: bool) -> Cache | None:
+    def _cache(self, x: Tensor, given: Cache | None, use_cache: bool | None, *, packed: bool) -> Cache | None:
         """The cache of this call: the given one, a new one where one is wanted, or None."""
         if packed:
             if given is not None or use_cache:
@@ -259,7 +259,7 @@ class NSAModel(NSAPreTrainedModel):
             return given
         wanted = self.config.use_cache if use_cache is None else use_cache
         if wanted and torch.is_grad_enabled():
-            wanted = not any(parameter.requires_grad for parameter in self.parameters())
+            wanted = not (x.requires_grad or any(parameter.requires_grad for parameter in self.parameters()))
         return new_cache(self.config) if wanted else None
 
 
@@ -313,15 +313,26 @@ class NSAForCausalLM(NSAPreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             if cu_seqlens is not None:
-                first = (cu_seqlens[:-1]).clamp(max=labels.shape[1] - 1)[cu_seqlens.diff() > 0]
-                labels = labels.index_fill(1, first.long(), -100)
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.vocab_size, **kwargs)
+                # Documents without tokens begin where the next one does, or one behind the row.
+                padded = nn.functional.pad(labels, (0, 1))
+                labels = padded.index_fill(1, cu_seqlens[:-1].long(), -100)[:, :-1]
+            loss = self.loss_function(logits=logits, labels=labels.long(), vocab_size=self.vocab_size, **kwargs)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
         )
+
+    def _prefill(self, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any], **options: Any) -> Any:
+        """Called by `generate()` once, with the whole prompts; `prepare_inputs_for_generation` may see parts of them.
+
+        Raises:
+            ValueError: a prompt is empty or padded on the right.
+        """
+        if model_kwargs.get("attention_mask") is not None:
+            check_prompts(model_kwargs["attention_mask"])
+        return super()._prefill(input_ids, generation_config, model_kwargs, **options)
 
 
 def _document_bounds(
@@ -334,10 +345,12 @@ def _document_bounds(
     """Bounds of packed documents, however they were given; None when the rows are not packed."""
     cu_seqlens = kwargs.get("cu_seq_lens_q") if cu_seqlens is None else cu_seqlens
     if cu_seqlens is not None:
-        return cu_seqlens
-    if attention_mask is not None or past_key_values is not None:
+        return cu_seqlens.int() if cu_seqlens.dtype == torch.int64 else cu_seqlens
+    if past_key_values is not None:
         return None
-    return documents_of(position_ids)
+    bounds = documents_of(position_ids)
+    # A mask of ones says nothing that the positions do not.
+    return bounds if bounds is None or attention_mask is None or bool(attention_mask.all()) else None
 
 
 def _rows(
@@ -348,7 +361,7 @@ def _rows(
     cached: NSACacheLayer | None,
 ) -> Rows:
     if cu_seqlens is None:
-        lengths, num_columns = (), 0
+        lengths, num_columns = None, 0
         if cached is not None:
             assert cached.state is not None
             lengths, num_columns = cached.state.lengths, cached.num_columns

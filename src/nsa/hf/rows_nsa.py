@@ -15,6 +15,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+RESTARTS = (
+    "positions that restart at 0 mark documents packed into a single row, without padding and without a cache; flatten "
+    "the batch to [1, B*T], leave attention_mask out, give padding at the end a document of its own (or its bounds in "
+    "cu_seqlens), and use_cache=False. Leaving position_ids out would let the documents see each other"
+)
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -49,16 +55,19 @@ def arrange_rows(
     x: Tensor,
     attention_mask: Tensor | None,
     position_ids: Tensor | None,
-    cached: Sequence[int],
+    cached: Sequence[int] | None,
     num_columns: int,
 ) -> Rows:
     """The rows of a call that is not packed.
+
+    A compiled call without a cache reads no contents of the mask on the host: it moves the tokens of every row, and
+    leaves out those between which the mask has holes.
 
     Args:
         x: token embeddings `[B, T, C]`.
         attention_mask: `[B, num_columns + T]`, nonzero for real tokens; None when all are.
         position_ids: `[B or 1, T]`; only checked.
-        cached: real tokens of each row in the cache, () for none.
+        cached: real tokens of each row in the cache, () while it is empty; None where the call has no cache.
         num_columns: tokens that the cache has seen, with their padding.
 
     Raises:
@@ -67,10 +76,11 @@ def arrange_rows(
     batch, length = x.shape[:2]
     if cached and len(cached) != batch:
         raise ValueError(f"the cache holds {len(cached)} rows but the input has {batch}")
-    old = tuple(cached) or (0,) * batch
-    first = torch.tensor(old if len(set(old)) > 1 else old[:1], device=x.device).unsqueeze(1)
+    old = tuple(cached or ())
+    first = torch.tensor(old if len(set(old)) > 1 else old[:1] or (0,), device=x.device).unsqueeze(1)
     column = torch.arange(length, device=x.device).unsqueeze(0)
-    real = _real_columns(attention_mask, batch, length, old, num_columns)
+    lazy = cached is None and torch.compiler.is_compiling()
+    real = _real_columns(attention_mask, batch, length, old, num_columns, lazy)
     if real is None:
         rows = Rows(first + column)
         _check_positions(position_ids, rows.positions, None, batch)
@@ -78,12 +88,13 @@ def arrange_rows(
     rank = real.cumsum(1) - 1
     counts = real.sum(1)
     _check_positions(position_ids, first + rank, real, batch)
+    if lazy:
+        return Rows(first + column, None, _real_first(real), rank.clamp(min=0), real)
     num_new = tuple(counts.tolist())
     if bool((real == (column < counts.unsqueeze(1))).all()):  # on the right, where causality hides it
         return Rows(first + column, num_new, real=real)
     width = max(1, *num_new)
-    order = (~real).to(torch.int8).argsort(dim=1, stable=True)[:, :width]
-    return Rows(first + column[:, :width], num_new, order, rank.clamp(min=0), real)
+    return Rows(first + column[:, :width], num_new, _real_first(real)[:, :width], rank.clamp(min=0), real)
 
 
 def packed_rows(x: Tensor, cu_seqlens: Tensor, position_ids: Tensor | None) -> Rows:
@@ -99,6 +110,24 @@ def packed_rows(x: Tensor, cu_seqlens: Tensor, position_ids: Tensor | None) -> R
     return Rows(positions)
 
 
+def check_prompts(attention_mask: Tensor) -> None:
+    """Each row of `[B, T]` ends with a real token, behind which `generate()` can put the next one.
+
+    Raises:
+        ValueError: a row is empty, or is padded on the right.
+    """
+    empty, ends = ~attention_mask.any(1), attention_mask[:, -1:].any(1)
+    if bool(ends.all()):
+        return
+    row = int((~ends).nonzero()[0])
+    if bool(empty[row]):
+        raise ValueError(f"row {row} has no token: an empty prompt; give it at least one, such as the tokenizer's bos")
+    raise ValueError(
+        f'row {row} is padded on the right, so that new tokens would stand behind padding; pad on the left '
+        f'(tokenizer.padding_side = "left")'
+    )
+
+
 def documents_of(position_ids: Tensor | None) -> Tensor | None:
     """Bounds of packed documents, int32 `[documents + 1]`, where positions restart at 0; None where they do not."""
     if position_ids is None or position_ids.ndim != 2 or position_ids.shape[0] != 1:
@@ -110,10 +139,15 @@ def documents_of(position_ids: Tensor | None) -> Tensor | None:
     return torch.cat([starts, starts.new_tensor([positions.numel()])]).to(torch.int32)
 
 
+def _real_first(real: Tensor) -> Tensor:
+    """Columns `[B, T]` in the order real ones, then the others."""
+    return (~real).to(torch.int8).argsort(dim=1, stable=True)
+
+
 def _real_columns(
-    attention_mask: Tensor | None, batch: int, length: int, old: tuple[int, ...], num_columns: int
+    attention_mask: Tensor | None, batch: int, length: int, old: tuple[int, ...], num_columns: int, lazy: bool
 ) -> Tensor | None:
-    """Which of the call's columns are real, `[B, T]` bool; None when all are."""
+    """Which of the call's columns are real, `[B, T]` bool; None when all are. A lazy call does not look at them."""
     if attention_mask is None:
         return None
     if attention_mask.ndim != 2:
@@ -124,7 +158,10 @@ def _real_columns(
             f"new tokens with their padding; give [{batch}, {num_columns + length}]"
         )
     mask = attention_mask != 0
-    past, real = mask[:, :num_columns].sum(1).tolist(), mask[:, num_columns:]
+    if lazy:
+        return mask
+    real = mask[:, num_columns:]
+    past = mask[:, :num_columns].sum(1).tolist() if old else ()
     for row, (masked, held) in enumerate(zip(past, old, strict=True)):
         if masked != held:
             raise ValueError(
@@ -156,7 +193,6 @@ def _check_positions(position_ids: Tensor | None, expected: Tensor, real: Tensor
         given = position_ids[row if position_ids.shape[0] > 1 else 0, column]
         right = expected[row if expected.shape[0] > 1 else 0, column]
         raise ValueError(
-            f"position_ids give {int(given)} to token {column} of row {row}, whose position is {int(right)}: positions "
-            f"count from each row's first real token, or restart at 0 for documents packed into one row; leave "
-            f"position_ids out"
+            f"position_ids give {int(given)} to token {column} of row {row}, whose position is {int(right)}: "
+            + (RESTARTS if int(given) == 0 else "positions count from each row's first real token; leave position_ids out")
         )
