@@ -324,15 +324,16 @@ class NSAForCausalLM(NSAPreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
         )
 
-    def _prefill(self, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any], **options: Any) -> Any:
-        """Called by `generate()` once, with the whole prompts; `prepare_inputs_for_generation` may see parts of them.
+    def _prefill(self, *args: Any, **options: Any) -> Any:
+        """Called by `generate()` once, with whole prompts; `prepare_inputs_for_generation` may see parts of them.
 
         Raises:
             ValueError: a prompt is empty or padded on the right.
         """
+        model_kwargs = options.get("model_kwargs", args[-1])
         if model_kwargs.get("attention_mask") is not None:
             check_prompts(model_kwargs["attention_mask"])
-        return super()._prefill(input_ids, generation_config, model_kwargs, **options)
+        return super()._prefill(*args, **options)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _document_bounds(

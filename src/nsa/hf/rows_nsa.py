@@ -123,7 +123,7 @@ def check_prompts(attention_mask: Tensor) -> None:
     if bool(empty[row]):
         raise ValueError(f"row {row} has no token: an empty prompt; give it at least one, such as the tokenizer's bos")
     raise ValueError(
-        f'row {row} is padded on the right, so that new tokens would stand behind padding; pad on the left '
+        f"row {row} is padded on the right, so that new tokens would stand behind padding; pad on the left "
         f'(tokenizer.padding_side = "left")'
     )
 
@@ -194,5 +194,9 @@ def _check_positions(position_ids: Tensor | None, expected: Tensor, real: Tensor
         right = expected[row if expected.shape[0] > 1 else 0, column]
         raise ValueError(
             f"position_ids give {int(given)} to token {column} of row {row}, whose position is {int(right)}: "
-            + (RESTARTS if int(given) == 0 else "positions count from each row's first real token; leave position_ids out")
+            + (
+                RESTARTS
+                if int(given) == 0
+                else "positions count from each row's first real token; leave position_ids out"
+            )
         )
