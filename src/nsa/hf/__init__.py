@@ -19,6 +19,7 @@ from .cache_nsa import NSACacheLayer
 from .configuration_nsa import NSAConfig
 from .heads_nsa import NSAForQuestionAnswering, NSAForSequenceClassification, NSAForTokenClassification
 from .modeling_nsa import NSAForCausalLM, NSAModel, NSAPreTrainedModel
+from .peft_nsa import register_with_peft
 
 __all__ = [
     "NSACacheLayer",
@@ -29,6 +30,7 @@ __all__ = [
     "NSAForTokenClassification",
     "NSAModel",
     "NSAPreTrainedModel",
+    "register_with_peft",
 ]
 
 AutoConfig.register("nsa", NSAConfig)

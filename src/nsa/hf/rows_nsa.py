@@ -10,10 +10,10 @@ Shapes: B rows, T columns of the call, W columns after alignment (at most T), C 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 RESTARTS = (
     "positions that restart at 0 mark documents packed into a single row, without padding and without a cache; flatten "
@@ -32,6 +32,7 @@ class Rows:
         order: column that each aligned token comes from, `[B, W]`; None when nothing moves.
         rank: aligned column that each column goes to, `[B, T]`; None when nothing moves.
         real: which columns hold real tokens, `[B, T]`; None when all do.
+        num_prefix: P aligned tokens before those of the call, whose keys and values the layers are given.
     """
 
     positions: Tensor
@@ -39,13 +40,23 @@ class Rows:
     order: Tensor | None = None
     rank: Tensor | None = None
     real: Tensor | None = None
+    num_prefix: int = 0
+
+    def behind(self, num_prefix: int) -> Rows:
+        """These rows behind `num_prefix` further tokens; W counts them."""
+        first = torch.arange(num_prefix, device=self.positions.device).expand(self.positions.shape[0], -1)
+        positions = torch.cat([first, self.positions + num_prefix], dim=1)
+        num_new = None if self.num_new is None else tuple(n + num_prefix for n in self.num_new)
+        return replace(self, positions=positions, num_new=num_new, num_prefix=num_prefix)
 
     def align(self, x: Tensor) -> Tensor:
-        """`[B, T, C] -> [B, W, C]`: real tokens first."""
-        return x if self.order is None else x.gather(1, self.order.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+        """`[B, T, C] -> [B, W, C]`: real tokens first, behind zeros for a prefix."""
+        x = x if self.order is None else x.gather(1, self.order.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+        return nn.functional.pad(x, (0, 0, self.num_prefix, 0)) if self.num_prefix else x
 
     def restore(self, x: Tensor) -> Tensor:
         """`[B, W, C] -> [B, T, C]`: every token where it stood; zeros for padding."""
+        x = x[:, self.num_prefix :]
         if self.rank is not None:
             x = x.gather(1, self.rank.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
         return x if self.real is None else x.masked_fill(~self.real.unsqueeze(-1), 0.0)
