@@ -152,7 +152,7 @@ class HuggingFaceTokenizer:
 
     def save(self, folder: str | Path) -> None:
         """Write `tokenizer.json` and `tokenizer_config.json`, for `load_tokenizer` and `AutoTokenizer`."""
-        self._tokenizer.padding_side = "left"  # as generate() needs it
+        self._tokenizer.init_kwargs["padding_side"] = "left"  # as generate() needs it; this is what is saved
         self._tokenizer.save_pretrained(folder)
 
 
