@@ -152,7 +152,8 @@ class HuggingFaceTokenizer:
 
     def save(self, folder: str | Path) -> None:
         """Write `tokenizer.json` and `tokenizer_config.json`, for `load_tokenizer` and `AutoTokenizer`."""
-        self._tokenizer.init_kwargs["padding_side"] = "left"  # as generate() needs it; this is what is saved
+        # As generate() needs it; only what init_kwargs names is saved.
+        self._tokenizer.padding_side = self._tokenizer.init_kwargs["padding_side"] = "left"
         self._tokenizer.save_pretrained(folder)
 
 
