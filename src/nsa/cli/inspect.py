@@ -39,6 +39,8 @@ class InspectArguments:
     """File to write instead of standard output."""
     device: str = "auto"
     """"auto" (CUDA where there is one), "cpu", "cuda" or "cuda:N"."""
+    trust_remote_code: bool = False
+    """Run Python code that the folder brings for a model that transformers does not know."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -57,7 +59,7 @@ def run(given: InspectArguments) -> int:
         ValueError: an option is out of range, or model or prompt cannot be used.
         OSError: the output file cannot be written.
     """
-    model, tokenizer = load_model(given.model, given.device)
+    model, tokenizer = load_model(given.model, given.device, trust_remote_code=given.trust_remote_code)
     ids = encode_prompt(given.prompt, tokenizer, model.config.vocab_size)
     positions = _positions(given.position, len(ids)) if given.ranges else []
     with torch.no_grad(), record_selection(model) as selections:
