@@ -78,6 +78,7 @@ class Corpus:
         self.heldout = config.heldout
         if replaced_because and not isinstance(config.heldout, float | int):
             self.heldout = FALLBACK_HELDOUT
+        self._picked: PickedDocuments | None = None  # held-out documents of blocks, for the tokenizer of the run
         self._end_of: str | None = None  # the one document whose end is held out
         if isinstance(source, Documents) and len(source) == 1 and isinstance(self.heldout, float) and self.heldout:
             self._end_of, self.source = source.name(0), with_end_apart(source, self.heldout)
@@ -139,8 +140,16 @@ class Corpus:
         """
         if not isinstance(self.source, BlockSource):
             return self.source, self._split[1]
-        picked = _pick(self.source, self._rule, tokenizer, self.max_eval_tokens) if self.heldout else PickedDocuments()
-        return picked, sorted(picked.texts)
+        if not self.heldout:
+            return PickedDocuments(), []
+        if self._picked is None:
+            self._picked = _pick(self.source, self._rule, tokenizer, self.max_eval_tokens)
+        if not self._picked.texts:
+            raise DataError(
+                f"data.heldout {self.heldout} chooses none of the documents in {min(self.source.num_blocks, EVAL_BLOCKS)} "
+                f"blocks of {self.description}; raise it, or name some"
+            )
+        return self._picked, sorted(self._picked.texts)
 
     @property
     def max_eval_tokens(self) -> int | None:

@@ -48,7 +48,8 @@ def split_documents(source: Source, heldout: float | Sequence[str]) -> tuple[lis
         held = _matching(names, heldout)
         chosen = {index for index, name in enumerate(names) if name in held}
     if len(chosen) == len(names):
-        raise DataError(f"data.heldout takes all {len(names)} documents and leaves none to train on; hold out fewer")
+        remedy = "hold out fewer" if len(names) > 1 else "a fraction such as 0.1 holds out its end"
+        raise DataError(f"data.heldout takes all {len(names)} documents and leaves none to train on; {remedy}")
     return [index for index in range(len(names)) if index not in chosen], sorted(chosen)
 
 
