@@ -31,6 +31,7 @@ EVAL_SEED = 0  # of the order in which blocks are searched for held-out document
 EVAL_TOKENS = 2**20
 EVAL_BLOCKS = 2**14
 FALLBACK_HELDOUT = 0.05
+MAX_NAMED = 4  # paths in the description of a source
 
 
 def open_corpus(config: DataConfig) -> Corpus | MixedCorpus:
@@ -99,7 +100,8 @@ class Corpus:
             "fineweb_edu": f" ({config.hub_repo}, {config.hub_subset}, {config.hub_access})",
             "synthetic": f" ({config.synthetic_task} of {config.synthetic_length})",
         }
-        given = f" ({', '.join(config.paths)})" if config.paths else ""
+        more = f" and {len(config.paths) - MAX_NAMED:,} more" if len(config.paths) > MAX_NAMED else ""
+        given = f" ({', '.join(config.paths[:MAX_NAMED])}{more})" if config.paths else ""
         return config.source + details.get(config.source, given)
 
     @property
@@ -146,8 +148,8 @@ class Corpus:
             self._picked = _pick(self.source, self._rule, tokenizer, self.max_eval_tokens)
         if not self._picked.texts:
             raise DataError(
-                f"data.heldout {self.heldout} chooses none of the documents in {min(self.source.num_blocks, EVAL_BLOCKS)} "
-                f"blocks of {self.description}; raise it, or name some"
+                f"data.heldout {self.heldout} chooses none of the {len(self.source):,} documents, of which "
+                f"{EVAL_BLOCKS:,} blocks are searched at most; raise it, or name some"
             )
         return self._picked, sorted(self._picked.texts)
 

@@ -68,9 +68,13 @@ def find_files(paths: Sequence[str], *kinds: tuple[str, ...]) -> list[NamedFile]
         for file in files:
             check_regular(file.path)
         found += files
-    for file, count in Counter(path.resolve() for _, path in found).items():
+    real = [path.resolve() for _, path in found]
+    for file, count in Counter(real).items():
         if count > 1:
             raise DataError(f"{file} is given {count} times in data.paths; each file may be read once")
+    for file, count in Counter(without_packing(str(path)) for path in real).items():
+        if count > 1:
+            raise DataError(f"{file} is given {count} times in data.paths, compressed and not; keep one of them")
     return found
 
 
@@ -136,21 +140,18 @@ def _of_folder(folder: Path, kinds: Sequence[tuple[str, ...]]) -> list[NamedFile
         if paths := [path for path in inside if without_packing(path.name).endswith(suffixes)]:
             break
     else:
-        raise DataError(_nothing_in(folder, kinds, [*(path.name for path in inside), *hidden]))
+        raise DataError(_nothing_in(folder, kinds, [path.name for path in inside], hidden))
     if skipped := [name for name in hidden if without_packing(name).endswith(suffixes)]:
         say(f"{folder}: hidden files are not read: {shortened(skipped, most=3)}")
-    files = [_named(path.relative_to(folder).as_posix(), path) for path in paths]
-    for name, count in Counter(file.plain_name for file in files).items():
-        if count > 1:
-            raise DataError(f"{folder} has {name} {count} times, compressed and not; keep one of them")
-    return files
+    return [_named(path.relative_to(folder).as_posix(), path) for path in paths]
 
 
-def _nothing_in(folder: Path, kinds: Sequence[tuple[str, ...]], names: Sequence[str]) -> str:
+def _nothing_in(folder: Path, kinds: Sequence[tuple[str, ...]], names: list[str], hidden: list[str]) -> str:
     wanted = ", ".join(f"*{suffix}" for suffixes in kinds for suffix in suffixes)
     packed = "" if kinds[0] == PARQUET else f" (or compressed: {', '.join(PACKED)})"
     there = Counter("".join(Path(name).suffixes[-2:]) or name for name in names)
     held = ", ".join(f"{count} {suffix}" for suffix, count in there.most_common(5)) or "nothing"
+    held += f", and hidden {shortened(hidden, most=3)}, which is not read" if hidden else ""
     return f"the folder {folder} has no {wanted} file{packed}; it holds {held}: check data.source and data.paths"
 
 
