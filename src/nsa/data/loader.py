@@ -233,9 +233,9 @@ class TrainLoader:
         """
         if state["fingerprint"] != self._fingerprint:
             raise ValueError(
-                f"the data are not those of the run: {_difference(state.get('data'), self._data)}; documents, held-out "
-                f"documents, tokenizer, sequence length, seed and shuffle window must be the same to resume: put them "
-                f"back as they were, or begin a new run"
+                f"the loader's state is of other data: {_difference(state.get('data'), self._data)}; documents, "
+                f"held-out documents, tokenizer, sequence length, seed and shuffle window must be the same to resume: "
+                f"put them back as they were, or begin a new run"
             )
         places = state.get("mix", [state])
         for stream, place in zip(self._streams, places, strict=True):

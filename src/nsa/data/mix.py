@@ -1,7 +1,7 @@
 """Several sources as one: rows by weight, held-out documents of all, and what the run's index says about them.
 
 Each source has its own documents, held-out documents, windows and epochs. After n rows each has given `weight * n` of
-them (weights that sum to one) to within one row, in turns that depend on the weights alone.
+them (weights that sum to one) to within a row or two, in turns that depend on the weights alone.
 
 >>> turns = Turns([3, 1])
 >>> [turns.next() for _ in range(8)]
