@@ -245,6 +245,6 @@ VALUES = [
     ),
     BadInput("memory below zero", CHECK, ("data.in_memory_mib",), settings("source: synthetic, in_memory_mib: -1")),
     BadInput("no batches to time", "data check c.yaml --batches 0", ("--batches", "0")),
-    BadInput("no such action", "data chekc c.yaml", ("chekc", "nsa data check")),
+    BadInput("no such action", "data inspect c.yaml", ("inspect", "nsa data check")),
 ]
 CASES = [*HELD_OUT, *MIXES, *VALUES]
