@@ -131,8 +131,8 @@ MIXES = [
     BadInput(
         "an unknown key in a mix",
         CHECK,
-        ("data.mix.0.wieght", "weight"),
-        settings("source: mix, mix: [{source: synthetic, wieght: 1}]"),
+        ("data.mix.0.weights", "weight"),
+        settings("source: mix, mix: [{source: synthetic, weights: 1}]"),
     ),
     BadInput("a mix in a mix", CHECK, ("data.mix.0.source",), settings("source: mix, mix: [{source: mix}]")),
     BadInput("a mix that is no list", CHECK, ("data.mix",), settings("source: mix, mix: {source: synthetic}")),

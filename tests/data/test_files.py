@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -35,6 +36,11 @@ def test_a_name_that_is_not_utf8_is_spelled_out(tmp_path: Path) -> None:
     corpus = open_corpus(DataConfig(source="text", paths=(str(tmp_path),), heldout=0.5))
     assert corpus.index()["files"][0]["name"] == "caf\\xe9.txt"
     corpus.index()["fingerprint"].encode()
+    json.dumps(corpus.index(), ensure_ascii=False).encode()
+    named = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.txt")
+    with pytest.raises(ValueError, match=r"caf\\udce9\.txt is not UTF-8; give its folder, or a pattern"):
+        DataConfig(source="text", paths=(named,))
+    assert names(tmp_path / "caf*.txt") == ["caf\\xe9.txt"]
 
 
 def test_pipes_devices_and_broken_links_are_named_and_not_read(tmp_path: Path) -> None:
@@ -72,3 +78,6 @@ def test_messages_have_no_control_characters_and_an_end() -> None:
     assert printable("日本 é") == "日本 é"
     assert shortened([str(n) for n in range(100)], most=2) == "['0', '1'] and 98 more"
     assert len(shortened(["k" * 2**20])) < 60
+    long = str(DataError("a" * 2**20 + "; the remedy"))
+    assert len(long) < 2000
+    assert long.endswith("a; the remedy")

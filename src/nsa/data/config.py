@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from nsa.data.errors import printable
 from nsa.data.synthetic import NUM_KEYS
 
 OneSource = Literal["sotu", "tinyshakespeare", "text", "jsonl", "parquet", "fineweb_edu", "synthetic"]
@@ -70,7 +71,13 @@ class SourceConfig(BaseModel):
     @field_validator("paths", mode="before")
     @classmethod
     def _one_path(cls, value: Any) -> Any:
-        return (value,) if isinstance(value, str) else value
+        paths = (value,) if isinstance(value, str) else value
+        for path in paths if isinstance(paths, list | tuple) else ():
+            if isinstance(path, str) and path.encode(errors="replace").decode() != path:
+                raise ValueError(
+                    f"{printable(path)} is not UTF-8; give its folder, or a pattern with a * in that place"
+                )
+        return paths
 
 
 class MixedSource(SourceConfig):

@@ -194,4 +194,6 @@ def _unpacked_zstd(file: IO[bytes]) -> Any:
 
 
 def _damaged(path: Path, error: Exception) -> DataError:
+    if "too much memory" in str(error):
+        return DataError(f"{path} was compressed with a long window; unpack it yourself with: zstd -d --long=31")
     return DataError(f"{path} is damaged or cut off: {error}; download or compress it again")

@@ -18,7 +18,7 @@ import numpy as np
 from nsa.data.blocks import BlockSource
 from nsa.data.config import DataConfig, MixedSource
 from nsa.data.documents import Documents, Source
-from nsa.data.errors import DataError
+from nsa.data.errors import DataError, printable
 from nsa.data.heldout import heldout_rule, split_documents, with_end_apart
 from nsa.data.mix import MixedCorpus
 from nsa.data.progress import Progress, say
@@ -101,7 +101,7 @@ class Corpus:
             "synthetic": f" ({config.synthetic_task} of {config.synthetic_length})",
         }
         more = f" and {len(config.paths) - MAX_NAMED:,} more" if len(config.paths) > MAX_NAMED else ""
-        given = f" ({', '.join(config.paths[:MAX_NAMED])}{more})" if config.paths else ""
+        given = printable(f" ({', '.join(config.paths[:MAX_NAMED])}{more})") if config.paths else ""
         return config.source + details.get(config.source, given)
 
     @property

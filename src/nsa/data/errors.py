@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+MAX_CHARACTERS = 2000
+
 
 class DataError(ValueError):
     """Data that cannot be used; the message names the file, the line where there is one, and the remedy."""
 
     def __init__(self, message: str) -> None:
-        super().__init__(printable(message))
+        message = printable(message)
+        if len(message) > MAX_CHARACTERS:  # something that was given is long; the remedy stands at the end
+            message = f"{message[: MAX_CHARACTERS // 2]} ... {message[-MAX_CHARACTERS // 4 :]}"
+        super().__init__(message)
 
 
 class DataTimeoutError(DataError):
