@@ -11,7 +11,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 from nsa.data.blocks import Block, FileBlocks, SourceFile, digest_of
 from nsa.data.contents import HEAD_BYTES, decode_utf8, read_up_to, refuse_other_kinds, text_of
@@ -116,37 +116,34 @@ class JsonlBlocks(FileBlocks):
 
 def _stretches(number: int, path: Path, plain_path: Path, digest: hashlib.blake2b) -> Iterator[Stretch]:
     progress = Progress(f"indexing {path}", plain_path.stat().st_size)
-    offset = size_bytes = num_documents = line_number = 0
-    first_line, lines = 1, []
+    offset, first_line = 0, 1
     with plain_path.open("rb") as file:
         refuse_other_kinds(path, file.read(HEAD_BYTES))
         file.seek(0)
-        while line := file.readline(MAX_LINE_BYTES):
-            line_number += 1
-            if len(line) == MAX_LINE_BYTES:
-                raise DataError(f"{path}:{line_number} is longer than {MAX_LINE_BYTES:,} bytes; is it JSON Lines?")
-            lines.append(line)
-            size_bytes += len(line)
-            num_documents += not line.isspace()
-            if size_bytes >= BLOCK_BYTES and num_documents:
-                yield _stretch(number, offset, lines, first_line, num_documents, digest)
-                offset, size_bytes, num_documents, first_line = offset + size_bytes, 0, 0, line_number + 1
-                lines = []
-                progress.reached(offset)
-    if num_documents:
-        yield _stretch(number, offset, lines, first_line, num_documents, digest)
-    else:
-        digest.update(b"".join(lines))
-        if offset == 0:
-            raise DataError(f"{path} is empty; remove it from data.paths or fill it")
+        while content := _whole_lines(file, path, first_line):
+            digest.update(content)
+            if num_documents := sum(1 for line in content.split(b"\n") if line.strip()):
+                yield Stretch(number, offset, len(content), first_line, num_documents, digest_of(content))
+            elif offset == 0:
+                raise DataError(f"{path} is empty; remove it from data.paths or fill it")
+            offset += len(content)
+            first_line += content.count(b"\n")
+            progress.reached(offset)
+    if offset == 0:
+        raise DataError(f"{path} is empty; remove it from data.paths or fill it")
 
 
-def _stretch(
-    number: int, offset: int, lines: list[bytes], first_line: int, num_documents: int, digest: hashlib.blake2b
-) -> Stretch:
-    content = b"".join(lines)
-    digest.update(content)
-    return Stretch(number, offset, len(content), first_line, num_documents, digest_of(content))
+def _whole_lines(file: IO[bytes], path: Path, first_line: int) -> bytes:
+    """The next `BLOCK_BYTES` of a file and what is left of their last line; more where they are blank."""
+    parts = [file.read(BLOCK_BYTES)]
+    is_blank = not parts[0].strip()
+    while parts[-1] and (is_blank or not parts[-1].endswith(b"\n")):
+        parts.append(file.readline(MAX_LINE_BYTES))
+        is_blank = is_blank and not parts[-1].strip()
+        if len(parts[-1]) == MAX_LINE_BYTES:
+            line = first_line + sum(part.count(b"\n") for part in parts[:-1])
+            raise DataError(f"{path}:{line} is longer than {MAX_LINE_BYTES:,} bytes; is it JSON Lines?")
+    return b"".join(parts)
 
 
 def _parse(text: str, file: NamedFile, text_column: str, *, first_line: int) -> Iterator[tuple[str, str]]:

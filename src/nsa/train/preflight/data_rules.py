@@ -23,6 +23,7 @@ from nsa.train.preflight.findings import Finding
 
 SAMPLE = 64  # documents whose length stands for that of all
 MAX_BLOCKS = 16  # blocks of a source that is not in memory which are compared with the held-out documents
+MAX_CHARACTERS = 2**25  # of those blocks; a row group may be of any size
 MAX_STREAMED_BLOCKS = 2  # the same where they come from the Hub
 MAX_EVAL_TOKENS = 2**12  # held-out tokens that are looked for in such a source; it may be far away
 REPEATS = 4.0  # epochs after which more of the same text hardly teaches
@@ -144,11 +145,16 @@ def _training(corpus: Corpus | MixedCorpus) -> Iterator[tuple[str, str]]:
         if isinstance(corpus, MixedCorpus):
             prefix = f"{corpus.labels[number]}/"
         units = documents.order(0, 0)
-        if not isinstance(part.source, Documents):
+        in_memory = isinstance(part.source, Documents)
+        if not in_memory:
             units = units[: MAX_STREAMED_BLOCKS if part.config.source == "fineweb_edu" else MAX_BLOCKS]
+        num_characters = 0
         for unit in units:
             for document, text in documents.read([unit]):
+                num_characters += len(text)
                 yield prefix + part.source.name(document), text
+            if not in_memory and num_characters > MAX_CHARACTERS:
+                break
 
 
 def _digest(text: str) -> bytes:
