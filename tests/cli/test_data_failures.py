@@ -73,6 +73,32 @@ def test_a_file_that_vanishes_during_the_run_ends_it(
     assert_failed_whole(tiny_config, f"DataError: {corpus} cannot be read")
 
 
+def test_held_out_texts_that_are_trained_on_can_be_allowed_and_are_recorded(
+    tiny_config: Path, corpus: Path, large: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = [json.loads(line)["text"] for line in corpus.read_text(encoding="utf-8").splitlines()]
+    write_jsonl(corpus, [*texts, *texts])
+    few = [*large, "--train.steps", "2", "--sample.max_new_tokens", "0"]
+    assert main(few) == 2
+    assert "heldout-overlap: the training document" in capsys.readouterr().err
+    run = tiny_config.parent / "runs" / "tiny"
+    assert not run.exists()
+    assert main([*few, "--preflight.allow", "heldout-overlap"]) == 0
+    findings = json.loads((run / "preflight.json").read_text(encoding="utf-8"))["findings"]
+    assert [finding["code"] for finding in findings if finding["allowed"]] == ["heldout-overlap"]
+
+
+def test_a_file_that_is_another_at_a_resume_is_named(
+    tiny_config: Path, corpus: Path, large: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*large, "--train.steps", "2", "--sample.max_new_tokens", "0"]) == 0
+    content = corpus.read_bytes()
+    corpus.write_bytes(content[:-4] + b"x" + content[-3:])  # the last letter of the last text
+    assert corpus.stat().st_size == len(content)
+    assert main(["resume", str(tiny_config.parent / "runs" / "tiny"), "--train.steps", "4"]) == 2
+    assert "the file words.jsonl has other contents" in capsys.readouterr().err
+
+
 def test_a_line_that_is_damaged_during_the_run_ends_it(
     tiny_config: Path, corpus: Path, large: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -80,8 +106,9 @@ def test_a_line_that_is_damaged_during_the_run_ends_it(
     lines[40] = lines[40][:-1] + b","
     with during_the_run(tiny_config, lambda: corpus.write_bytes(b"\n".join(lines))):
         assert main(large) == 1
-    assert f"failed: {corpus}:41 is not JSON" in capsys.readouterr().err
-    assert_failed_whole(tiny_config, f"DataError: {corpus}:41 is not JSON")
+    message = f"failed: {corpus}:1 or soon after has changed since the run began; put the file back"
+    assert message in capsys.readouterr().err
+    assert_failed_whole(tiny_config, f"DataError: {corpus}:1 or soon after has changed")
 
 
 def test_a_read_that_hangs_ends_the_run_after_the_stall_timeout(

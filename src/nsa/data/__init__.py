@@ -1,10 +1,11 @@
 """Text to packed training rows and exact evaluation batches.
 
 Reading order: `config.py` (what can be set), `sources.py` (documents: in memory, `documents.py`, or by `blocks.py`;
-from `files.py`, `jsonl.py`, `parquet.py`, `hub.py` or `synthetic.py`), `heldout.py` and `corpus.py` (which of them are
-trained on), `tokenizers.py`, `packing.py` and `windows.py` (documents to rows), `loader.py` (the stream), `prefetch.py`
-(the stream made ahead, by `background.py`), `eval_batches.py`; `check.py` runs the loader alone. `errors.py` and
-`progress.py` are what it says. docs/data.md is the guide.
+from `files.py`, `contents.py`, `unpack.py`, `jsonl.py`, `parquet.py`, `hub.py` or `synthetic.py`), `heldout.py` and
+`corpus.py` (which of them are trained on), `mix.py` (several sources as one), `tokenizers.py`, `packing.py`,
+`windows.py` and `rows.py` (documents to rows), `loader.py` (the stream), `prefetch.py` (the stream made ahead, by
+`background.py`), `eval_batches.py`; `check.py` runs the loader alone. `errors.py` and `progress.py` are what it says.
+docs/data.md is the guide.
 """
 
 from nsa.data.config import DataConfig
