@@ -38,7 +38,7 @@ class SmokeArguments:
 
 def main(arguments: Sequence[str]) -> int:
     """Run the command and return its exit code."""
-    given = tyro.cli(SmokeArguments, prog="nsa smoke", args=list(arguments), use_underscores=True)
+    given = parse(SmokeArguments, "smoke", arguments)
     try:
         return run(given)
     except (ValueError, OSError) as error:

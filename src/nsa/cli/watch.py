@@ -47,7 +47,7 @@ class WatchArguments:
 
 def main(arguments: Sequence[str]) -> int:
     """Run the command and return its exit code."""
-    given = tyro.cli(WatchArguments, prog="nsa watch", args=list(arguments), use_underscores=True)
+    given = parse(WatchArguments, "watch", arguments)
     try:
         if given.interval_s <= 0:
             raise ValueError(f"--interval_s must be positive, not {given.interval_s:g}")

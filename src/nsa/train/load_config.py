@@ -1,38 +1,44 @@
 """A YAML file and command line overrides become one checked `RunConfig`, and back into YAML.
 
     config = load_config("configs/train_showcase.yaml", ["--optim.lr", "1e-3"])
+    config = load_config("train_showcase")      # a config of the package, from anywhere
 
-What is wrong with the file is a `ConfigError` that names the key, and for an unknown key the nearest known one. What is
-wrong with an override is explained by tyro, which then exits with code 2.
+What is wrong is a `ConfigError` that names the key, and for an unknown key the nearest known one; file and overrides
+are checked alike.
 """
 
 from __future__ import annotations
 
 import difflib
+import reprlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import tyro
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from nsa.train.config import RunConfig
+from nsa.train.options import OptionError, option_value, split_options
+from nsa.train.packaged_configs import find_config
+from nsa.train.yaml_file import ConfigError, read_yaml, write_yaml
+
+MAX_SHOWN = 8  # wrong entries in one message
+
+__all__ = ["ConfigError", "config_kinds", "dump_config", "load_config", "override_config", "parse_config"]
 
 
-class ConfigError(ValueError):
-    """A config file that cannot be used: missing, not YAML, or with a wrong key or value."""
-
-
-def load_config(path: str | Path, overrides: Sequence[str] = (), *, prog: str = "nsa train CONFIG") -> RunConfig:
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """The config in `path` with `overrides` such as `["--optim.lr", "1e-3"]` on top.
 
+    Args:
+        path: a YAML file, or the name of a config of the package (`nsa configs` lists them).
+        overrides: options with their values, as on the command line.
+
     Raises:
-        ConfigError: the file is missing or does not describe a run.
-        SystemExit: code 2 for a wrong override, after tyro's explanation; code 0 for `--help`.
+        ConfigError: the file is missing or does not describe a run, or an override is wrong.
     """
-    config = parse_config(_read(Path(path)), source=str(path))
-    return override_config(config, overrides, prog=prog)
+    file = find_config(path)
+    return override_config(parse_config(read_yaml(file), source=str(path)), overrides)
 
 
 def parse_config(values: Any, *, source: str) -> RunConfig:
@@ -41,47 +47,84 @@ def parse_config(values: Any, *, source: str) -> RunConfig:
         values = {}
     if not isinstance(values, dict):
         raise ConfigError(f"{source} must hold sections such as `train:`, not a {type(values).__name__}")
+    # A section whose keys are all commented out is an empty one.
+    values = {name: {} if name in RunConfig.model_fields and keys is None else keys for name, keys in values.items()}
+    return _checked(values, source)
+
+
+def override_config(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
+    """`config` with command line overrides.
+
+    Raises:
+        ConfigError: an option is unknown or its value wrong.
+    """
+    values, kinds = config.model_dump(), config_kinds()
     try:
-        return RunConfig.model_validate(values)
-    except ValidationError as error:
-        lines = [_explain(dict(problem)) for problem in error.errors()]
-        raise ConfigError("\n  ".join([f"{source} has {len(lines)} wrong entries:", *lines])) from None
-
-
-def override_config(config: RunConfig, overrides: Sequence[str], *, prog: str = "nsa train CONFIG") -> RunConfig:
-    """`config` with command line overrides; an unknown option or a wrong value ends the process with code 2."""
-    markers = (tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands)
-    return tyro.cli(RunConfig, default=config, args=list(overrides), prog=prog, use_underscores=True, config=markers)
+        words, options = split_options(overrides, kinds)
+        if words:
+            raise OptionError(f"{_short(words[0])} is one word too many; keys are given as --section.key value")
+        for name, given in options.items():
+            section, _, key = name.partition(".")
+            values[section][key] = option_value(kinds[name], given, f"--{name}")
+    except OptionError as error:
+        raise ConfigError(str(error)) from None
+    return _checked(values, "the config with the options given") if options else config
 
 
 def dump_config(config: RunConfig) -> str:
     """The whole config as YAML; reading it back gives an equal config."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+    return write_yaml(config.model_dump(mode="json"))
 
 
-def _read(path: Path) -> Any:
-    if not path.is_file():
-        raise ConfigError(f"there is no config file {path}; give the path of a YAML file, such as those in configs/")
+def config_kinds(*, sections: bool = False) -> dict[str, Any]:
+    """The type of every dotted key; with `sections`, of every section too."""
+    kinds: dict[str, Any] = {}
+    for section, field in RunConfig.model_fields.items():
+        model: Any = field.annotation
+        if sections:
+            kinds[section] = model
+        kinds |= {f"{section}.{key}": inner.annotation for key, inner in model.model_fields.items()}
+    return kinds
+
+
+def _checked(values: dict[str, Any], source: str) -> RunConfig:
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path} is not UTF-8 text: {error}") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}") from None
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        lines = list(dict.fromkeys(_explain(dict(problem)) for problem in error.errors(include_url=False)))
+    if len(lines) == 1:
+        raise ConfigError(f"{source}: {lines[0]}")
+    more = [f"and {len(lines) - MAX_SHOWN} more"] if len(lines) > MAX_SHOWN else []
+    raise ConfigError("\n  ".join([f"{source} has {len(lines)} wrong entries:", *lines[:MAX_SHOWN], *more]))
 
 
 def _explain(problem: dict[str, Any]) -> str:
     """One line for one of pydantic's findings."""
     location = [str(part) for part in problem["loc"]]
+    section_and_key, rest = location[:2], location[2:]
+    # Behind the key stand places in a list, and pydantic's names of the types that the value might have.
+    key = ".".join([*section_and_key, *(part for part in rest if part.isdecimal())])
+    if problem["type"] == "extra_forbidden":
+        return _unknown(location)
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "model_type":
+        message = "Input should be keys with values, as `key: value`"
+    if problem["type"] == "invalid_key":
+        message = "Keys should be names"
+    for subject in ("Input should ", "Tuple should ", "String should ", "Keys should "):
+        message = message.replace(subject, "must ", 1)
+    said = isinstance(problem["input"], dict | BaseModel) or _short(problem["input"]) in message
+    given = "" if said else f", not {_short(problem['input'])}"
+    return f"{key}: {message}{given}" if key else message
+
+
+def _unknown(location: Sequence[str]) -> str:
+    known = list(config_kinds(sections=True))
     key = ".".join(location)
-    if problem["type"] != "extra_forbidden":
-        given = "" if isinstance(problem["input"], dict | BaseModel) else f", not {problem['input']!r}"
-        return f"{key or 'the whole'}: {problem['msg'].removeprefix('Value error, ')}{given}"
-    known = _known_keys(RunConfig)
     same_section = [name for name in known if name.rpartition(".")[0] == ".".join(location[:-1])]
     near = _nearest(location[-1], same_section) or _nearest(location[-1], known)
     hint = f"did you mean {near}?" if near else f"known there: {', '.join(same_section) or ', '.join(known)}"
-    return f"{key} is unknown; {hint}"
+    return f"{_short(key, quoted=False)} is unknown; {hint}"
 
 
 def _nearest(name: str, keys: Sequence[str]) -> str | None:
@@ -91,11 +134,7 @@ def _nearest(name: str, keys: Sequence[str]) -> str | None:
     return by_last_part[near[0]] if near else None
 
 
-def _known_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
-    """Every dotted key under `model`, sections themselves included."""
-    keys: list[str] = []
-    for name, field in model.model_fields.items():
-        keys.append(prefix + name)
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            keys += _known_keys(field.annotation, f"{prefix}{name}.")
-    return keys
+def _short(value: Any, *, quoted: bool = True) -> str:
+    """A value in a message: all of it where that is short, and never what it unfolds to."""
+    text = reprlib.repr(value) if quoted else value
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -121,7 +121,6 @@ def resumed_config(run: Path, overrides: Sequence[str]) -> tuple[RunConfig, RunC
 
     Raises:
         ValueError: this is no run folder, or an override is not allowed.
-        SystemExit: code 2 for an override that cannot be read.
     """
     path = run / "config.yaml"
     if not path.is_file():
@@ -129,7 +128,7 @@ def resumed_config(run: Path, overrides: Sequence[str]) -> tuple[RunConfig, RunC
             f"{run} is no run folder: it holds no config.yaml; give the folder of a run, such as runs/NAME"
         )
     stored = load_config(path)
-    config = override_config(stored, overrides, prog="nsa resume RUN")
+    config = override_config(stored, overrides)
     refused = [name for name in changed_keys(stored, config) if not _allowed(name)]
     if refused:
         lines = [f"  {name}" for name in refused]
