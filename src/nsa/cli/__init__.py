@@ -7,7 +7,9 @@ on request after a checkpoint, 130 interrupted (Ctrl-C) otherwise, 141 the reade
 
 from __future__ import annotations
 
+import atexit
 import difflib
+import gc
 import importlib
 import io
 import os
@@ -17,6 +19,9 @@ from collections.abc import Collection, Sequence
 from nsa import __version__
 from nsa.terminal import printable
 from nsa.train.options import OptionError
+
+# The interpreter's last search for garbage among the libraries' objects takes seconds on a slow machine.
+atexit.register(gc.freeze)
 
 EXIT_DONE, EXIT_FAILED, EXIT_USAGE, EXIT_STOPPED, EXIT_INTERRUPTED, EXIT_PIPE = 0, 1, 2, 3, 130, 141
 
@@ -67,7 +72,7 @@ def _run(arguments: Sequence[str]) -> int:
     module, _ = COMMANDS[name]
     try:
         return importlib.import_module(module).main(rest)
-    except OptionError as error:
+    except (OptionError, PermissionError) as error:
         return fail(name, error)
     except SystemExit as end:  # after the help of a command
         return end.code if isinstance(end.code, int) else EXIT_DONE
@@ -98,5 +103,7 @@ def fail(command: str, error: Exception) -> int:
     """Print a user's mistake as one message, without a traceback, and return the exit code for it."""
     if isinstance(error, BrokenPipeError):
         raise error
+    if isinstance(error, PermissionError) and error.filename:
+        error = ValueError(f"{error.filename} is not open to user {os.getuid()}: {error.strerror}; change its rights")
     print(f"nsa {command}: {printable(str(error))}", file=sys.stderr)
     return EXIT_USAGE
