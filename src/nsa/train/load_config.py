@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import difflib
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from nsa.train.packaged_configs import find_config
 from nsa.train.yaml_file import ConfigError, read_yaml, write_yaml
 
 MAX_SHOWN = 8  # wrong entries in one message
+_SAID_BY_US = {"model_type": "must be keys with values, as `key: value`", "invalid_key": "must be a name of letters"}
 
 __all__ = ["ConfigError", "config_kinds", "dump_config", "load_config", "override_config", "parse_config"]
 
@@ -68,7 +69,7 @@ def override_config(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
             values[section][key] = option_value(kinds[name], given, f"--{name}")
     except OptionError as error:
         raise ConfigError(str(error)) from None
-    return _checked(values, "the config with the options given") if options else config
+    return _checked(values, "", options) if options else config
 
 
 def dump_config(config: RunConfig) -> str:
@@ -87,35 +88,34 @@ def config_kinds(*, sections: bool = False) -> dict[str, Any]:
     return kinds
 
 
-def _checked(values: dict[str, Any], source: str) -> RunConfig:
+def _checked(values: dict[str, Any], source: str, options: Collection[str] = ()) -> RunConfig:
+    """The config of `values`; errors name its file, or the option that gave a value."""
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:
-        lines = list(dict.fromkeys(_explain(dict(problem)) for problem in error.errors(include_url=False)))
+        lines = list(dict.fromkeys(_explain(dict(problem), options) for problem in error.errors(include_url=False)))
     if len(lines) == 1:
-        raise ConfigError(f"{source}: {lines[0]}")
+        raise ConfigError(f"{source}: {lines[0]}" if source else lines[0])
     more = [f"and {len(lines) - MAX_SHOWN} more"] if len(lines) > MAX_SHOWN else []
-    raise ConfigError("\n  ".join([f"{source} has {len(lines)} wrong entries:", *lines[:MAX_SHOWN], *more]))
+    head = f"{source or 'the config with these options'} has {len(lines)} wrong entries:"
+    raise ConfigError("\n  ".join([head, *lines[:MAX_SHOWN], *more]))
 
 
-def _explain(problem: dict[str, Any]) -> str:
+def _explain(problem: dict[str, Any], options: Collection[str]) -> str:
     """One line for one of pydantic's findings."""
     location = [str(part) for part in problem["loc"]]
-    section_and_key, rest = location[:2], location[2:]
-    # Behind the key stand places in a list, and pydantic's names of the types that the value might have.
-    key = ".".join([*section_and_key, *(part for part in rest if part.isdecimal())])
     if problem["type"] == "extra_forbidden":
         return _unknown(location)
-    message = problem["msg"].removeprefix("Value error, ")
-    if problem["type"] == "model_type":
-        message = "Input should be keys with values, as `key: value`"
-    if problem["type"] == "invalid_key":
-        message = "Keys should be names"
-    for subject in ("Input should ", "Tuple should ", "String should ", "Keys should "):
+    # Behind the key stand places in a list, and pydantic's names of the types that the value might have.
+    key = ".".join([*location[:2], *(part for part in location[2:] if part.isdecimal())])
+    message = _SAID_BY_US.get(problem["type"], problem["msg"].removeprefix("Value error, "))
+    for subject in ("Input should ", "Tuple should ", "String should "):
         message = message.replace(subject, "must ", 1)
-    said = isinstance(problem["input"], dict | BaseModel) or _short(problem["input"]) in message
-    given = "" if said else f", not {_short(problem['input'])}"
-    return f"{key}: {message}{given}" if key else message
+    value = _short(problem["input"])
+    given = "" if isinstance(problem["input"], dict | BaseModel) or value in message else f", not {value}"
+    if ".".join(location[:2]) in options:
+        return f"--{key} {message}{given}"
+    return f"{_short(key, quoted=False)}: {message}{given}" if key else message
 
 
 def _unknown(location: Sequence[str]) -> str:

@@ -53,7 +53,7 @@ def split_options(arguments: Sequence[str], kinds: Mapping[str, Any]) -> tuple[l
                 raise unknown_option(name, kinds)
             current = options[name] = [value] if equals else []
             room = 0 if equals else _room(kinds[name])
-        elif current is not words and (len(current) >= room or not _fits(kinds[name], argument)):
+        elif current is not words and (len(current) >= room or not _fits(name, kinds[name], argument)):
             words.append(argument)
         else:
             current.append(argument)
@@ -69,9 +69,9 @@ def _room(kind: Any) -> float:
     return math.inf if get_origin(kind) is tuple else 1
 
 
-def _fits(kind: Any, word: str) -> bool:
-    """Whether a word behind an option can be its own: behind a flag only true and false are."""
-    return kind is not bool or word.lower() in YES + NO
+def _fits(name: str, kind: Any, word: str) -> bool:
+    """Whether a word behind an option can be its own: behind a command's flag only true and false are."""
+    return kind is not bool or "." in name or word.lower() in YES + NO
 
 
 def unknown_option(name: str, known: Collection[str]) -> OptionError:
