@@ -23,9 +23,14 @@ from nsa.train.packaged_configs import find_config
 from nsa.train.yaml_file import ConfigError, read_yaml, write_yaml
 
 MAX_SHOWN = 8  # wrong entries in one message
-_SAID_BY_US = {"model_type": "must be keys with values, as `key: value`", "invalid_key": "must be a name of letters"}
+_SAID_BY_US = {
+    "model_type": "must be keys with values, as `key: value`",
+    "invalid_key": "must be a name of letters",
+    "tuple_type": "must be a list, as [a, b]",
+    "string_type": "must be a text, in quotes where it looks like something else",
+}
 
-__all__ = ["ConfigError", "config_kinds", "dump_config", "load_config", "override_config", "parse_config"]
+__all__ = ["ConfigError", "config_kinds", "dump_config", "load_config", "override_config", "parse_config", "read_overrides"]
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -59,17 +64,30 @@ def override_config(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
     Raises:
         ConfigError: an option is unknown or its value wrong.
     """
-    values, kinds = config.model_dump(), config_kinds()
+    given = read_overrides(overrides)
+    if not given:
+        return config
+    values = config.model_dump()
+    for name, value in given.items():
+        section, _, key = name.partition(".")
+        values[section][key] = value
+    return _checked(values, "", given)
+
+
+def read_overrides(overrides: Sequence[str]) -> dict[str, Any]:
+    """Dotted keys with their values, of the right types but not yet checked in a config.
+
+    Raises:
+        ConfigError: as `override_config`.
+    """
+    kinds = config_kinds()
     try:
         words, options = split_options(overrides, kinds)
         if words:
             raise OptionError(f"{_short(words[0])} is one word too many; keys are given as --section.key value")
-        for name, given in options.items():
-            section, _, key = name.partition(".")
-            values[section][key] = option_value(kinds[name], given, f"--{name}")
+        return {name: option_value(kinds[name], given, f"--{name}") for name, given in options.items()}
     except OptionError as error:
         raise ConfigError(str(error)) from None
-    return _checked(values, "", options) if options else config
 
 
 def dump_config(config: RunConfig) -> str:
@@ -122,7 +140,8 @@ def _unknown(location: Sequence[str]) -> str:
     known = list(config_kinds(sections=True))
     key = ".".join(location)
     same_section = [name for name in known if name.rpartition(".")[0] == ".".join(location[:-1])]
-    near = _nearest(location[-1], same_section) or _nearest(location[-1], known)
+    elsewhere = [name for name in known if name.rpartition(".")[2] == location[-1]]
+    near = next(iter(elsewhere), None) or _nearest(location[-1], same_section) or _nearest(location[-1], known)
     hint = f"did you mean {near}?" if near else f"known there: {', '.join(same_section) or ', '.join(known)}"
     return f"{_short(key, quoted=False)} is unknown; {hint}"
 

@@ -80,7 +80,7 @@ def unknown_option(name: str, known: Collection[str]) -> OptionError:
     near = difflib.get_close_matches(name, known, n=1)
     near = near or [by_last_part[last] for last in difflib.get_close_matches(name.rpartition(".")[2], by_last_part, n=1)]
     hint = f"did you mean --{near[0]}?" if near else "--help lists the options"
-    return OptionError(f"the option --{name} is unknown; {hint}")
+    return OptionError(f"the option --{_short(name)} is unknown; {hint}")
 
 
 def option_value(kind: Any, words: Sequence[str], option: str) -> Any:
