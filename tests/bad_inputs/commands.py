@@ -47,7 +47,9 @@ TRAIN = [
     BadInput("resume without a run", "resume", ("usage: nsa resume RUN",)),
     BadInput("resume of nothing", "resume runs/gone", ("runs/gone", "no run folder")),
     BadInput("resume of a file", "resume c.yaml", ("c.yaml", "no run folder")),
-    BadInput("resume with an unknown key", "resume runs/a --train.stepz 3", ("--train.stepz", "--train.steps"), run_folder),
+    BadInput(
+        "resume with an unknown key", "resume runs/a --train.stepz 3", ("--train.stepz", "--train.steps"), run_folder
+    ),
     BadInput("resume with a word too many", "resume runs/a runs/b", ("'runs/b'", "one word too many"), run_folder),
     BadInput("resume with a wrong value", "resume runs/a --train.steps many", ("--train.steps", "'many'"), run_folder),
     BadInput("halt without a run", "halt", ("usage: nsa halt RUN",)),
@@ -76,7 +78,9 @@ DATA = [
     BadInput("data check of nothing", "data check gone.yaml", ("gone.yaml",)),
     BadInput("data check of no batches", "data check c.yaml --batches 0", ("--batches", "0")),
     BadInput("data check of many batches", "data check c.yaml --batches many", ("--batches", "'many'")),
-    BadInput("data check of endless batches", "data check c.yaml --batches 99999999999", ("--batches", "1,000,000,000")),
+    BadInput(
+        "data check of endless batches", "data check c.yaml --batches 99999999999", ("--batches", "1,000,000,000")
+    ),
     BadInput("data check with an unknown option", "data check c.yaml --batchs 3", ("--batchs", "--batches")),
     BadInput("data check with an unknown key", "data check c.yaml --data.pahts a", ("--data.pahts", "--data.paths")),
     BadInput("data check with a wrong source", "data check c.yaml --data.source web", ("--data.source", "'sotu'")),

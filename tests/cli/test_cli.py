@@ -85,13 +85,17 @@ for command in commands:
 def test_help_and_refusals_need_no_heavy_import(tmp_path: Path) -> None:
     environment = {"PYTHONPATH": str(SOURCE.parent)}
     command = [sys.executable, "-c", LIGHT]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment, check=False, timeout=60)
+    done = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, text=True, env=environment, check=False, timeout=60
+    )
     assert done.returncode == 0, done.stderr
 
 
 def _run_nsa(*arguments: str, **variables: str) -> subprocess.CompletedProcess[bytes]:
     environment = {"PYTHONPATH": str(SOURCE.parent), **variables}
-    return subprocess.run([sys.executable, "-m", "nsa.cli", *arguments], capture_output=True, env=environment, check=False)
+    return subprocess.run(
+        [sys.executable, "-m", "nsa.cli", *arguments], capture_output=True, env=environment, check=False
+    )
 
 
 def test_a_terminal_that_is_not_utf_8_gets_what_it_can_show() -> None:

@@ -33,10 +33,8 @@ def main(arguments: Sequence[str]) -> int:
         read_overrides(overrides)  # a slip is told before torch is imported
     except ConfigError as error:
         return fail("resume", error)
-    if not (Path(run) / "config.yaml").is_file():
-        raise OptionError(
-            f"{run} is no run folder: it holds no config.yaml; give the folder of a run, such as runs/NAME"
-        )
+    if not Path(run).is_dir():
+        raise OptionError(f"{run} is no run folder; give the folder of a run, such as runs/NAME")
 
     from nsa.train.resume import prepare_resume, resumed_config
 

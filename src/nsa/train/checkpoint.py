@@ -179,14 +179,15 @@ class Listing:
         try:
             values = json.loads(path.read_text("utf-8"), object_pairs_hook=_once)
             listing = cls(values.pop("step"), values.pop("world_size"), values.pop("files"))
-            files = {name: FileSum(**entry) for name, entry in listing.files.items()}
+            files = {name: FileSum(**entry) for name, entry in dict[str, Any](listing.files).items()}
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"{path} cannot be read: {type(error).__name__}: {error}") from None
         if values or {type(listing.step), type(listing.world_size)} != {int} or listing.world_size < 1:
             raise ValueError(f"{path} cannot be read: it needs step, world_size and files, and nothing else")
         found = STEP_FOLDER.fullmatch(checkpoint.name)
         if found and int(found[1]) != listing.step:
-            raise ValueError(f"{checkpoint} holds step {listing.step}; call it {step_folder(Path(), listing.step)} again")
+            named = step_folder(checkpoint.parent, listing.step).name
+            raise ValueError(f"{checkpoint} holds step {listing.step}; give it back its name {named}")
         for name in files:
             inside(checkpoint, name)
         ranks = {name for name in files if name.startswith("random_rank")}

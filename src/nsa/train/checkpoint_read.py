@@ -2,9 +2,9 @@
 
     load(state, storage_reader=PlainReader(folder), planner=PlainPlanner(), no_dist=True)
 
-DCP keeps two things as pickles, which can name any function to call: `.metadata`, which says where each tensor lies, and
-values that are no tensors, such as an optimizer's settings. Here the first may name the types in `ALLOWED` only, and the
-second are read as torch's weights are, tensors and plain values.
+DCP keeps two things as pickles, which can name any function to call: `.metadata`, which says where each tensor lies,
+and values that are no tensors, such as an optimizer's settings. Here the first may name the types in `ALLOWED` alone,
+and the second are read as torch's weights are, tensors and plain values.
 """
 
 from __future__ import annotations
@@ -48,6 +48,8 @@ ALLOWED = frozenset(
 
 PATHS = frozenset({("pathlib", "PosixPath"), ("pathlib", "PurePosixPath"), ("pathlib._local", "PosixPath")})
 METADATA = ".metadata"
+UNREADABLE = (pickle.UnpicklingError, EOFError, AttributeError, ImportError, LookupError, TypeError, ValueError)
+"""What unpickling raises for bytes that are no pickle, or one of something else."""
 
 
 class PlainReader(FileSystemReader):
@@ -71,7 +73,7 @@ class PlainReader(FileSystemReader):
         try:
             with path.open("rb") as file:
                 metadata = _PlainUnpickler(file).load()
-        except (pickle.UnpicklingError, EOFError, AttributeError, IndexError, KeyError, TypeError, UnicodeError) as error:
+        except UNREADABLE as error:
             raise ValueError(f"{path} cannot be read: {error}") from error
         if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
             raise ValueError(f"{path} holds {type(metadata).__name__} and no description of a checkpoint")

@@ -2,7 +2,7 @@
 
     ask_to_halt(Path("runs/NAME/HALT"), "the disk is needed")
 
-`nsa halt RUN`, `mkdir` or `touch` do as well: whatever has this name stops the run, and what a file holds is the reason.
+`touch` or `mkdir` do as well: whatever has this name stops the run, and what a file holds is the reason.
 """
 
 from __future__ import annotations

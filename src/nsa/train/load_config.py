@@ -30,7 +30,16 @@ _SAID_BY_US = {
     "string_type": "must be a text, in quotes where it looks like something else",
 }
 
-__all__ = ["ConfigError", "config_kinds", "dump_config", "load_config", "override_config", "parse_config", "read_overrides"]
+__all__ = [
+    "ConfigError",
+    "config_kinds",
+    "dump_config",
+    "load_config",
+    "override_config",
+    "parse_config",
+    "read_config",
+    "read_overrides",
+]
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -43,8 +52,16 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     Raises:
         ConfigError: the file is missing or does not describe a run, or an override is wrong.
     """
-    file = find_config(path)
-    return override_config(parse_config(read_yaml(file), source=str(path)), overrides)
+    return override_config(read_config(path), overrides)
+
+
+def read_config(path: str | Path) -> RunConfig:
+    """The config in `path`; `model_fields_set` of each section tells the keys that the file has.
+
+    Raises:
+        ConfigError: the file is missing or does not describe a run.
+    """
+    return parse_config(read_yaml(find_config(path)), source=str(path))
 
 
 def parse_config(values: Any, *, source: str) -> RunConfig:

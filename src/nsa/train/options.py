@@ -78,7 +78,9 @@ def unknown_option(name: str, known: Collection[str]) -> OptionError:
     """The error for an option that is not among the `known` dotted names, with the nearest that is."""
     by_last_part = {key.rpartition(".")[2]: key for key in known}
     near = difflib.get_close_matches(name, known, n=1)
-    near = near or [by_last_part[last] for last in difflib.get_close_matches(name.rpartition(".")[2], by_last_part, n=1)]
+    near = near or [
+        by_last_part[last] for last in difflib.get_close_matches(name.rpartition(".")[2], by_last_part, n=1)
+    ]
     hint = f"did you mean --{near[0]}?" if near else "--help lists the options"
     return OptionError(f"the option --{_short(name)} is unknown; {hint}")
 

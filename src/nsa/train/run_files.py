@@ -1,13 +1,14 @@
 """Files of a run folder that may come from somebody else: nothing is written through a link, nothing hangs in a pipe.
 
-    check_run_files(Path("runs/NAME"))               # before anything in it is written
-    descriptor = open_to_append(Path("runs/NAME/training.csv"))
+check_run_files(Path("runs/NAME"))               # before anything in it is written
+descriptor = open_to_append(Path("runs/NAME/training.csv"))
 """
 
 from __future__ import annotations
 
 import os
 import stat
+from contextlib import suppress
 from pathlib import Path
 
 FOLDERS = ("checkpoints", "profile", "samples", "tb")
@@ -37,7 +38,7 @@ def check_run_files(run: Path) -> None:
         _expect_folder(path)
     latest = run / FOLDERS[0] / LATEST
     if os.path.lexists(latest) and not latest.is_symlink():
-        raise ValueError(f"{latest} must be a link to the newest checkpoint; remove it, and the next checkpoint makes one")
+        raise ValueError(f"{latest} must be a link to the newest checkpoint; remove it, the next checkpoint makes one")
 
 
 def expect_file(path: Path) -> None:
@@ -59,6 +60,20 @@ def open_to_append(path: Path, flags: int = 0) -> int:
         expect_file(path)
     flags |= os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
     return os.open(path, flags, 0o666)
+
+
+def append(descriptor: int, data: bytes) -> str | None:
+    """Append to a file, all of it or nothing, and return why it was not possible, or None."""
+    size = os.fstat(descriptor).st_size
+    try:
+        if os.write(descriptor, data) == len(data):
+            return None
+        reason = "the disk is full"
+    except OSError as error:
+        reason = error.strerror or str(error)
+    with suppress(OSError):
+        os.ftruncate(descriptor, size)
+    return reason
 
 
 def put_aside(path: Path, prefix: str) -> Path:

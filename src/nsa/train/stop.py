@@ -32,7 +32,7 @@ class Stop:
     """Why all ranks leave the loop after the same step.
 
     Attributes:
-        reason: "SIGTERM", "SIGINT", "SIGHUP", "HALT" with the file's contents, or that something failed in the background.
+        reason: the signal's name, "HALT" with the file's contents, or that something failed in the background.
         rank: the first rank that was asked.
     """
 
@@ -41,7 +41,7 @@ class Stop:
 
 
 class StopRequest:
-    """Notes the first signal of `SIGNALS` inside the `with` block, looks for the HALT file, and agrees with other ranks.
+    """Notes the first signal inside the `with` block, looks for the HALT file, and agrees with other ranks.
 
     Args:
         halt: the HALT file, which rank 0 looks for.

@@ -10,10 +10,13 @@ from __future__ import annotations
 
 import csv
 import math
+import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
+from nsa.train.run_files import append, open_to_append
 from nsa.train.run_folder import write_text
 
 TRAINING_COLUMNS = ("step", "tokens", "loss", "lr", "grad_norm", "tokens_per_s", "mfu", "step_s", "fetch_s")
@@ -30,6 +33,7 @@ HEALTH_COLUMNS = (
 )
 """Optimizer step and decoder layer; the fields of `GateStatistics` and `SelectionStatistics` (`nsa.inspect`)."""
 
+NEWLINE = b"\n"
 INTEGER_COLUMNS = frozenset({"step", "tokens", "layer", "max_selected_tokens"})
 
 Row = dict[str, float | int | None]
@@ -38,13 +42,15 @@ Row = dict[str, float | int | None]
 class CsvWriter:
     """Writes one table; each row is on disk when `write` returns, so that an interrupted run keeps its rows.
 
+    Rows for which the disk has no room wait, and are written with a later one.
+
     Args:
         path: the file; replaced, unless `resume_step` is given.
         columns: names of the columns.
         resume_step: continue the table that is there: rows up to this step stay as they are, later ones go.
 
     Raises:
-        ValueError: the table to continue cannot be read; it is left as it is.
+        ValueError: the table to continue cannot be read, or is a link; it is left as it is.
     """
 
     def __init__(self, path: Path, columns: Sequence[str], *, resume_step: int | None = None) -> None:
@@ -52,8 +58,8 @@ class CsvWriter:
         continued = path.is_file() and resume_step is not None
         if path.is_file() and resume_step is not None:
             _cut(path, self.columns, resume_step)
-        self._file = path.open("a" if continued else "w", newline="", encoding="utf-8")
-        self._writer = csv.writer(self._file, lineterminator="\n")
+        self.path, self._waiting = path, b""
+        self._file = open_to_append(path, 0 if continued else os.O_TRUNC)
         if not continued:
             self._write_line(self.columns)
 
@@ -64,8 +70,10 @@ class CsvWriter:
         self._write_line(["" if values[name] is None else repr(values[name]) for name in self.columns])
 
     def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+        """Close the file; rows for which there still is no room are lost, and this is said."""
+        if self._waiting and (reason := append(self._file, self._waiting)):
+            print(f"{self.path}: {self._waiting.count(NEWLINE)} rows are lost: {reason}", file=sys.stderr)
+        os.close(self._file)
 
     def __enter__(self) -> CsvWriter:
         return self
@@ -76,8 +84,13 @@ class CsvWriter:
         self.close()
 
     def _write_line(self, cells: Sequence[str]) -> None:
-        self._writer.writerow(cells)
-        self._file.flush()
+        first_to_wait = not self._waiting
+        self._waiting += (",".join(map(str, cells)) + "\n").encode()
+        reason = append(self._file, self._waiting)
+        if reason is None:
+            self._waiting = b""
+        elif first_to_wait:
+            print(f"{self.path}: a row cannot be written: {reason}; the next ones wait too", file=sys.stderr)
 
 
 def read_csv(path: Path, columns: Sequence[str]) -> list[Row]:
@@ -93,6 +106,12 @@ def read_csv(path: Path, columns: Sequence[str]) -> list[Row]:
     return [row for _, row in _read_lines(path, columns)]
 
 
+def rows_until(path: Path, columns: Sequence[str], last_step: int) -> str:
+    """The text of a table with the rows up to a step; raises `ValueError` as `read_csv` does."""
+    kept = [line for line, row in _read_lines(path, columns) if (row["step"] or 0) <= last_step]
+    return "".join(f"{line}\n" for line in [",".join(columns), *kept])
+
+
 def column(rows: Sequence[Row], name: str) -> list[float]:
     """One column of a table; an empty cell is NaN."""
     return [math.nan if (value := row[name]) is None else value for row in rows]
@@ -100,9 +119,15 @@ def column(rows: Sequence[Row], name: str) -> list[float]:
 
 def _read_lines(path: Path, columns: Sequence[str]) -> list[tuple[str, Row]]:
     """Each whole line after the header, as text and as a row."""
-    text = path.read_text(encoding="utf-8")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no table: {error}") from None
     lines = text[: text.rfind("\n") + 1].splitlines()
-    cells = list(csv.reader(lines))
+    try:
+        cells = list(csv.reader(lines))
+    except csv.Error as error:
+        raise ValueError(f"{path} is no table: {error}") from None
     if not cells or tuple(cells[0]) != tuple(columns):
         raise ValueError(f"{path} must begin with the header {','.join(columns)}")
     rows = [_parse(row, columns, f"{path}, line {number}") for number, row in enumerate(cells[1:], start=2)]
@@ -111,8 +136,7 @@ def _read_lines(path: Path, columns: Sequence[str]) -> list[tuple[str, Row]]:
 
 def _cut(path: Path, columns: Sequence[str], last_step: int) -> None:
     """Take the rows after `last_step` out of a table, and a last line without its newline."""
-    kept = [line for line, row in _read_lines(path, columns) if (row["step"] or 0) <= last_step]
-    write_text(path, "".join(f"{line}\n" for line in [",".join(columns), *kept]))
+    write_text(path, rows_until(path, columns, last_step))
 
 
 def _parse(cells: Sequence[str], columns: Sequence[str], where: str) -> Row:

@@ -22,12 +22,12 @@ from typing import Any
 
 import psutil
 
+from nsa.train.halt import ask_to_halt
 from nsa.train.observe.health import Finding, Process, judge
 from nsa.train.observe.heartbeat import Beat, HeartbeatReader, heartbeat_files
 from nsa.train.observe.stacks import stacks_path
 from nsa.train.observe.thresholds import Thresholds
 from nsa.train.run_folder import RunFolder
-from nsa.train.halt import ask_to_halt
 
 MAX_BEATS = 17_280  # of each rank that are kept and judged: a day's at one in 5 s
 START_TOLERANCE_S = 2.0  # two readings of a process's start may differ by this
