@@ -11,7 +11,7 @@ def run_folder(here: Path) -> None:
     """A run folder as far as the commands look before they read anything."""
     run = here / "runs" / "a"
     run.mkdir(parents=True)
-    (run / "status.json").write_text('{"state": "finished", "step": 2}')
+    (run / "status.json").write_text('{"state": "finished", "step": 2, "unix_time_s": 1.0}')
     (run / "config.yaml").write_text("run: {name: a}\n")
 
 

@@ -143,7 +143,7 @@ VALUES = [
     ("data.synthetic_length", "1", "greater than or equal to 2"),
     ("data.synthetic_length", "1000000000", "less than or equal to"),
     ("data.hub_revision", "main", "pattern"),
-    ("data.prefetch_batches", "1000000000", "1024"),
+    ("data.prefetch_batches", "1000000000", "4096"),
     ("data.stall_timeout_s", ".inf", "finite"),
     ("data.first_batch_timeout_s", "0", "greater than 0"),
     ("optim.lr", "0", "greater than 0"),

@@ -23,11 +23,12 @@ from nsa.train.packaged_configs import find_config
 from nsa.train.yaml_file import ConfigError, read_yaml, write_yaml
 
 MAX_SHOWN = 8  # wrong entries in one message
+_TYPES = ("int", "float", "str", "bool")
 _SAID_BY_US = {
     "model_type": "must be keys with values, as `key: value`",
     "invalid_key": "must be a name of letters",
     "tuple_type": "must be a list, as [a, b]",
-    "string_type": "must be a text, in quotes where it looks like something else",
+    "string_type": "must be a text (string), in quotes where it looks like something else",
 }
 
 __all__ = [
@@ -141,8 +142,8 @@ def _explain(problem: dict[str, Any], options: Collection[str]) -> str:
     location = [str(part) for part in problem["loc"]]
     if problem["type"] == "extra_forbidden":
         return _unknown(location)
-    # Behind the key stand places in a list, and pydantic's names of the types that the value might have.
-    key = ".".join([*location[:2], *(part for part in location[2:] if part.isdecimal())])
+    # Behind the key stand places in a list, keys there, and pydantic's names of the types that the value might have.
+    key = ".".join([*location[:2], *(part for part in location[2:] if part not in _TYPES and "[" not in part)])
     message = _SAID_BY_US.get(problem["type"], problem["msg"].removeprefix("Value error, "))
     for subject in ("Input should ", "Tuple should ", "String should "):
         message = message.replace(subject, "must ", 1)

@@ -130,9 +130,9 @@ def _values(kinds: Sequence[Any], words: Sequence[str], option: str) -> tuple[An
         except ConfigError:
             listed = None  # such as the pattern [ab]*[cd]
         if isinstance(listed, list):
-            words = [item if isinstance(item, str) else str(item) for item in listed]
-            if not words:
-                return ()
+            if any(isinstance(item, dict) for item in listed) or not listed:
+                return tuple(listed)  # sections, which the config checks
+            words = list(map(str, listed))
     if not words:
         raise OptionError(f"{option} needs a value; [] is an empty list")
     if kinds[-1] is Ellipsis:
@@ -163,6 +163,8 @@ def _scalar(kind: Any, word: str, option: str) -> Any:
         if not math.isfinite(number):
             raise OptionError(f"{option} must be a finite number, not {_short(word)!r}")
         return number
+    if kind not in (str, Path):
+        raise OptionError(f"{option} must be a list of sections, as [{{key: value}}], not {_short(word)!r}")
     if "\0" in word:
         raise OptionError(f"{option} must hold no NUL character")
     return Path(word) if kind is Path else word
