@@ -1,4 +1,4 @@
-"""What each benchmark of `nsa bench` can be told; apart from the measuring, so that a slip is told before torch is here."""
+"""What each benchmark of `nsa bench` can be told; apart from the measuring, so that reading it needs no torch."""
 
 from __future__ import annotations
 
@@ -101,8 +101,8 @@ class TrainBench:
     """What to measure: a run's config, with other lengths and layers, and how often."""
 
     config: tyro.conf.Positional[str | None] = None
-    """A YAML file, or the name of a config of the package; a one-layer toy unless given. Every --section.key of `nsa train`
-    may follow."""
+    """A YAML file, or the name of a config of the package; a one-layer toy unless given. Every --section.key of
+    `nsa train` may follow."""
     overrides: tyro.conf.Suppress[tuple[str, ...]] = ()
     """Options such as ("--train.compile", "false") on top of the config."""
     lengths: tuple[int, ...] = ()

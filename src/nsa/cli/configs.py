@@ -15,7 +15,7 @@ from nsa.train.packaged_configs import FOLDER, config_names
 
 @dataclass(frozen=True)
 class ConfigsArguments:
-    """List the configs of the package, each of which `nsa train NAME` takes, or print one: nsa configs NAME > my.yaml."""
+    """List the configs of the package, which `nsa train NAME` takes, or print one: nsa configs NAME > my.yaml."""
 
     name: tyro.conf.Positional[str | None] = None
     """The config to print; a list of them all unless given."""

@@ -25,7 +25,7 @@ class PreflightArguments:
     config: tyro.conf.Positional[str]
     """A YAML file, or the name of a config of the package."""
     for_: Annotated[str | None, tyro.conf.arg(name="for")] = None
-    """Judge for a GPU of this name, or a part of it such as "h200", instead of this machine; a wrong name lists them."""
+    """Judge for a GPU of this name, or a part of it such as "h200", instead of this machine; a wrong one lists them."""
     world_size: int = 1
     """Processes that torchrun starts."""
     json: tyro.conf.FlagCreatePairsOff[bool] = False

@@ -144,14 +144,14 @@ def _explain(problem: dict[str, Any], options: Collection[str]) -> str:
         return _unknown(location)
     # Behind the key stand places in a list, keys there, and pydantic's names of the types that the value might have.
     key = ".".join([*location[:2], *(part for part in location[2:] if part not in _TYPES and "[" not in part)])
-    message = _SAID_BY_US.get(problem["type"], problem["msg"].removeprefix("Value error, "))
+    message = _SAID_BY_US.get(problem["type"]) or str(problem["msg"]).removeprefix("Value error, ")
     for subject in ("Input should ", "Tuple should ", "String should "):
         message = message.replace(subject, "must ", 1)
     value = _short(problem["input"])
     given = "" if isinstance(problem["input"], dict | BaseModel) or value in message else f", not {value}"
     if ".".join(location[:2]) in options:
         return f"--{key} {message}{given}"
-    return f"{_short(key, quoted=False)}: {message}{given}" if key else message
+    return f"{_cut(key)}: {message}{given}" if key else message
 
 
 def _unknown(location: Sequence[str]) -> str:
@@ -161,7 +161,7 @@ def _unknown(location: Sequence[str]) -> str:
     elsewhere = [name for name in known if name.rpartition(".")[2] == location[-1]]
     near = next(iter(elsewhere), None) or _nearest(location[-1], same_section) or _nearest(location[-1], known)
     hint = f"did you mean {near}?" if near else f"known there: {', '.join(same_section) or ', '.join(known)}"
-    return f"{_short(key, quoted=False)} is unknown; {hint}"
+    return f"{_cut(key)} is unknown; {hint}"
 
 
 def _nearest(name: str, keys: Sequence[str]) -> str | None:
@@ -171,7 +171,10 @@ def _nearest(name: str, keys: Sequence[str]) -> str | None:
     return by_last_part[near[0]] if near else None
 
 
-def _short(value: Any, *, quoted: bool = True) -> str:
+def _short(value: Any) -> str:
     """A value in a message: all of it where that is short, and never what it unfolds to."""
-    text = reprlib.repr(value) if quoted else value
+    return _cut(reprlib.repr(value))
+
+
+def _cut(text: str) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."

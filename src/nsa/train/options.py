@@ -41,8 +41,7 @@ def split_options(arguments: Sequence[str], kinds: Mapping[str, Any]) -> tuple[l
     """
     words: list[str] = []
     options: dict[str, list[str]] = {}
-    room: float = math.inf
-    current = words
+    current, name, room = words, "", math.inf
     for argument in arguments:
         if argument.startswith("--") and len(argument) > 2:
             name, equals, value = argument[2:].partition("=")
