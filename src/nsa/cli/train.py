@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nsa.cli import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, EXIT_USAGE, explained, fail
@@ -17,7 +18,7 @@ from nsa.train.guards import TrainingError
 from nsa.train.load_config import dump_config, load_config
 from nsa.train.observe.output import lasting_output
 from nsa.train.observe.report import results
-from nsa.train.run_folder import RunFolder
+from nsa.train.run_folder import RunFolder, check_unused
 
 # What needs torch is imported behind the config, so that a mistake in it is told at once.
 if TYPE_CHECKING:
@@ -42,7 +43,13 @@ def main(arguments: Sequence[str]) -> int:
             print(dump_config(config))
         return prepare(config, ["nsa", "train", *arguments], parallel)
 
-    return run_training("train", lambda: load_config(path, overrides), begin)
+    return run_training("train", lambda: _read(path, overrides), begin)
+
+
+def _read(path: str, overrides: Sequence[str]) -> RunConfig:
+    config = load_config(path, overrides)
+    check_unused(Path(config.run.folder) / config.run.name)  # `prepare` looks again; here torch is not yet imported
+    return config
 
 
 def run_training(
