@@ -23,11 +23,14 @@ def save_model(checkpoints: Path, step: int, model: NSAForCausalLM, *, keep: int
     return step_folder(checkpoints, step)
 
 
-def write_files(checkpoints: Path, step: int, *, keep: int = 2, keep_every_steps: int = 0) -> Path:
-    """A whole checkpoint that holds two small files and no model."""
+def write_files(
+    checkpoints: Path, step: int, *, keep: int = 2, keep_every_steps: int = 0, more: dict[str, bytes] | None = None
+) -> Path:
+    """A whole checkpoint that holds some small files, `more` among them, and no model."""
     final = step_folder(checkpoints, step)
     temporary = temporary_folder(final)
     files = {"model.safetensors": b"weights", "state/.metadata": b"where they are", "random_rank0.pt": b"seeds"}
+    files |= more or {}
     for name, contents in files.items():
         (temporary / name).parent.mkdir(parents=True, exist_ok=True)
         (temporary / name).write_bytes(contents)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import unicodedata
 
-from nsa.terminal import printable
+from nsa.terminal import printable, redacted
 
 
 def test_controls_become_visible_and_text_stays() -> None:
@@ -18,3 +18,10 @@ def test_no_control_character_passes() -> None:
     shown = printable("".join(map(chr, range(0x3000))))
     assert {c for c in shown if unicodedata.category(c) == "Cc"} == {"\n", "\t"}
     assert not [c for c in shown if unicodedata.bidirectional(c) in {"RLO", "LRO", "RLE", "LRE", "PDF", "RLI", "LRI"}]
+
+
+def test_passwords_in_addresses_are_left_out() -> None:
+    assert redacted("GET https://me:s3cr3t@hub.example:8080/x, mail a@b.c") == (
+        "GET https://***@hub.example:8080/x, mail a@b.c"
+    )
+    assert redacted("http://tok:a@b@host/x http://host/p@q") == "http://***@host/x http://host/p@q"

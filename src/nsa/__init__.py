@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         selected_attention as selected_attention,
         window_attention as window_attention,
     )
+    from nsa.ops.paged import PagedView as PagedView, paged_decode as paged_decode
 
 __version__ = "0.1.0"
 
@@ -36,6 +37,8 @@ _MODULES = {
     "selected_attention": "nsa.ops.api",
     "window_attention": "nsa.ops.api",
     "nsa_decode": "nsa.ops.api",
+    "PagedView": "nsa.ops.paged",
+    "paged_decode": "nsa.ops.paged",
 }
 
 __all__ = [*_MODULES, "__version__"]  # pyright: ignore[reportUnsupportedDunderAll]

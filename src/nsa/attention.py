@@ -110,6 +110,7 @@ class NSAAttention(nn.Module):
         cache: NSACache | None = None,
         num_new: Sequence[int] | None = None,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
+        prefix: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """Attend from every token to its past, `[B, T, C] -> [B, T, C]`.
 
@@ -121,6 +122,8 @@ class NSAAttention(nn.Module):
             cache: holds earlier tokens and takes these; None to attend within `x` alone.
             num_new: with a cache, how many tokens of each row are real; outputs of the others mean nothing.
             position_embeddings: cosines and sines `[B or 1, T, D]` in place of the module's own RoPE.
+            prefix: keys `[B, P, Hkv, Dk]`, taken as rotated, and values `[B, P, Hkv, Dv]` that take the place of the
+                first P tokens' own in every branch (prefix tuning, arXiv 2101.00190).
 
         Raises:
             ValueError: shapes or options do not fit.
@@ -138,6 +141,9 @@ class NSAAttention(nn.Module):
         keys = self._split(self.k_proj(x), self.head_dim)
         values = self._split(self.v_proj(x), self.value_head_dim)
         rotated = [apply_rope(k, cos, sin) for k in keys]
+        if prefix is not None:
+            keys, rotated = ([with_prefix(prefix[0], k) for k in x] for x in (keys, rotated))
+            values = [with_prefix(prefix[1], v) for v in values]
         k_cmp = rotated[0] if self.compress_rope == "before" else keys[0]
         slc, win = (0, 0) if self.shared_kv else (1, 2)
         k_slc, k_win, v_slc, v_win = rotated[slc], rotated[win], values[slc], values[win]
@@ -240,3 +246,8 @@ class NSAAttention(nn.Module):
         elif cache is not None and any(cache.lengths):
             positions = positions + torch.tensor(cache.lengths, device=x.device).unsqueeze(1)
         return self.rope(positions, x.dtype)
+
+
+def with_prefix(prefix: Tensor, x: Tensor) -> Tensor:
+    """`x` `[B, T, Hkv, D]` with its first P tokens' keys or values replaced by `prefix` `[B, P, Hkv, D]`."""
+    return torch.cat([prefix.to(x.dtype), x[:, prefix.shape[1] :]], dim=1)

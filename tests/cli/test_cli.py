@@ -130,3 +130,10 @@ def test_no_environment_variable_is_read_but_those_of_torchrun() -> None:
         'os.environ.get(name, default)) for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))'
         in text
     )
+
+
+def test_the_interpreter_does_not_look_for_garbage_when_it_ends() -> None:
+    code = "import atexit, gc; atexit.register(lambda: print(gc.get_freeze_count() > 0)); import nsa.cli"
+    environment = {"PYTHONPATH": str(Path(nsa.__file__).parents[1])}
+    ended = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert ended.stdout == "True\n"

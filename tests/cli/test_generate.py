@@ -1,6 +1,7 @@
 """`nsa generate`: the text, its streaming, the folders it takes, and what it refuses."""
 
 import io
+import json
 import shutil
 
 import pytest
@@ -141,7 +142,29 @@ def test_folders_without_a_model_are_refused(folder, tmp_path, capsys):
     (broken / "model.safetensors").write_bytes(b"cut off")
     assert "cannot be loaded" in refused(capsys, broken, "--prompt", "x")
     (broken / "model.safetensors").unlink()
-    assert "cannot be loaded" in refused(capsys, broken, "--prompt", "x")
+    assert "holds no weights" in refused(capsys, broken, "--prompt", "x")
+
+
+def test_code_of_a_folder_runs_only_where_it_is_asked_for(folder, tmp_path, capsys, monkeypatch):
+    strange = tmp_path / "strange"
+    shutil.copytree(folder, strange)
+    values = json.loads((folder / "config.json").read_text())
+    codes = {"AutoConfig": "strange.StrangeConfig", "AutoModelForCausalLM": "strange.StrangeModel"}
+    (strange / "config.json").write_text(json.dumps(values | {"model_type": "strange", "auto_map": codes}))
+    (strange / "strange.py").write_text(
+        f"open({str(tmp_path / 'ran')!r}, 'w').close()\n"
+        "from nsa.hf import NSAConfig, NSAForCausalLM\n"
+        "class StrangeConfig(NSAConfig):\n    model_type = 'strange'\n"
+        "class StrangeModel(NSAForCausalLM):\n    config_class = StrangeConfig\n"
+    )
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("sys.stdin", io.StringIO("yes\n"))
+    assert "'strange', which transformers does not know; --trust_remote_code" in refused(
+        capsys, strange, "--prompt", "x"
+    )
+    assert not (tmp_path / "ran").exists()
+    assert text(strange, greedy=True, trust_remote_code=True) == text(folder, greedy=True)
+    assert (tmp_path / "ran").exists()
 
 
 def test_prompts_that_the_model_cannot_read_are_refused(folder, model, tmp_path, capsys):

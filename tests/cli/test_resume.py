@@ -146,3 +146,33 @@ def test_halt_stops_a_run_with_code_3_and_resume_goes_on(
     assert (status(run)["state"], status(run)["step"]) == ("stopped", 4)
     assert main(["resume", str(run)]) == 0
     assert status(run)["resumed_from"]["checkpoint"] == "step_000004"
+
+
+def test_halt_stops_a_run_that_is_just_being_resumed(
+    tiny_config: Path, run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fail_once(monkeypatch, 3, DataError("away"))
+    assert main(["train", str(tiny_config), *EVERY_2]) == 1
+    assert main(["halt", str(run)]) == 2
+    assert "is failed at step 3; nothing to halt" in capsys.readouterr().err
+    honest = Trainer.load
+
+    def halted(self: Trainer, checkpoint: Path) -> Any:
+        assert main(["halt", str(run), "wait"]) == 0
+        return honest(self, checkpoint)
+
+    monkeypatch.setattr(Trainer, "load", halted)
+    assert main(["resume", str(run)]) == 3
+    out = capsys.readouterr().out
+    assert "the run stops after its current step" in out
+    assert (status(run)["state"], status(run)["reason"]) == ("stopped", "HALT: wait")
+
+
+def test_halt_says_when_nothing_here_reads_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    here = RunFolder.create(tmp_path / "run", config_yaml="", env={}, data_index={})
+    assert main(["halt", str(here.path)]) == 0
+    assert "the run stops after its current step" in capsys.readouterr().out
+    gone = RunFolder.create(tmp_path / "gone", config_yaml="", env={}, data_index={})
+    gone.lock.close()
+    assert main(["halt", str(gone.path)]) == 0
+    assert f"but no process on this machine trains in {gone.path}" in capsys.readouterr().out

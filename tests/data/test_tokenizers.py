@@ -89,6 +89,7 @@ def test_the_saved_byte_tokenizer_has_the_same_ids(saved_bytes: tuple) -> None:
     assert loaded.vocab_size == len(auto) == 259
     assert loaded.eos_id == auto.eos_token_id == 257
     assert (auto.bos_token_id, auto.pad_token_id) == (256, 258)
+    assert auto.padding_side == "left"
 
 
 def test_gpt2_files_give_the_ids_of_transformers(bpe_folder: Path) -> None:
@@ -108,6 +109,7 @@ def test_names_of_special_tokens_in_a_text_are_text(bpe_folder: Path, tmp_path: 
     tokenizer = load_tokenizer(bpe_folder)
     assert tokenizer.eos_id not in tokenizer.encode("a<|endoftext|>b")
     tokenizer.save(tmp_path)
+    assert AutoTokenizer.from_pretrained(tmp_path).padding_side == "left"
     again = load_tokenizer(tmp_path)
     assert again.encode("a<|endoftext|>b") == tokenizer.encode("a<|endoftext|>b")
     assert again.decode([*again.encode("ab"), again.eos_id]) == "ab"
@@ -192,6 +194,14 @@ def test_a_folder_that_also_holds_an_unknown_model_loads(bpe_folder: Path, tmp_p
 def test_a_damaged_tokenizer_file_is_named(tmp_path: Path, content: str) -> None:
     (tmp_path / "tokenizer.json").write_text(content, encoding="utf-8")
     with pytest.raises(DataError, match=f"the tokenizer in {tmp_path} cannot be loaded"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(("vocab", "merges"), [('{"a": 0', ""), ('["a"]', ""), ('{"a": 0}', "#version: 0.2\nb c\n")])
+def test_damaged_bpe_files_are_named(tmp_path: Path, vocab: str, merges: str) -> None:
+    (tmp_path / "encoder.json").write_text(vocab, encoding="utf-8")
+    (tmp_path / "vocab.bpe").write_text(merges, encoding="utf-8")
+    with pytest.raises(DataError, match=r"encoder\.json and .*vocab\.bpe cannot be loaded; save or copy it again"):
         load_tokenizer(tmp_path)
 
 

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from tiny_models import tiny_model
 
@@ -50,3 +51,23 @@ def test_gradients_of_packed_documents_equal_the_cpus(models):
         torch.testing.assert_close(
             got.grad.cpu(), expected.grad, rtol=1e-2, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}"
         )
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_training_compiles_once_for_the_first_length_and_once_for_all_others(models, packed):
+    _, model = models
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("inductor")
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    for length in (70, 91, 128, 150, 333):
+        ids = torch.randint(0, model.config.vocab_size, (1, length), device="cuda")
+        ends = [0, 20, 40, length] if length % 2 else [0, 31, length]
+        options = {"cu_seqlens": torch.tensor(ends, dtype=torch.int32, device="cuda")} if packed else {}
+        losses = []
+        for forward in (model, compiled):
+            model.zero_grad()
+            loss = forward(ids, labels=ids, **options).loss
+            loss.backward()
+            losses.append(loss.detach())
+        torch.testing.assert_close(*losses, rtol=1e-3, atol=1e-3)
+    assert counter.frame_count <= 2 + packed

@@ -35,6 +35,19 @@ def test_greedy_generation_of_a_padded_batch_equals_an_argmax_loop(model, chunk_
         assert torch.equal(row[40 - len(prompt) :], argmax_loop(model, prompt, 25))
 
 
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        ([[1, 1, 1, 1], [1, 1, 0, 0]], "row 1 is padded on the right, .*; pad on the left"),
+        ([[0, 0, 0, 0], [1, 1, 1, 1]], "row 0 has no token: an empty prompt"),
+    ],
+)
+def test_prompts_without_a_last_token_are_refused(mask, message):
+    mask = torch.tensor(mask, dtype=torch.long)
+    with pytest.raises(ValueError, match=message):
+        tiny_model().generate(torch.ones_like(mask), attention_mask=mask, max_new_tokens=1, pad_token_id=0)
+
+
 def test_beams_are_the_same_with_and_without_a_cache(model):
     ids, mask = left_padded(PROMPTS)
     options = {"max_new_tokens": 12, "num_beams": 4, "num_return_sequences": 2, "do_sample": False, "pad_token_id": 0}

@@ -121,6 +121,10 @@ def test_documents_are_found_in_positions_that_restart_and_in_collator_arguments
     positions = torch.cat([torch.arange(n) for n in LENGTHS])[None]
     expected = model(ids, cu_seqlens=bounds).logits
     assert torch.equal(model(ids, position_ids=positions).logits, expected)
+    ones = torch.ones_like(ids)
+    assert torch.equal(model(ids, position_ids=positions, attention_mask=ones).logits, expected)
+    assert torch.equal(model(ids.int(), position_ids=positions.int(), attention_mask=ones.int()).logits, expected)
+    assert torch.equal(model(ids, cu_seqlens=bounds.long()).logits, expected)
     assert torch.equal(model(ids, cu_seq_lens_q=bounds, cu_seq_lens_k=bounds, max_length_q=70).logits, expected)
 
 
@@ -142,6 +146,10 @@ def test_hidden_states_of_padded_rows_stand_where_their_tokens_do(model, rows):
         ({"position_ids": torch.tensor([[1, 2, 3, 4, 5]])}, "give 1 to token 0 of row 0, whose position is 0"),
         ({"position_ids": torch.tensor([[0, 1, 0, 2, 3]])}, "give 2 to token 3 of row 0, whose position is 1"),
         ({"position_ids": torch.tensor([[0, 1, 2, 3]])}, "position_ids must be"),
+        (
+            {"position_ids": torch.tensor([[0, 1, 0, 1, 0]]), "attention_mask": torch.tensor([[1, 1, 1, 1, 0]])},
+            r"flatten the batch to \[1, B\*T\], leave attention_mask out, .* would let the documents see each other",
+        ),
         (
             {"attention_mask": torch.tensor([[0, 0, 1, 1, 1]]), "position_ids": torch.arange(5)[None]},
             "give 2 to token 2 of row 0, whose position is 0",

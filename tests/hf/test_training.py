@@ -40,9 +40,17 @@ def test_the_loss_is_the_cross_entropy_of_the_next_token():
     assert torch.allclose(counted, out.loss * (labels[:, 1:] != -100).sum() / 10, atol=1e-5)
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_int32_ids_and_labels_train_as_int64_ones_do(packed):
+    model = tiny_model(*LAYERS)
+    ids = IDS.reshape(1, -1) if packed else IDS
+    options = {"cu_seqlens": torch.tensor([0, 70, 120], dtype=torch.int32)} if packed else {}
+    assert torch.equal(model(ids.int(), labels=ids.int(), **options).loss, model(ids, labels=ids, **options).loss)
+
+
 def test_no_document_is_asked_to_predict_the_next_ones_first_token():
     model = tiny_model()
-    bounds = torch.tensor([0, 25, 25, 60], dtype=torch.int32)
+    bounds = torch.tensor([0, 25, 25, 60, 60], dtype=torch.int32)
     out = model(IDS[:1], labels=IDS[:1], cu_seqlens=bounds)
     inside = [i for i in range(59) if i != 24]
     assert torch.allclose(out.loss, loss_of(out.logits[0, inside], IDS[0, [i + 1 for i in inside]]), atol=1e-6)
@@ -121,6 +129,16 @@ def test_trainer_of_transformers_lowers_the_loss(tmp_path, flattened):
     assert losses[-1] < 0.6 * losses[0]
     saved = NSAForCausalLM.from_pretrained(tmp_path / "checkpoint-12")
     assert all(torch.equal(a, b) for a, b in zip(saved.parameters(), model.parameters(), strict=True))
+
+
+def test_trainer_of_transformers_resumes_from_its_checkpoint(tmp_path):
+    rows = [{"input_ids": row.tolist(), "labels": row.tolist()} for row in IDS.reshape(6, 20)]
+    options = {"max_steps": 4, "save_steps": 2, "use_cpu": True, "report_to": [], "disable_tqdm": True}
+    arguments = TrainingArguments(tmp_path, per_device_train_batch_size=2, **options)
+    whole, again = tiny_model(*LAYERS), tiny_model(*LAYERS)
+    Trainer(whole, arguments, train_dataset=rows).train()
+    Trainer(again, arguments, train_dataset=rows).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), again.parameters(), strict=True))
 
 
 def test_autocast_trains_fp32_weights_in_bf16():

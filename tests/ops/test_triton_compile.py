@@ -28,6 +28,10 @@ HOPPER_KERNELS = {
     "hopper_select_forward_kernel", "hopper_select_backward_kernel", "hopper_union_forward_kernel",
     "hopper_union_query_kernel",
 }  # fmt: skip
+DECODE_KERNELS = {
+    "decode_compressed_kernel", "decode_score_window_kernel", "decode_choice_kernel", "decode_selected_kernel",
+    "decode_merge_kernel",
+}  # fmt: skip
 LAYOUT_KERNELS = {"_compressed_bounds", "_spread"}
 MATRIX_KERNELS = {"select_forward_kernel"}
 # Shared memory that a program may have: consumer Ampere and Ada 99 KiB, Hopper and data-centre Blackwell 227 KiB.
@@ -71,7 +75,7 @@ def test_all_kernels_compile_within_shared_memory(architecture, dtype, group_siz
     if hopper and group_size == 1:  # nor has that for the scores for one wide head; unions take three heads or more
         matrix = matrix - {"hopper_score_kernel"} - {name for name in matrix if "union" in name} | {"score_kernel"}
         matrix |= {"union_forward_kernel", "union_query_kernel"}
-    others = ({"_pack_rows_kernel"} if hopper else set()) | (LAYOUT_KERNELS if packed else set())
+    others = ({"_pack_rows_kernel"} if hopper else set()) | (LAYOUT_KERNELS | DECODE_KERNELS if packed else set())
     assert {kernel["kernel"] for kernel in kernels} == KERNELS | matrix | others
     assert max(kernel["shared_bytes"] for kernel in kernels) <= LIMITS[architecture]
     if architecture == 90:

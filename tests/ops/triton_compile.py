@@ -19,6 +19,7 @@ from triton.runtime.jit import JITFunction
 
 from nsa.geometry import BlockGeometry
 from nsa.ops import triton as backend
+from nsa.ops.paged import PagedView
 from nsa.ops.triton import (
     common,
     dense_bwd,
@@ -91,6 +92,27 @@ def launch_all(dtype: torch.dtype, group_size: int, head_dim: int, packed: bool)
         backend._union_pays = lambda *_, union=union: union
         out, *saved = backend.attention_forward(*tensors, *whole)
         backend.attention_backward(out, *tensors, *saved, *whole)
+    if packed:
+        launch_decode(q[:, :1], k, v, geometry)
+
+
+def launch_decode(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, geometry: BlockGeometry) -> None:
+    """A step of one query and one of eight, with and without a ring for the window; Hopper launches early."""
+    page, each = geometry.select_block_size, geometry.strides_per_select
+    pages = [x.reshape(-1, 1, page, x.shape[3]) for x in (k, v)]
+    compressed = [x[:, :, :each].contiguous() for x in pages]
+    rings = [x[:, : geometry.window_size + 8].transpose(1, 2).contiguous() for x in (k, v)]
+    table, lengths = torch.zeros(1, pages[0].shape[0], dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
+    early = driver.active.get_current_target().arch >= 90
+    for queries, ring, overlaps in ((1, False, early), (8, True, False)):
+        view = PagedView(*pages, *compressed, table, lengths, *(rings if ring else ()))
+        query = q.repeat(1, queries, 1, 1)
+        plan = backend.decode.plan_decode(query, 1, v.shape[3], table.shape[1], geometry)
+        gates = query[..., :3].contiguous()
+        step = (query, gates, *view, geometry.as_tuple(), 1.0, plan._replace(overlaps=overlaps))
+        backend.decode.paged_decode_forward(*step)
+    if q.dtype == torch.float16:  # the widest in fp32 as well
+        launch_decode(*(x.float().repeat(1, 1, 1, 256 // x.shape[3]) for x in (q, k, v)), geometry)
 
 
 if __name__ == "__main__":

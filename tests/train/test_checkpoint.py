@@ -132,3 +132,57 @@ def test_a_folder_with_a_model_alone_cannot_be_resumed(tmp_path: Path) -> None:
     assert complete_checkpoints(tmp_path) == [checkpoint]
     with pytest.raises(ValueError, match="no state of training"):
         choose_checkpoint(tmp_path)
+
+
+def test_every_flipped_bit_of_the_listing_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "READ_BYTES", 64)  # quicker than a large buffer for each tiny file
+    # Names that a bit tells apart.
+    parts = {"state/__0_0.distcp": b"a", "state/__1_0.distcp": b"b"}
+    checkpoint = write_files(tmp_path, 10, more=parts)
+    contents = (checkpoint / "complete.json").read_bytes()
+    with (checkpoint / "complete.json").open("r+b", buffering=0) as listing:
+        for bit in range(8 * len(contents)):
+            os.pwrite(listing.fileno(), bytes([contents[bit // 8] ^ 1 << bit % 8]), bit // 8)
+            assert str(checkpoint) in str(damage(checkpoint)), bit
+            os.pwrite(listing.fileno(), contents[bit // 8 : bit // 8 + 1], bit // 8)
+    assert damage(checkpoint) is None
+
+
+def test_every_cut_of_the_listing_is_found(tmp_path: Path) -> None:
+    checkpoint = write_files(tmp_path, 10)
+    path = checkpoint / "complete.json"
+    contents = path.read_bytes().rstrip()
+    for end in range(len(contents)):
+        path.write_bytes(contents[:end])
+        assert damage(checkpoint) is not None, end
+
+
+def test_a_renamed_checkpoint_is_not_the_newest(tmp_path: Path) -> None:
+    write_files(tmp_path / "checkpoints", 5, keep=9)
+    write_files(tmp_path / "checkpoints", 10, keep=9).rename(tmp_path / "checkpoints" / "step_000099")
+    assert newest_checkpoint(tmp_path).name == "step_000005"
+    chosen, notes = choose_checkpoint(tmp_path / "checkpoints")
+    assert chosen == tmp_path / "checkpoints" / "step_000005"
+    assert "step_000099 holds step 10; give it back its name step_000010" in notes[0]
+
+
+@pytest.mark.parametrize("name", ["../outside", "/etc/hostname", "state/../../outside", "link", "deep/link"])
+def test_a_listing_that_names_files_outside_is_damage(tmp_path: Path, name: str) -> None:
+    checkpoint = write_files(tmp_path / "checkpoints", 5)
+    outside = tmp_path / "checkpoints" / "outside"
+    outside.write_text("of somebody else")
+    if name.endswith("link"):
+        (checkpoint / name).parent.mkdir(exist_ok=True)
+        (checkpoint / name).symlink_to(outside)
+    listing = json.loads((checkpoint / "complete.json").read_text())
+    listing["files"][name] = vars(module.FileSum.of(outside))
+    (checkpoint / "complete.json").write_text(json.dumps(listing))
+    for contents in (True, False):
+        assert "which lies outside of it" in str(damage(checkpoint, contents=contents))
+
+
+def test_a_link_is_no_checkpoint(tmp_path: Path) -> None:
+    elsewhere = write_files(tmp_path / "elsewhere", 5)
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "step_000005").symlink_to(elsewhere)
+    assert step_folders(tmp_path / "checkpoints") == []

@@ -77,6 +77,11 @@ def whole(module_tiny: Callable[..., RunConfig]) -> Path:
     return train(*prepare(module_tiny(run={"name": "whole"}, train=STEPS))).folder.path
 
 
+def copied(whole: Path, tmp_path: Path) -> Path:
+    """A run folder of its own that is as that of `whole`."""
+    return Path(shutil.copytree(whole, tmp_path / "copied", symlinks=True))
+
+
 @pytest.mark.parametrize(("how", "step", "kept"), [("stop", 4, 4), ("crash", 5, 3), ("crash", 2, 0)])
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
     whole: Path, tiny, monkeypatch: pytest.MonkeyPatch, how: str, step: int, kept: int
@@ -253,21 +258,38 @@ def test_a_run_goes_on_without_the_small_files_that_a_crash_took(tiny, text: str
     folder.samples.rmdir()
     assert resume(folder.path, "--train.steps", "9").metrics["step"] == 9
     assert (folder.read_status()["state"], folder.read_status()["step"]) == ("finished", 9)
-    assert [row["step"] for row in table(folder.path)] == [9]
+    assert [row["step"] for row in table(folder.path)] == list(range(1, 10))
     assert json.loads(folder.data_index_json.read_text())["held_out_documents"]
     assert json.loads(folder.env_json.read_text())["resumed"][0]["step"] == 8
     assert "after step 9 of 9" in folder.report_md.read_text()
 
 
-@pytest.mark.parametrize("name", ["training.csv", "val.csv", "health.csv", "heartbeat_rank0.jsonl"])
-def test_a_damaged_table_is_named_before_anything_is_done(tiny, name: str) -> None:
-    folder = train(*prepare(tiny(train=STEPS))).folder
-    path = folder.path / name
-    path.write_text(path.read_text() + "garbage\n")
-    before = {file: file.read_bytes() for file in folder.path.rglob("*") if file.is_file()}
-    with pytest.raises(ValueError, match=rf"{name}, line \d+.*; correct that line, or move .*{name} away"):
-        resume(folder.path, "--train.steps", "9")
-    assert {file: file.read_bytes() for file in folder.path.rglob("*") if file.is_file()} == before
+def test_a_damaged_folder_is_mended_from_its_checkpoint_and_what_was_there_is_kept(
+    whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = copied(whole, tmp_path)
+    for name in ("val.csv", "heartbeat_rank0.jsonl"):
+        (folder / name).write_text((folder / name).read_text() + "garbage\n")
+    (folder / "training.csv").write_text("")
+    (folder / "health.csv").unlink()
+    (folder / "config.yaml").write_text("")
+    assert resume(folder, "--train.steps", "9").metrics["step"] == 9
+    said = capsys.readouterr().out
+    copy = folder / "checkpoints" / "step_000008" / "tables"
+    for part in (
+        f"note: {folder}/config.yaml is lost; the config is that of {copy.parent}/run_config.yaml",
+        f"note: {folder}/training.csv is damaged ({folder}/training.csv must begin with the header",
+        f"; restored from {copy}/training.csv",
+        f"note: {folder}/health.csv is missing; restored from {copy}/health.csv",
+        "the file is now damaged_heartbeat_rank0.jsonl",
+        f"{copy}/val.csv; what was there is now damaged_val.csv",
+    ):
+        assert part in said, part
+    assert table(folder)[:8] == table(whole)
+    assert evaluations(folder)[: len(evaluations(whole))] == evaluations(whole)
+    assert (folder / "damaged_val.csv").read_text().endswith("garbage\n")
+    before, after = (load_config(run / "config.yaml") for run in (whole, folder))
+    assert changed_keys(before, after) == {"train.steps": [8, 9]}
 
 
 def test_a_run_whose_checkpoints_were_removed_does_not_begin_again_over_its_tables(tiny) -> None:

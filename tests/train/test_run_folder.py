@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -70,3 +71,36 @@ def test_a_failure_goes_on_though_its_status_cannot_be_written(
 def test_a_new_run_folder_is_locked(folder: RunFolder) -> None:
     with pytest.raises(ValueError, match="is in use by process"):
         RunFolder(folder.path).lock.acquire()
+
+
+def test_nothing_is_written_through_a_planted_link(folder: RunFolder, tmp_path: Path) -> None:
+    outside = tmp_path / "outside.txt"
+    outside.write_text("mine")
+    for name in (f".config.yaml.{os.getpid()}.part", "report.md"):
+        (folder.path / name).symlink_to(outside)
+    module.write_text(folder.config_yaml, "run: {}")
+    module.write_text(folder.report_md, "# Run")
+    assert folder.config_yaml.read_text() == "run: {}"
+    assert not folder.report_md.is_symlink()
+    assert outside.read_text() == "mine"
+
+
+def test_small_files_reach_the_disk_and_a_failed_write_leaves_nothing(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[int] = []
+    monkeypatch.setattr(os, "fsync", synced.append)
+    module.write_text(folder.config_yaml, "run: {}")
+    assert len(synced) == 2  # the file and its folder
+    folder.write_status("running", step=3)
+    assert len(synced) == 2
+
+    def full(*args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    before = sorted(folder.path.iterdir())
+    with pytest.raises(OSError, match="No space left"):
+        module.write_text(folder.config_yaml, "other")
+    assert sorted(folder.path.iterdir()) == before
+    assert folder.config_yaml.read_text() == "run: {}"

@@ -17,7 +17,7 @@ import sys
 from collections.abc import Collection, Sequence
 
 from nsa import __version__
-from nsa.terminal import printable
+from nsa.terminal import printable, redacted
 from nsa.train.options import OptionError
 
 # The interpreter's last search for garbage among the libraries' objects takes seconds on a slow machine.
@@ -112,5 +112,5 @@ def fail(command: str, error: Exception) -> int:
     """Print a user's mistake as one message, without a traceback, and return the exit code for it."""
     if isinstance(error, BrokenPipeError):
         raise error
-    print(f"nsa {command}: {printable(explained(error))}", file=sys.stderr)
+    print(f"nsa {command}: {printable(redacted(explained(error)))}", file=sys.stderr)
     return EXIT_USAGE

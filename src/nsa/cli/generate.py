@@ -52,6 +52,8 @@ class GenerateArguments:
     """"auto" (CUDA where there is one), "cpu", "cuda" or "cuda:N"."""
     num_threads: int | None = None
     """Threads of CPU work; the run's own number, or 1, unless given. More are slower on a busy machine."""
+    trust_remote_code: bool = False
+    """Run Python code that the folder brings for a model that transformers does not know."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -80,7 +82,7 @@ def run(given: GenerateArguments, out: TextIO | None = None) -> int:
     from nsa.cli.models import encode_prompt, load_model
 
     torch.set_num_threads(num_threads)
-    model, tokenizer = load_model(given.model, given.device)
+    model, tokenizer = load_model(given.model, given.device, trust_remote_code=given.trust_remote_code)
     ids = encode_prompt(prompt, tokenizer, model.config.vocab_size)
     options = {"do_sample": False}
     if not given.greedy:

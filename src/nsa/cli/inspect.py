@@ -47,6 +47,8 @@ class InspectArguments:
     """"auto" (CUDA where there is one), "cpu", "cuda" or "cuda:N"."""
     num_threads: int | None = None
     """Threads of CPU work; the run's own number, or 1, unless given. More are slower on a busy machine."""
+    trust_remote_code: bool = False
+    """Run Python code that the folder brings for a model that transformers does not know."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -77,7 +79,7 @@ def run(given: InspectArguments) -> int:
     from nsa.inspect import record_selection
 
     torch.set_num_threads(num_threads)
-    model, tokenizer = load_model(given.model, given.device)
+    model, tokenizer = load_model(given.model, given.device, trust_remote_code=given.trust_remote_code)
     ids = encode_prompt(prompt, tokenizer, model.config.vocab_size)
     positions = _positions(given.position, len(ids)) if given.ranges else []
     with torch.no_grad(), record_selection(model) as selections:

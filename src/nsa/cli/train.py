@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from nsa.cli import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, EXIT_USAGE, explained, fail
 from nsa.cli.arguments import asks_for_help, show_help
 from nsa.data.errors import DataError
-from nsa.terminal import printable
+from nsa.terminal import printable, redacted
 from nsa.train.checkpoint import CheckpointError
 from nsa.train.config import RunConfig
 from nsa.train.guards import TrainingError
@@ -81,7 +81,7 @@ def run_training(
         return fail(command, error)
     except (TrainingError, DataError, OSError) as error:
         said = "\n  ".join([f"nsa {command}: failed: {error}", *getattr(error, "__notes__", [])])
-        print(printable(said), file=sys.stderr)
+        print(printable(redacted(said)), file=sys.stderr)
         return EXIT_FAILED
     return EXIT_STOPPED if outcome.stopped_by else EXIT_DONE
 

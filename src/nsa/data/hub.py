@@ -20,6 +20,7 @@ from nsa.data.files import check_regular, unreadable
 from nsa.data.parquet import ParquetBlocks, ParquetInput
 from nsa.data.progress import say
 from nsa.data.unpack import DEFAULT_FOLDER
+from nsa.terminal import redacted
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import RepoFile
@@ -52,15 +53,16 @@ def check_hub(kind: str, repo: str, revision: str | None = None) -> None:
     )
 
     api = HfApi()
+    place = redacted(str(api.endpoint))
     what = f"{kind} {repo}{f' at revision {revision}' if revision else ''}"
     try:
         api.repo_info(repo, repo_type=kind, revision=revision, timeout=PROBE_TIMEOUT_S)
     except (HfHubHTTPError, HFValidationError) as error:
-        raise DataError(f"the Hub at {api.endpoint} gives no {what}: {error}; check its name") from error
+        raise DataError(f"the Hub at {place} gives no {what}: {redacted(str(error))}; check its name") from error
     except (OSError, HTTPError) as error:
         raise DataError(
-            f"the Hub at {api.endpoint} cannot be reached for {what}: {error or type(error).__name__}; mend the "
-            f"connection, or give a local copy"
+            f"the Hub at {place} cannot be reached for {what}: {redacted(str(error)) or type(error).__name__}; mend "
+            f"the connection, or give a local copy"
         ) from error
 
 

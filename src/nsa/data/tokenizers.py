@@ -12,7 +12,9 @@ token of that name. Every tokenizer is saved as `tokenizer.json`, which `transfo
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterable, Sequence
+import textwrap
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 
 GPT2_HUB_NAME = "openai-community/gpt2"
 GPT2_VOCAB_SIZE = 50257
+DAMAGE = (OSError, ValueError, TypeError, KeyError, AttributeError, IndexError)
 BPE_FILES = (("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt"))
 
 
@@ -83,6 +86,7 @@ class ByteTokenizer:
             bos_token="<bos>",
             eos_token="<eos>",
             pad_token="<pad>",
+            padding_side="left",
             clean_up_tokenization_spaces=False,
         ).save_pretrained(folder)
 
@@ -148,6 +152,8 @@ class HuggingFaceTokenizer:
 
     def save(self, folder: str | Path) -> None:
         """Write `tokenizer.json` and `tokenizer_config.json`, for `load_tokenizer` and `AutoTokenizer`."""
+        # As generate() needs it; only what init_kwargs names is saved.
+        self._tokenizer.padding_side = self._tokenizer.init_kwargs["padding_side"] = "left"
         self._tokenizer.save_pretrained(folder)
 
 
@@ -204,7 +210,8 @@ def _from_bpe_files(vocab: Path, merges: Path, name: str) -> HuggingFaceTokenize
     from tokenizers import Tokenizer as Backend, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    backend = Backend(models.BPE.from_file(str(vocab), str(merges)))
+    with _damage(f"{vocab} and {merges}"):
+        backend = Backend(models.BPE.from_file(str(vocab), str(merges)))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     end = "<|endoftext|>"
@@ -218,23 +225,35 @@ def _from_tokenizer_json(folder: Path, name: str) -> HuggingFaceTokenizer:
     """Not by `AutoTokenizer`, which would first want to know the model that lies in the same folder."""
     from transformers import PreTrainedTokenizerFast
 
+    with _damage(f"the tokenizer in {folder}"):
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+        return HuggingFaceTokenizer(tokenizer, name)
+
+
+@contextmanager
+def _damage(what: str) -> Iterator[None]:
+    """Turn what damaged tokenizer files raise into a DataError; `tokenizers` raises plain exceptions."""
     try:
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise DataError(f"the tokenizer in {folder} cannot be loaded; save it again: {error}") from error
-    return HuggingFaceTokenizer(tokenizer, name)
+        yield
+    except DataError:
+        raise
+    except Exception as error:
+        if type(error) is not Exception and not isinstance(error, DAMAGE):
+            raise
+        reason = textwrap.shorten(str(error), 300, placeholder=" ...")
+        raise DataError(f"{what} cannot be loaded; save or copy it again: {reason}") from error
 
 
 def _from_hub(hub_name: str, name: str, problem: str) -> HuggingFaceTokenizer:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(hub_name, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(hub_name, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError):
         # Not downloaded before. transformers tries an unreachable Hub for most of a minute; one request tells at once.
         try:
             check_hub("model", hub_name)
-            tokenizer = AutoTokenizer.from_pretrained(hub_name)
+            tokenizer = AutoTokenizer.from_pretrained(hub_name, trust_remote_code=False)
         except (OSError, ValueError) as error:
             raise DataError(f"{problem}: {error}") from error
     return HuggingFaceTokenizer(tokenizer, name)

@@ -1,18 +1,41 @@
-"""The transformers model. Importing this registers it with `AutoConfig`, `AutoModel` and `AutoModelForCausalLM`.
+"""The transformers model. Importing this registers it and its heads with `AutoConfig`, `AutoModel` and the other auto
+classes.
 
 >>> from nsa.hf import NSAConfig, NSAForCausalLM
 >>> from transformers import AutoModelForCausalLM
 >>> model = AutoModelForCausalLM.from_pretrained("runs/showcase/checkpoints/latest")
 """
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
 
 from .cache_nsa import NSACacheLayer
 from .configuration_nsa import NSAConfig
+from .heads_nsa import NSAForQuestionAnswering, NSAForSequenceClassification, NSAForTokenClassification
 from .modeling_nsa import NSAForCausalLM, NSAModel, NSAPreTrainedModel
+from .peft_nsa import register_with_peft
 
-__all__ = ["NSACacheLayer", "NSAConfig", "NSAForCausalLM", "NSAModel", "NSAPreTrainedModel"]
+__all__ = [
+    "NSACacheLayer",
+    "NSAConfig",
+    "NSAForCausalLM",
+    "NSAForQuestionAnswering",
+    "NSAForSequenceClassification",
+    "NSAForTokenClassification",
+    "NSAModel",
+    "NSAPreTrainedModel",
+    "register_with_peft",
+]
 
 AutoConfig.register("nsa", NSAConfig)
 AutoModel.register(NSAConfig, NSAModel)
 AutoModelForCausalLM.register(NSAConfig, NSAForCausalLM)
+AutoModelForSequenceClassification.register(NSAConfig, NSAForSequenceClassification)
+AutoModelForTokenClassification.register(NSAConfig, NSAForTokenClassification)
+AutoModelForQuestionAnswering.register(NSAConfig, NSAForQuestionAnswering)

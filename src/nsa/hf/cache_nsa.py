@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache
-from transformers.cache_utils import CacheLayerMixin, StaticLayer
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer, StaticLayer
 
 from nsa.cache import GrowingBuffer, NSACache, RollingBuffer
 
@@ -186,6 +186,37 @@ def adopt_cache(cache: Cache, config: NSAConfig) -> list[NSACacheLayer]:
             layer.state = _new_state(layer_type, config)
         layers.append(layer)
     return layers
+
+
+def take_prefix(cache: Cache | None, config: NSAConfig) -> list[tuple[Tensor, Tensor]] | None:
+    """Keys and values `[B, P, Hkv, D]` that stand before the rows, for each layer; None where the cache holds none.
+
+    Prefix tuning hands them over as a cache that others filled; it is left empty, for the rows with their prefix.
+
+    Raises:
+        ValueError: they do not fit the model.
+    """
+    if type(cache) is not DynamicCache or not cache.layers:
+        return None
+    layers = [layer for layer in cache.layers if type(layer) is DynamicLayer and layer.get_seq_length()]
+    if len(layers) < len(cache.layers):
+        return None
+    if len(cache.layers) != config.num_hidden_layers:
+        raise ValueError(f"the cache has {len(cache.layers)} layers but the model {config.num_hidden_layers}")
+    prefix = []
+    for index, layer in enumerate(layers):
+        k, v = layer.keys, layer.values
+        assert k is not None
+        assert v is not None
+        for name, x, size in (("keys", k, config.head_dim), ("values", v, config.value_head_dim)):
+            if x.ndim != 4 or (x.shape[1], x.shape[3]) != (config.num_key_value_heads, size):
+                raise ValueError(
+                    f"{name} of layer {index} of the cache are {list(x.shape)}; a prefix for this model is [B, "
+                    f"{config.num_key_value_heads}, P, {size}]"
+                )
+        prefix.append((k.transpose(1, 2), v.transpose(1, 2)))
+    cache.layers[:] = [NSACacheLayer() for _ in cache.layers]
+    return prefix
 
 
 def _new_state(layer_type: str, config: NSAConfig) -> NSACache | KeyValueRows:

@@ -10,9 +10,12 @@ from __future__ import annotations
 from typing import Any
 
 from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
 
 from nsa.geometry import BlockGeometry
 
+# transformers' own classes read config.json too and refuse layer types that they do not know.
+LAYER_TYPES_KEY = "nsa_layer_types"
 LAYER_TYPES = ("nsa", "full_attention", "sliding_attention")
 ROPE_TYPES = ("default", "linear", "ntk", "yarn", "llama3")
 OPTIONS = {
@@ -36,7 +39,7 @@ class NSAConfig(PreTrainedConfig):
         head_dim: size of a query or key head, even; hidden_size / num_attention_heads unless given.
         value_head_dim: size of a value head; head_dim unless given.
         layer_types: "nsa", "full_attention" or "sliding_attention" for each layer; all "nsa" unless given. Sliding
-            layers see `window_size` tokens.
+            layers see `window_size` tokens. config.json holds it as `nsa_layer_types`; both names are read.
         compress_block_size, compress_stride, select_block_size, num_selected_blocks, num_init_blocks,
             num_local_blocks, window_size: the fields of `BlockGeometry`.
         compression, compress_rope, shared_kv, gate, gate_temperature: as in `NSAAttention`.
@@ -97,6 +100,15 @@ class NSAConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         self._check_heads()
+        saved = kwargs.pop(LAYER_TYPES_KEY, None)
+        if saved is not None and self.layer_types not in (None, saved):
+            raise ValueError(f"layer_types and {LAYER_TYPES_KEY} differ; give one of them")
+        self.layer_types = saved if self.layer_types is None else self.layer_types
+        names = self.layer_types
+        if names is not None and not (isinstance(names, list | tuple) and all(isinstance(x, str) for x in names)):
+            raise ValueError(f"layer_types must be a list with a name for each layer, not {self.layer_types!r}")
+        if not isinstance(self.rope_parameters, dict | None):
+            raise ValueError(f"rope_parameters must be a dictionary, not {self.rope_parameters!r}")
         if self.head_dim is None:
             self.head_dim = self.hidden_size // self.num_attention_heads
         if self.value_head_dim is None:
@@ -107,6 +119,12 @@ class NSAConfig(PreTrainedConfig):
         self._check_rope_type()
         super().__post_init__(**kwargs)
         self.validate()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, of which config.json is made."""
+        values = super().to_dict()
+        values[LAYER_TYPES_KEY] = values.pop("layer_types")
+        return values
 
     @property
     def geometry(self) -> BlockGeometry:
@@ -131,6 +149,8 @@ class NSAConfig(PreTrainedConfig):
         for name, allowed in OPTIONS.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, not {getattr(self, name)!r}")
+        if self.hidden_act not in ACT2FN:
+            raise ValueError(f"hidden_act {self.hidden_act!r} is unknown to transformers; the usual one is 'silu'")
         for name in ("gate_temperature", "rms_norm_eps", "initializer_range"):
             value = getattr(self, name)
             if not isinstance(value, (int, float)) or not value > 0:
@@ -180,8 +200,11 @@ class NSAConfig(PreTrainedConfig):
             raise ValueError(f"rope_type must be one of {', '.join(ROPE_TYPES)}, not {kind!r}")
         if rope.get("partial_rotary_factor", 1.0) != 1.0:
             raise ValueError(f"partial_rotary_factor must be 1, not {rope['partial_rotary_factor']}")
-        if kind != "default" and not rope.get("factor", 0) >= 1:
-            raise ValueError(f"rope_type {kind!r} needs a factor of at least 1, not {rope.get('factor')!r}")
+        factor, theta = rope.get("factor"), rope.get("rope_theta", 1)
+        if kind != "default" and not (isinstance(factor, int | float) and factor >= 1):
+            raise ValueError(f"rope_type {kind!r} needs a factor of at least 1, not {factor!r}")
+        if not isinstance(theta, int | float) or not theta > 0:
+            raise ValueError(f"rope_theta must be a positive number, not {theta!r}")
 
     def _validate_ntk_rope_parameters(
         self, rope_parameters: dict[str, Any], ignore_keys: set[str] | None = None

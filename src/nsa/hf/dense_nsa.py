@@ -13,6 +13,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+from nsa.attention import with_prefix
 from nsa.ops.api import window_attention
 from nsa.rope import apply_rope
 
@@ -48,12 +49,15 @@ class DenseAttention(nn.Module):
         cu_seqlens: Tensor | None = None,
         cache: KeyValueRows | None = None,
         num_new: Sequence[int] | None = None,
+        prefix: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """`[B, T, C] -> [B, T, C]`; arguments as in `NSAAttention.forward`."""
         cos, sin = position_embeddings
         q = apply_rope(self.q_proj(x).unflatten(-1, (-1, self.head_dim)), cos, sin)
         k = apply_rope(self.k_proj(x).unflatten(-1, (-1, self.head_dim)), cos, sin)
         v = self.v_proj(x).unflatten(-1, (-1, self.value_head_dim))
+        if prefix is not None:
+            k, v = with_prefix(prefix[0], k), with_prefix(prefix[1], v)
         old = () if cache is None else cache.lengths
         held = None if cache is None else cache.append(k, v, num_new)
         if cache is not None and held is not None and any(old):

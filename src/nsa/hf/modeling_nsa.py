@@ -30,10 +30,10 @@ from nsa.attention import NSAAttention
 from nsa.compress import ConvCompression, MLPCompression
 from nsa.ops.validate import check_cu_seqlens
 
-from .cache_nsa import NSACacheLayer, adopt_cache, new_cache
+from .cache_nsa import NSACacheLayer, adopt_cache, new_cache, take_prefix
 from .configuration_nsa import NSAConfig
 from .dense_nsa import DenseAttention
-from .rows_nsa import Rows, arrange_rows, documents_of, packed_rows
+from .rows_nsa import Rows, arrange_rows, check_prompts, documents_of, packed_rows
 
 
 class NSARMSNorm(nn.Module):
@@ -209,7 +209,8 @@ class NSAModel(NSAPreTrainedModel):
             attention_mask: `[B, T]`, with a cache `[B, cached + T]`; zeros before or after a row's tokens are padding.
             position_ids: `[B or 1, T]`, never needed. With batch 1, positions that restart at 0 mark packed documents;
                 others than the tokens' own are refused.
-            past_key_values: the cache of earlier calls.
+            past_key_values: the cache of earlier calls; or a DynamicCache with keys and values `[B, Hkv, P, D]` of each
+                layer, which stand before every row (prefix tuning). A mask then begins with P ones.
             use_cache: return a cache; the config's value unless given, and never where gradients are needed.
             cu_seqlens: int32 `[documents + 1]`, bounds of documents packed into one row (also `cu_seq_lens_q`, as
                 transformers' collators call it); they do not see each other.
@@ -227,16 +228,24 @@ class NSAModel(NSAPreTrainedModel):
             raise ValueError("output_attentions is not supported: no attention matrix is ever made; see nsa.inspect")
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         cu_seqlens = _document_bounds(cu_seqlens, position_ids, attention_mask, past_key_values, kwargs)
-        cache = self._cache(past_key_values, use_cache, packed=cu_seqlens is not None)
+        prefix = take_prefix(past_key_values, self.config)
+        num_prefix = prefix[0][0].shape[1] if prefix else 0
+        if prefix is not None:
+            attention_mask = None if attention_mask is None else attention_mask[:, num_prefix:]
+            position_ids = None if position_ids is None else position_ids - num_prefix
+        cache = self._cache((x, *(prefix[0] if prefix else ())), past_key_values, use_cache, cu_seqlens is not None)
         caches = [] if cache is None else adopt_cache(cache, self.config)
         rows = _rows(x, attention_mask, position_ids, cu_seqlens, caches[0] if caches else None)
-        num_columns, keep_hidden = x.shape[1], bool(kwargs.get("output_hidden_states"))
+        rows = rows.behind(num_prefix) if num_prefix else rows
+        num_columns, keep_hidden = num_prefix + x.shape[1], bool(kwargs.get("output_hidden_states"))
 
         x = rows.align(x)
         shared = {"position_embeddings": self.rotary_emb(rows.positions, x.dtype), "cu_seqlens": cu_seqlens}
         hidden = [rows.restore(x)] if keep_hidden else []
         for index, layer in enumerate(self.layers):
             held = {"cache": caches[index].state, "num_new": rows.num_new} if caches else {}
+            if prefix is not None:
+                held["prefix"] = prefix[index]
             x = layer(x, **shared, **held)
             if keep_hidden:
                 hidden.append(rows.restore(x))
@@ -249,17 +258,20 @@ class NSAModel(NSAPreTrainedModel):
             hidden_states=(*hidden[:-1], x) if keep_hidden else None,  # pyright: ignore[reportArgumentType]
         )
 
-    def _cache(self, given: Cache | None, use_cache: bool | None, *, packed: bool) -> Cache | None:
+    def _cache(
+        self, inputs: tuple[Tensor, ...], given: Cache | None, use_cache: bool | None, packed: bool
+    ) -> Cache | None:
         """The cache of this call: the given one, a new one where one is wanted, or None."""
         if packed:
             if given is not None or use_cache:
                 raise ValueError("packed documents have no cache: decode them as rows of a batch, or use_cache=False")
             return None
-        if given is not None:
-            return given
+        prefix = inputs[1:]
         wanted = self.config.use_cache if use_cache is None else use_cache
-        if wanted and torch.is_grad_enabled():
-            wanted = not any(parameter.requires_grad for parameter in self.parameters())
+        if (given is None or prefix) and torch.is_grad_enabled():
+            wanted = wanted and not any(y.requires_grad for y in (*inputs, *self.parameters()))
+        if given is not None and (wanted or not prefix):
+            return given
         return new_cache(self.config) if wanted else None
 
 
@@ -313,15 +325,27 @@ class NSAForCausalLM(NSAPreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             if cu_seqlens is not None:
-                first = (cu_seqlens[:-1]).clamp(max=labels.shape[1] - 1)[cu_seqlens.diff() > 0]
-                labels = labels.index_fill(1, first.long(), -100)
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.vocab_size, **kwargs)
+                # Documents without tokens begin where the next one does, or one behind the row.
+                padded = nn.functional.pad(labels, (0, 1))
+                labels = padded.index_fill(1, cu_seqlens[:-1].long(), -100)[:, :-1]
+            loss = self.loss_function(logits=logits, labels=labels.long(), vocab_size=self.vocab_size, **kwargs)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
         )
+
+    def _prefill(self, *args: Any, **options: Any) -> Any:
+        """Called by `generate()` once, with whole prompts; `prepare_inputs_for_generation` may see parts of them.
+
+        Raises:
+            ValueError: a prompt is empty or padded on the right.
+        """
+        model_kwargs = options.get("model_kwargs", args[-1])
+        if model_kwargs.get("attention_mask") is not None:
+            check_prompts(model_kwargs["attention_mask"])
+        return super()._prefill(*args, **options)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _document_bounds(
@@ -334,10 +358,12 @@ def _document_bounds(
     """Bounds of packed documents, however they were given; None when the rows are not packed."""
     cu_seqlens = kwargs.get("cu_seq_lens_q") if cu_seqlens is None else cu_seqlens
     if cu_seqlens is not None:
-        return cu_seqlens
-    if attention_mask is not None or past_key_values is not None:
+        return cu_seqlens.int() if cu_seqlens.dtype == torch.int64 else cu_seqlens
+    if past_key_values is not None:
         return None
-    return documents_of(position_ids)
+    bounds = documents_of(position_ids)
+    # A mask of ones says nothing that the positions do not.
+    return bounds if bounds is None or attention_mask is None or bool(attention_mask.all()) else None
 
 
 def _rows(
@@ -348,7 +374,7 @@ def _rows(
     cached: NSACacheLayer | None,
 ) -> Rows:
     if cu_seqlens is None:
-        lengths, num_columns = (), 0
+        lengths, num_columns = None, 0
         if cached is not None:
             assert cached.state is not None
             lengths, num_columns = cached.state.lengths, cached.num_columns

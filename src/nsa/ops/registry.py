@@ -42,6 +42,8 @@ _SCHEMAS = {
     "Tensor v_win, Tensor gates, Tensor out_cmp, Tensor out_slc, Tensor out_win, Tensor lse_cmp, Tensor lse_slc, "
     "Tensor lse_win, Tensor block_indices, Tensor? cu_seqlens, int[] geometry, float scale, str backend) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "paged_decode": "(Tensor q, Tensor gates, Tensor k, Tensor v, Tensor k_cmp, Tensor v_cmp, Tensor block_table, "
+    "Tensor lengths, Tensor? k_win, Tensor? v_win, int[] geometry, float scale, str backend) -> (Tensor, Tensor)",
 }
 
 
@@ -168,3 +170,10 @@ def _attention_whole_backward(ctx: Any, dout: Tensor | None, *_: Any) -> tuple[T
 torch.library.register_autograd(
     "nsa::attention", _attention_whole_backward, setup_context=_attention_setup, lib=_library
 )
+
+
+@torch.library.register_fake("nsa::paged_decode", lib=_library)
+def _paged_decode_fake(q: Tensor, gates: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    geometry = rest[6]
+    out = q.new_empty(*q.shape[:3], v.shape[3])
+    return out, q.new_empty(q.shape[0], q.shape[1], k.shape[1], geometry[3], dtype=torch.int32)

@@ -25,7 +25,7 @@ from nsa.train.checkpoint import (
     step_of,
 )
 from nsa.train.checkpoint_random import seed_rank, set_random_state
-from nsa.train.checkpoint_read import METADATA, PlainPlanner, PlainReader
+from nsa.train.checkpoint_read import METADATA, UNREADABLE, PlainPlanner, PlainReader
 from nsa.train.checkpoint_save import MODEL, OPTIMIZER, expect_no_group, failure, training_state
 from nsa.train.parallel import Parallel
 from nsa.train.run_files import put_aside
@@ -106,8 +106,11 @@ def restore_random_state(checkpoint: Path, *, seed: int, parallel: Parallel) -> 
     written_by = Listing.read(checkpoint).world_size
     step = step_of(checkpoint)
     if written_by == parallel.world_size:
-        state = torch.load(checkpoint / random_file(parallel.rank), map_location="cpu", weights_only=True)
-        set_random_state(state, parallel.device)
+        path = checkpoint / random_file(parallel.rank)
+        try:
+            set_random_state(torch.load(path, map_location="cpu", weights_only=True), parallel.device)
+        except UNREADABLE as error:
+            raise CheckpointError(f"{path} holds no random states, and is not read; restore it from a copy") from error
         return None
     seed_rank(seed, step, parallel.rank)
     return (

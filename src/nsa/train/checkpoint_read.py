@@ -48,7 +48,16 @@ ALLOWED = frozenset(
 
 PATHS = frozenset({("pathlib", "PosixPath"), ("pathlib", "PurePosixPath"), ("pathlib._local", "PosixPath")})
 METADATA = ".metadata"
-UNREADABLE = (pickle.UnpicklingError, EOFError, AttributeError, ImportError, LookupError, TypeError, ValueError)
+UNREADABLE = (
+    pickle.UnpicklingError,
+    AttributeError,
+    EOFError,
+    ImportError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 """What unpickling raises for bytes that are no pickle, or one of something else."""
 
 
@@ -97,8 +106,8 @@ class PlainPlanner(DefaultLoadPlanner):
         name = read_item.storage_index.fqn
         try:
             plain = torch.load(value, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-            raise ValueError(f"{name} is no plain value: {str(error).splitlines()[0]}") from error
+        except UNREADABLE as error:
+            raise ValueError(f"{name} is no plain value, and is not read") from error
         checked = io.BytesIO()
         torch.save(plain, checked)
         checked.seek(0)

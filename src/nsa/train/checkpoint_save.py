@@ -249,7 +249,7 @@ class _Publication:
         mode = (temporary / TRAINER).stat().st_mode  # as the umask has it; safetensors makes its file private
         for path in temporary.rglob("*"):
             name = str(path.relative_to(temporary))
-            if path.is_file():
+            if path.is_file() and path.stat().st_mode != mode:
                 path.chmod(mode)
             if path.is_file() and name not in sums:
                 sync(path)

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from nsa import BlockGeometry, mean_pool, nsa_attention
 from nsa.ops.routing import choose_backend
+from nsa.terminal import redacted
 from nsa.train.observe.environment import PACKAGES, cpu_name, num_cpus, package_version
 from nsa.train.preflight.machine import GIB, ram_gib
 
@@ -197,11 +198,11 @@ def hub(timeout_s: float) -> dict[str, Any]:
     token, offline = get_token(), constants.HF_HUB_OFFLINE
     login = "a token is stored, not checked" if token else "none; public data needs none"
     if offline:
-        return {"endpoint": constants.ENDPOINT, "reachable": "not asked: offline mode is on", "login": login}
+        return {"endpoint": redacted(constants.ENDPOINT), "reachable": "not asked: offline mode is on", "login": login}
     answer, problem = _get(f"{constants.ENDPOINT}/api/whoami-v2", token, timeout_s)
     if answer is not None and token:
         login = f"as {answer['name']}" if "name" in answer else "the stored token is not valid; run `hf auth login`"
-    return {"endpoint": constants.ENDPOINT, "reachable": problem or "yes", "login": login}
+    return {"endpoint": redacted(constants.ENDPOINT), "reachable": redacted(problem or "yes"), "login": login}
 
 
 def _get(url: str, token: str | None, timeout_s: float) -> tuple[dict[str, Any] | None, str | None]:

@@ -14,7 +14,7 @@ agreeing on something never waits for the GPU.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -84,6 +84,20 @@ class Parallel:
     def barrier(self) -> None:
         """Wait until all ranks are here."""
         self.any(False)
+
+
+def on_main(parallel: Parallel, action: Callable[[], T]) -> T:
+    """Rank 0's result of `action` on all ranks; a `ValueError` or `OSError` of rank 0 is raised on all of them."""
+    result, error = None, None
+    if parallel.is_main:
+        try:
+            result = action()
+        except (ValueError, OSError) as caught:
+            error = caught
+    result, error = parallel.broadcast((result, error))
+    if error is not None:
+        raise error
+    return result  # pyright: ignore[reportReturnType]
 
 
 def one_process(device: str = "auto") -> Parallel:

@@ -13,8 +13,9 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
+from nsa.terminal import printable
 from nsa.train.checkpoint import RUN_CONFIG
 from nsa.train.checkpoint_load import choose_checkpoint
 from nsa.train.config import RunConfig
@@ -22,7 +23,7 @@ from nsa.train.halt import clear_stale_halt
 from nsa.train.load_config import dump_config, override_config, read_config
 from nsa.train.observe.environment import snapshot
 from nsa.train.observe.summary import data_index, describe
-from nsa.train.parallel import Parallel, one_process
+from nsa.train.parallel import Parallel, on_main, one_process
 from nsa.train.preflight.report import examine_resume
 from nsa.train.restore import put_damaged_beats_aside, restore_tables
 from nsa.train.resume_config import StoredConfig, changed_keys, check_unchanged, stored_config
@@ -30,8 +31,6 @@ from nsa.train.resume_keys import ALLOWED, ALLOWED_SECTIONS
 from nsa.train.run_files import check_run_files
 from nsa.train.run_folder import RunFolder, read_json, write_json, write_text
 from nsa.train.trainer import Trainer
-
-T = TypeVar("T")
 
 IN_REPORT = {"description", "replaced_because", "held_out_documents"}  # what a report needs of `data_index.json`
 
@@ -78,7 +77,7 @@ def prepare_resume(
     stored, config = resumed_config(run, overrides)
     parallel = parallel or one_process(config.run.device)
     folder = RunFolder(run)
-    say = print if parallel.is_main else _nothing
+    say = _say if parallel.is_main else _nothing
     if note := on_main(parallel, folder.lock.acquire):
         say(f"note: {note}")
     try:
@@ -115,20 +114,6 @@ def resumed_config(run: Path, overrides: Sequence[str]) -> tuple[StoredConfig, R
     return stored, config
 
 
-def on_main(parallel: Parallel, action: Callable[[], T]) -> T:
-    """Rank 0's result of `action` on all ranks; a `ValueError` or `OSError` of rank 0 is raised on all of them."""
-    result, error = None, None
-    if parallel.is_main:
-        try:
-            result = action()
-        except (ValueError, OSError) as caught:
-            error = caught
-    result, error = parallel.broadcast((result, error))
-    if error is not None:
-        raise error
-    return result  # pyright: ignore[reportReturnType]
-
-
 def _prepare_locked(
     folder: RunFolder,
     stored: StoredConfig,
@@ -140,7 +125,6 @@ def _prepare_locked(
     before = on_main(parallel, lambda: _look_into(folder, config, parallel))
     if stored.note:
         say(f"note: {stored.note}")
-    trainer = Trainer(config, parallel)
     say(f"checking the checkpoints in {folder.checkpoints}")
     checkpoint, damaged = on_main(parallel, lambda: choose_checkpoint(folder.checkpoints))
     for note in damaged:
@@ -151,6 +135,7 @@ def _prepare_locked(
         source = checkpoint / RUN_CONFIG
         trained = read_config(source)
         check_unchanged(trained, config, is_allowed, path=folder.config_yaml, source=source)
+    trainer = Trainer(config, parallel)
     if checkpoint is not None and (note := trainer.load(checkpoint)):
         say(f"note: {note}")
     done = before.get("state") == "finished" and not before.get("report_failure")
@@ -225,6 +210,10 @@ def _announcement(folder: RunFolder, resumed: ResumedFrom) -> str:
 def is_allowed(name: str) -> bool:
     """Whether a resumed run may change this key."""
     return name in ALLOWED or name.partition(".")[0] in ALLOWED_SECTIONS
+
+
+def _say(text: str) -> None:
+    print(printable(text), flush=True)
 
 
 def _nothing(text: str) -> None:

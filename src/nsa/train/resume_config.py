@@ -6,6 +6,7 @@ checksum. Before the first checkpoint, the config in `env.json` stands for it.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 from nsa.train.checkpoint import RUN_CONFIG, FileSum, Listing, is_complete, step_folders
 from nsa.train.config import RunConfig
 from nsa.train.load_config import ConfigError, parse_config, read_config
+from nsa.train.run_files import expect_file
 from nsa.train.run_folder import RunFolder, read_json
 
 PLACE = frozenset({"run.name", "run.folder"})  # a run folder may be moved
@@ -46,6 +48,8 @@ def stored_config(run: Path, allowed: Callable[[str], bool]) -> StoredConfig:
         ValueError: this is no run folder, its config cannot be read, or it differs in keys that may not.
     """
     path = run / "config.yaml"
+    if os.path.lexists(path):
+        expect_file(path)
     source = trained_source(run)
     trained = None if source is None else source.read()
     if not _says_something(path):

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nsa.terminal import printable
 from nsa.train.checkpoint_save import Checkpointer
 from nsa.train.config import RunConfig
 from nsa.train.device import deterministic_algorithms
@@ -30,7 +31,7 @@ from nsa.train.observe.report import write_report
 from nsa.train.observe.summary import data_index, describe, final_metrics, kernel_values, routing_values
 from nsa.train.observe.telemetry import Telemetry
 from nsa.train.observe.thresholds import Thresholds
-from nsa.train.parallel import Parallel
+from nsa.train.parallel import Parallel, on_main
 from nsa.train.preflight.report import examine, examine_corpus
 from nsa.train.run_folder import FailureStatus, RunFolder, check_unused, write_json
 from nsa.train.stop import Stop, StopRequest
@@ -79,7 +80,11 @@ def prepare(
     folder = RunFolder(path)
     trainer.parallel.barrier()  # all ranks have looked before one makes the folder
     if trainer.parallel.is_main:
-        print("\n".join([describe(trainer), *(finding.line() for finding in report.findings)]), flush=True)
+        lines = [describe(trainer), *(finding.line() for finding in report.findings)]
+        print(printable("\n".join(lines)), flush=True)
+
+    def begin() -> None:
+        nonlocal folder
         folder = RunFolder.create(
             path,
             config_yaml=dump_config(config),
@@ -89,7 +94,8 @@ def prepare(
             data_index=data_index(trainer),
             preflight=report.values(),
         )
-    trainer.parallel.barrier()
+
+    on_main(trainer.parallel, begin)
     return trainer, folder
 
 

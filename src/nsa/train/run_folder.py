@@ -9,6 +9,7 @@ runs/NAME/  config.yaml env.json preflight.json data_index.json status.json metr
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -17,9 +18,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, get_args
 
-from nsa.terminal import printable
+from nsa.terminal import printable, redacted
 from nsa.train.run_lock import RunLock
 
+MAX_NAME_BYTES = 200  # most disks allow 255, of which temporary names need some
 State = Literal["running", "finished", "stopped", "failed"]
 
 
@@ -185,7 +187,7 @@ class FailureStatus:
         if kind is None or error is None:
             return
         # A full disk may have stopped a table before the checkpoint in flight, whose note says more.
-        reason = printable("; ".join([f"{kind.__name__}: {error}", *getattr(error, "__notes__", [])]))
+        reason = printable(redacted("; ".join([f"{kind.__name__}: {error}", *getattr(error, "__notes__", [])])))
         folder = self.folder.path
         if self.ended is None:
             error.add_note(f"rank {self.rank}, after step {self.step}; once mended, go on with: nsa resume {folder}")
@@ -203,12 +205,30 @@ class FailureStatus:
 
 
 def check_unused(path: Path) -> None:
-    """Raise `ValueError` when there is already something at a new run's place."""
-    if path.exists():
+    """Raise `ValueError` when there is already something at a new run's place, or it can hold no folder."""
+    if "\0" in str(path):
+        raise ValueError(f"run.folder {str(path.parent)!r} holds a zero character; give a path without it")
+    if len(os.fsencode(path.name)) > MAX_NAME_BYTES:
+        raise ValueError(f"run.name {path.name[:20]}... has {len(path.name)} letters; give at most {MAX_NAME_BYTES}")
+    if _is_there(path):
         raise ValueError(
             f"the run folder {path} exists already and is left as it is; "
             f"give another name (--run.name {path.name}-2), or remove the folder first"
         )
+    there = next(parent for parent in path.absolute().parents if os.path.lexists(parent))
+    if not there.is_dir():
+        raise ValueError(f"{there} is not a folder, so that no run can lie in {path.parent}; give another --run.folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, "a run folder cannot be made there", str(there))
+
+
+def _is_there(path: Path) -> bool:
+    """Whether there is anything at a path, a dangling link too; raises `OSError` for a path that cannot be."""
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
 
 
 def write_text(path: Path, text: str, *, durable: bool = True) -> None:

@@ -13,6 +13,8 @@ import json
 import os
 import socket
 import time
+import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +34,10 @@ class RunLock:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._file: int | None = None
-        self._folder: int | None = None
+        self._release: Callable[[], object] = _nothing
 
     def acquire(self) -> str | None:
-        """Take the lock, until `close` or the end of this process.
+        """Take the lock, until `close`, or the end of this object or of this process.
 
         Returns:
             A line about a lock that a process left behind without an orderly end, or None.
@@ -45,11 +47,12 @@ class RunLock:
         """
         assert self._file is None, self.path
         self._file = open_to_append(self.path)
-        self._folder = os.open(self.path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        folder = os.open(self.path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        self._release = weakref.finalize(self, _close, self._file, folder)
         try:
-            self._take()
+            self._take(self._file, folder)
         except ValueError:
-            self._close()
+            self._give_back()
             raise
         left = self._holder() if os.fstat(self._file).st_size else None
         holder = {"pid": os.getpid(), "host": socket.gethostname(), "unix_time_s": time.time()}
@@ -79,16 +82,14 @@ class RunLock:
         """Give the lock back and empty the file; nothing happens when it is not held."""
         if self._file is not None:
             os.ftruncate(self._file, 0)
-            self._close()
+            self._give_back()
 
-    def _take(self) -> None:
-        assert self._file is not None
-        assert self._folder is not None
+    def _take(self, file: int, folder: int) -> None:
         try:
-            free = _flock(self._file)
+            free = _flock(file)
         except OSError as error:
             raise ValueError(f"{self.path} cannot be locked: {error}; put the run on a disk with locks") from error
-        if not (free and _flock_where_possible(self._folder)):
+        if not (free and _flock_where_possible(folder)):
             raise ValueError(
                 f"{self.path.parent} is in use by {self._holder()}; wait for its end, or stop it with: "
                 f"nsa halt {self.path.parent}"
@@ -103,11 +104,18 @@ class RunLock:
         except (ValueError, KeyError, TypeError):
             return "another process"
 
-    def _close(self) -> None:
-        for descriptor in (self._file, self._folder):
-            if descriptor is not None:
-                os.close(descriptor)
-        self._file = self._folder = None
+    def _give_back(self) -> None:
+        self._release()
+        self._file = None
+
+
+def _close(*descriptors: int) -> None:
+    for descriptor in descriptors:
+        os.close(descriptor)
+
+
+def _nothing() -> None:
+    """What a lock that is not held gives back."""
 
 
 def _flock(descriptor: int) -> bool:

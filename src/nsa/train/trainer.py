@@ -29,6 +29,7 @@ from nsa.eval.perplexity import TokenBatch, evaluate, to_device
 from nsa.eval.samples import SampleOptions, draw_samples, format_samples
 from nsa.hf import NSAForCausalLM
 from nsa.train.activation import checkpoint_activations
+from nsa.train.checkpoint import TRAINER, CheckpointError
 from nsa.train.checkpoint_load import load_checkpoint, restore_random_state
 from nsa.train.checkpoint_save import Checkpointer
 from nsa.train.config import GuardSection, RunConfig
@@ -238,7 +239,13 @@ class Trainer:
             ValueError: it belongs to other data.
         """
         optimizer, parallel = self.optimizer, self.parallel
-        self.load_state_dict(load_checkpoint(checkpoint, model=self.model, optimizer=optimizer, parallel=parallel))
+        state = load_checkpoint(checkpoint, model=self.model, optimizer=optimizer, parallel=parallel)
+        try:
+            self.load_state_dict(state)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(
+                f"{checkpoint / TRAINER} holds no position of a run that this version knows: {error!r}; restore it"
+            ) from error
         return restore_random_state(checkpoint, seed=self.config.run.seed, parallel=parallel)
 
     def checkpointer(self, folder: RunFolder) -> Checkpointer:

@@ -3,7 +3,7 @@
 Each function here is one operator of `nsa.ops.registry`. It takes the operator's arguments and hands the work to a
 kernel that knows batches only; packed input is cut into batches of documents of similar length first
 (`documents.by_document`). Reading order: `tiles` (the one attention loop) with `products`, `masks` (what the branches
-see), `selected` and `blockwise` (its two routes), `select`, `pool`, `decode`, then `documents`.
+see), `selected` and `blockwise` (its two routes), `select`, `pool`, `decode` and `paged`, then `documents`.
 
 Legend: B batch, T queries, S keys, H query heads, K key/value groups, R = H/K heads of a group, D head size.
 
@@ -24,6 +24,7 @@ from nsa.geometry import BlockGeometry
 from nsa.ops.torch_native import pool, select, selected, tiles
 from nsa.ops.torch_native.documents import Side, by_document
 from nsa.ops.torch_native.masks import CompressedMask, WindowMask
+from nsa.ops.torch_native.paged import paged_decode_forward as paged_decode_forward
 
 TOKENS, COMPRESSED = Side.TOKENS, Side.COMPRESSED
 

@@ -5,7 +5,8 @@ choice of blocks), invert (its inversion), select_fwd and select_bwd (selected b
 select_union (the same branch where neighbours choose from few blocks), combine (gates), compress (mean pooling), report
 (which of them run). Hopper has its own for the compressed and window branch: hopper_fwd (with hopper_forced for the
 forced blocks), hopper_bwd_keys and hopper_bwd_queries; for scores: hopper_score; for the selected branch:
-hopper_select_bwd and hopper_select_fwd; and for unions: hopper_union and hopper_union_queries.
+hopper_select_bwd and hopper_select_fwd; and for unions: hopper_union and hopper_union_queries. decode/ has the step of
+a paged cache.
 
 Arguments and shapes are those of the operators in `nsa.ops.registry`; `geometry` is `BlockGeometry.as_tuple()`. Nothing
 here waits for the device, keeps state between calls, or depends on the order in which programs run.
@@ -14,6 +15,7 @@ here waits for the device, keeps state between calls, or depends on the order in
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +24,7 @@ from nsa.geometry import BlockGeometry
 from nsa.ops.triton import (
     combine,
     compress,
+    decode,
     dense_bwd,
     dense_fwd,
     forced,
@@ -223,3 +226,8 @@ def _rows(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor) -> tuple[
 def _cut(x: Tensor, like: Tensor) -> Tensor:
     """`x` without the columns that `fit` added."""
     return x if x.shape[-1] == like.shape[-1] else x[..., : like.shape[-1]].contiguous()
+
+
+def paged_decode_forward(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    with torch.cuda.device_of(q):
+        return decode.paged_decode_forward(q, *rest)

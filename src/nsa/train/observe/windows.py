@@ -11,6 +11,7 @@ it; memory histories are `.pickle` for https://pytorch.org/memory_viz.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -83,14 +84,24 @@ class StepWindows:
         # Without acc_events torch warns that events of other windows are lost; each has a profile of its own.
         with profile(activities=activities, record_shapes=True, acc_events=True) as recorded:
             yield
-        recorded.export_chrome_trace(str(self.folder / f"trace_{name}.json.gz"))
         sorting = "self_cuda_time_total" if on_cuda else "self_cpu_time_total"
         table = recorded.key_averages().table(sort_by=sorting, row_limit=TABLE_ROWS)
-        (self.folder / f"operators_{name}.txt").write_text(table, encoding="utf-8")
+        with self._dispensable():
+            recorded.export_chrome_trace(str(self.folder / f"trace_{name}.json.gz"))
+            (self.folder / f"operators_{name}.txt").write_text(table, encoding="utf-8")
 
     @contextmanager
     def _memory(self, name: str) -> Iterator[None]:
         torch.cuda.memory._record_memory_history(max_entries=MAX_MEMORY_EVENTS)
         yield
-        torch.cuda.memory._dump_snapshot(str(self.folder / f"memory_{name}.pickle"))
+        with self._dispensable():
+            torch.cuda.memory._dump_snapshot(str(self.folder / f"memory_{name}.pickle"))
         torch.cuda.memory._record_memory_history(enabled=None)
+
+    @contextmanager
+    def _dispensable(self) -> Iterator[None]:
+        """A disk that is full costs the recording and not the run."""
+        try:
+            yield
+        except OSError as error:
+            print(f"{self.folder} cannot be written: {error}; the run goes on without it", file=sys.stderr)
