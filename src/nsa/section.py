@@ -26,5 +26,5 @@ class Section(BaseModel):
         """YAML and JSON have lists only. No text holds a NUL, which no file name can have."""
         values = value if isinstance(value, list | tuple) else (value,)
         if any(isinstance(item, str) and "\0" in item for item in values):
-            raise ValueError("must hold no NUL character")
+            raise ValueError("must hold no NUL (zero) character")
         return tuple(value) if isinstance(value, list) else value

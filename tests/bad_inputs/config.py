@@ -16,6 +16,7 @@ MISSING = [
     BadInput("a device as config", "train /dev/null", ("/dev/null", "no regular file")),
     BadInput("two configs", "train c.yaml d.yaml", ("'d.yaml'", "one word too many")),
     BadInput("a dangling link", "train l.yaml", ("l.yaml",), lambda here: (here / "l.yaml").symlink_to("gone")),
+    BadInput("a name of 5000 letters", f"train {'n' * 5000}.yaml", ("nnn",)),
     BadInput("a name of 300 letters", f"train {'n' * 300}.yaml", ("nnn",)),
 ]
 
@@ -96,7 +97,7 @@ VALUES = [
     ("run.name", "7", "quotes"),
     ("run.name", "[a]", "text"),
     ("run.name", "null", "text"),
-    ("run.name", "n" * 300, "at most 100"),
+    ("run.name", "n" * 300, "at most 200"),
     ("run.folder", "''", "at least 1 character"),
     ("run.folder", "{a: b}", "text"),
     ("run.seed", "-1", "greater than or equal to 0"),

@@ -5,6 +5,7 @@ What a terminal would obey, such as escape sequences, is shown as `\\x1b` and ne
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -149,7 +150,7 @@ class TextStream:
 
 def _check(given: GenerateArguments) -> None:
     check_device_name(given.device)
-    if not given.model.is_dir():
+    if not os.path.isdir(given.model):
         raise ValueError(f"there is no folder {given.model}; give a transformers model folder or a run folder")
     if not 1 <= given.max_new_tokens <= 2**31:
         raise ValueError(f"--max_new_tokens must be from 1 to {2**31}, not {given.max_new_tokens}")

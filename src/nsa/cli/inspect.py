@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
@@ -113,7 +114,7 @@ def _lines(selections: dict[int, torch.Tensor], positions: Sequence[int], geomet
 
 def _check(given: InspectArguments) -> None:
     check_device_name(given.device)
-    if not given.model.is_dir():
+    if not os.path.isdir(given.model):
         raise ValueError(f"there is no folder {given.model}; give a transformers model folder or a run folder")
     if given.layer is not None and given.layer < 0:
         raise ValueError(f"--layer must be at least 0, not {given.layer}")

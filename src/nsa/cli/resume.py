@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,7 +34,7 @@ def main(arguments: Sequence[str]) -> int:
         read_overrides(overrides)  # a slip is told before torch is imported
     except ConfigError as error:
         return fail("resume", error)
-    if not Path(run).is_dir():
+    if not os.path.isdir(run):  # False for a name too long, too
         raise OptionError(f"{run} is no run folder; give the folder of a run, such as runs/NAME")
 
     from nsa.train.resume import prepare_resume, resumed_config

@@ -31,7 +31,7 @@ Seconds = Annotated[float, Field(gt=0, le=1e7)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 LayerType = Literal["nsa", "full_attention", "sliding_attention"]
 
-RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 MAX_PARAMETERS = 10**12
 
 
@@ -56,7 +56,7 @@ class RunSection(Section):
     def _is_a_folder_name(cls, name: str) -> str:
         if not RUN_NAME.fullmatch(name):
             raise ValueError(
-                "must be at most 100 letters, digits, dots, dashes and underscores, a letter or digit first"
+                "must be at most 200 letters, digits, dots, dashes and underscores, a letter or digit first"
             )
         return name
 

@@ -165,7 +165,7 @@ def _scalar(kind: Any, word: str, option: str) -> Any:
     if kind not in (str, Path):
         raise OptionError(f"{option} must be a list of sections, as [{{key: value}}], not {_short(word)!r}")
     if "\0" in word:
-        raise OptionError(f"{option} must hold no NUL character")
+        raise OptionError(f"{option} must hold no NUL (zero) character")
     return Path(word) if kind is Path else word
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 from pathlib import Path
 
 from nsa.train.yaml_file import ConfigError
@@ -22,14 +23,14 @@ def find_config(path: str | Path) -> Path:
         ConfigError: there is neither.
     """
     path, names = Path(path), config_names()
-    if path.is_file():
+    if os.path.isfile(path):
         return path
     if str(path) in names:
         return FOLDER / f"{path}.yaml"
-    if path.is_dir():
+    if os.path.isdir(path):
         raise ConfigError(f"{path} is a folder; give a YAML file, such as those in configs/")
-    if path.exists():
+    if os.path.exists(path):
         raise ConfigError(f"{path} is no regular file; give a YAML file, such as those in configs/")
     near = difflib.get_close_matches(path.stem, names, n=1)
     hint = f"did you mean {near[0]}, a config of the package?" if near else "`nsa configs` lists those of the package"
-    raise ConfigError(f"there is no config file {path}; give a YAML file, such as those in configs/; {hint}")
+    raise ConfigError(f"there is no config file {str(path)[:200]}; give a YAML file, such as those in configs/; {hint}")
