@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,11 +29,12 @@ def main(arguments: Sequence[str]) -> int:
         print(USAGE, file=sys.stderr)
         return EXIT_USAGE
     run, *overrides = arguments
-    try:
-        read_overrides(overrides)  # a slip is told before torch is imported
-    except ConfigError as error:
+    try:  # a slip is told before torch is imported
+        read_overrides(overrides)
+        is_folder = Path(run).is_dir()
+    except (ConfigError, OSError) as error:
         return fail("resume", error)
-    if not os.path.isdir(run):  # False for a name too long, too
+    if not is_folder:
         raise OptionError(f"{run} is no run folder; give the folder of a run, such as runs/NAME")
 
     from nsa.train.resume import prepare_resume, resumed_config
