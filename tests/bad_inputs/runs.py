@@ -227,7 +227,7 @@ CONFIGS = [
         run(edit("seed: 0", "seed: 8"), files({"checkpoints": None, "status.json": None})),
     ),
     BadInput("unknown key", MORE, ("stepz", "train.steps", "has the config"), run(edit("  steps:", "  stepz:"))),
-    BadInput("no YAML", MORE, ("config.yaml is not valid YAML",), run(files({"config.yaml": b"{run: [}"}))),
+    BadInput("no YAML", MORE, ("is not valid YAML",), run(files({"config.yaml": b"{run: [}"}))),
     BadInput("no text", MORE, ("config.yaml is not UTF-8",), run(files({"config.yaml": b"\xff\xfe\x00x"}))),
     BadInput("a list", MORE, ("config.yaml must hold sections",), run(files({"config.yaml": b"- run\n"}))),
     BadInput("a number", MORE, ("config.yaml must hold sections",), run(files({"config.yaml": b"7"}))),

@@ -140,7 +140,7 @@ def test_an_unreachable_hub_ends_the_run_before_it_begins(
 ) -> None:
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     start_s = time.monotonic()
-    assert main(["train", str(tiny_config), "--data.source", "fineweb_edu", "--data.paths"]) == 2
+    assert main(["train", str(tiny_config), "--data.source", "fineweb_edu", "--data.paths", "[]"]) == 2
     assert time.monotonic() - start_s < 30
     assert "the Hub at http://127.0.0.1:9 cannot be reached for dataset HuggingFaceFW/fineweb-edu" in (
         capsys.readouterr().err
@@ -152,7 +152,7 @@ def test_synthetic_data_in_place_of_another_source_is_in_every_artifact(
     tiny_config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
-    options = ["--data.source", "fineweb_edu", "--data.paths", "--data.on_error", "synthetic"]
+    options = ["--data.source", "fineweb_edu", "--data.paths", "[]", "--data.on_error", "synthetic"]
     options += ["--data.shuffle_window_tokens", "4096", "--data.max_eval_tokens", "512", "--train.steps", "3"]
     assert main(["train", str(tiny_config), *options]) == 0
     marked = "SYNTHETIC DATA (copy of 64) in place of fineweb_edu: the Hub at http://127.0.0.1:9 cannot be reached"

@@ -10,6 +10,7 @@ import torch
 from nsa.cli import main
 from nsa.cli.generate import GenerateArguments, TextStream, run
 from nsa.data import ByteTokenizer, load_tokenizer
+from nsa.terminal import printable
 from saved_runs import save_model
 from tiny_models import tiny_model
 
@@ -43,7 +44,7 @@ def test_greedy_text_is_what_an_argmax_loop_gives(model, folder):
             ids = torch.cat([ids, model(ids, use_cache=False).logits[:, -1:].argmax(-1)], dim=1)
             if ids[0, -1] == ByteTokenizer.eos_id:
                 break
-    expected = ByteTokenizer().decode(ids[0, start:].tolist()) + "\n"
+    expected = printable(ByteTokenizer().decode(ids[0, start:].tolist())) + "\n"
     assert text(folder, greedy=True, max_new_tokens=30) == expected
 
 
@@ -118,12 +119,12 @@ def refused(capsys, *arguments) -> str:
 @pytest.mark.parametrize(
     ("option", "value", "message"),
     [
-        ("max_new_tokens", 0, "--max_new_tokens must be at least 1, not 0"),
+        ("max_new_tokens", 0, "--max_new_tokens must be from 1 to"),
         ("temperature", 0, "--temperature must be above 0, not 0.0; --greedy"),
-        ("temperature", "nan", "--temperature must be above 0"),
-        ("top_k", -1, "--top_k must be at least 0, not -1"),
+        ("temperature", "nan", "--temperature must be a finite number"),
+        ("top_k", -1, "--top_k must be from 0 to"),
         ("top_p", 1.5, "--top_p must be above 0 and at most 1, not 1.5"),
-        ("seed", -3, "--seed must be at least 0, not -3"),
+        ("seed", -3, "--seed must be from 0 to"),
         ("device", "gpu0", "gpu0"),
     ],
 )
@@ -181,3 +182,34 @@ def test_prompts_that_the_model_cannot_read_are_refused(folder, model, tmp_path,
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>").save_pretrained(tmp_path)
     assert "gives token 270 but the model knows 0..258" in refused(capsys, tmp_path, "--prompt", "go on")
+
+
+def test_a_prompt_may_lie_in_a_file_or_come_from_standard_input(folder, tmp_path, capsys, monkeypatch):
+    expected = text(folder, greedy=True, max_new_tokens=5)
+    (tmp_path / "prompt.txt").write_text(PROMPT + "\n")
+    for stdin, name in ((b"", tmp_path / "prompt.txt"), (PROMPT.encode(), "-")):
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+        arguments = ["generate", folder, "--prompt_file", name, "--greedy", "--max_new_tokens", "5"]
+        assert main([str(argument) for argument in arguments]) == 0
+        assert capsys.readouterr().out == expected
+
+
+def test_what_a_terminal_would_obey_is_shown_and_characters_stay_whole(folder):
+    written = streamed(ByteTokenizer(), ByteTokenizer().encode("a\x1b[2J\r\né\t\x9b"))
+    assert "".join(written) == "a\\x1b[2J\\r\né\t\\x9b\n"
+
+
+def test_threads_are_the_run_s_own_or_one(folder, tmp_path, monkeypatch):
+    used = []
+    monkeypatch.setattr(torch, "set_num_threads", used.append)
+    run_folder = tmp_path / "run"
+    shutil.copytree(folder, run_folder)
+    text(folder, max_new_tokens=1)
+    (run_folder / "config.yaml").write_text("run: {num_threads: 3}")
+    text(run_folder, max_new_tokens=1)
+    text(run_folder, max_new_tokens=1, num_threads=2)
+    (run_folder / "run_config.yaml").write_text("run: {num_threads: 4}")
+    text(run_folder, max_new_tokens=1)
+    (run_folder / "run_config.yaml").write_text("run: {num_threads: [")
+    text(run_folder, max_new_tokens=1)
+    assert used == [1, 3, 2, 4, 3]

@@ -81,3 +81,8 @@ def test_a_dense_model_is_refused(tmp_path, capsys):
     ByteTokenizer().save(tmp_path)
     assert main(["inspect", str(tmp_path), "--prompt", PROMPT]) == 2
     assert "no NSA layer" in capsys.readouterr().err
+
+
+def test_a_prompt_file_gives_what_the_prompt_gives(folder, tmp_path, capsys):
+    (tmp_path / "prompt.txt").write_text(PROMPT + "\n")
+    assert lines(capsys, folder, "--prompt_file", tmp_path / "prompt.txt") == lines(capsys, folder, "--prompt", PROMPT)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nsa.data import ByteTokenizer
-from nsa.eval.samples import SampleOptions, draw_samples, format_samples
+from nsa.eval.samples import Sample, SampleOptions, draw_samples, format_samples
 from nsa.hf import NSAConfig, NSAForCausalLM
 from tiny_models import SIZES
 
@@ -45,7 +45,6 @@ def test_the_options_reach_the_model(model: NSAForCausalLM) -> None:
     assert first[0].continuation == ByteTokenizer().decode(greedy[0, 4:].tolist())
 
 
-def test_the_text_shows_title_prompt_and_continuation(model: NSAForCausalLM) -> None:
-    samples = draw_samples(model, ByteTokenizer(), ["the "], OPTIONS, seed=0)
-    text = format_samples(samples, "before training")
-    assert text == f"before training\n\n[prompt] the \n[model]  {samples[0].continuation}\n"
+def test_the_text_shows_title_prompt_and_continuation_and_nothing_that_a_terminal_obeys() -> None:
+    text = format_samples([Sample("the ", "end\x1b[2J\r\n")], "before training")
+    assert text == "before training\n\n[prompt] the \n[model]  end\\x1b[2J\\r\n\n"

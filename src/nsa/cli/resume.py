@@ -5,26 +5,46 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from nsa.cli import EXIT_DONE, EXIT_USAGE
+from nsa.cli import EXIT_DONE, EXIT_USAGE, fail
+from nsa.cli.arguments import asks_for_help
 from nsa.cli.train import run_training
-from nsa.train.resume import ALLOWED, ALLOWED_SECTIONS, prepare_resume, resumed_config
+from nsa.train.load_config import ConfigError, read_overrides
+from nsa.train.options import OptionError
+from nsa.train.resume_keys import ALLOWED, ALLOWED_SECTIONS
+
+if TYPE_CHECKING:
+    from nsa.train.config import RunConfig
 
 USAGE = "usage: nsa resume RUN [--section.key value ...]; RUN is the folder of a run, such as runs/NAME"
 
 
 def main(arguments: Sequence[str]) -> int:
     """Run the command and return its exit code."""
-    if arguments and arguments[0] in ("-h", "--help"):
+    if asks_for_help(arguments):
         print(f"{USAGE}\n\n{explanation()}")
         return EXIT_DONE
     if not arguments or arguments[0].startswith("-"):
         print(USAGE, file=sys.stderr)
         return EXIT_USAGE
     run, *overrides = arguments
+    try:  # a slip is told before torch is imported
+        read_overrides(overrides)
+        is_folder = Path(run).is_dir()
+    except (ConfigError, OSError) as error:
+        return fail("resume", error)
+    if not is_folder:
+        raise OptionError(f"{run} is no run folder; give the folder of a run, such as runs/NAME")
+
+    from nsa.train.resume import prepare_resume, resumed_config
+
+    def read() -> RunConfig:
+        return resumed_config(Path(run), overrides)[1]
+
     return run_training(
         "resume",
-        lambda: resumed_config(Path(run), overrides)[1],
+        read,
         lambda config, parallel: prepare_resume(Path(run), overrides, ["nsa", "resume", *arguments], parallel),
         resumed=True,
     )

@@ -7,14 +7,19 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import tyro
 from rich.console import Console
 from rich.table import Table
 
-from nsa.bench.smoke import ComparedRow, Figures, SmokeCheck, compare, read_baseline, write_baseline
 from nsa.cli import EXIT_DONE, EXIT_FAILED, fail
-from nsa.train.device import choose_device
+from nsa.cli.arguments import parse
+from nsa.train.device_name import check_device_name
+
+# What needs torch is imported when the arguments are read.
+if TYPE_CHECKING:
+    from nsa.bench.smoke import ComparedRow, Figures, SmokeCheck
 
 
 @dataclass(frozen=True)
@@ -38,7 +43,7 @@ class SmokeArguments:
 
 def main(arguments: Sequence[str]) -> int:
     """Run the command and return its exit code."""
-    given = tyro.cli(SmokeArguments, prog="nsa smoke", args=list(arguments), use_underscores=True)
+    given = parse(SmokeArguments, "smoke", arguments)
     try:
         return run(given)
     except (ValueError, OSError) as error:
@@ -53,6 +58,11 @@ def run(given: SmokeArguments) -> int:
     """
     if not given.tolerance_percent >= 0:
         raise ValueError(f"--tolerance_percent must be at least 0, not {given.tolerance_percent}")
+    check_device_name(given.device)
+
+    from nsa.bench.smoke import SmokeCheck, read_baseline
+    from nsa.train.device import choose_device
+
     device = choose_device(given.device).type
     path = given.baseline or Path(f"benchmarks/results/smoke_{device}.json")
     baseline = None
@@ -84,6 +94,8 @@ def _all_steps_pass(check: SmokeCheck) -> bool:
 
 
 def _judge(figures: Figures, baseline: Figures | None, path: Path, given: SmokeArguments) -> int:
+    from nsa.bench.smoke import compare, write_baseline
+
     rows = compare(figures, baseline, given.tolerance_percent)
     Console(highlight=False).print(_table(rows, f"against {path}" if baseline else "no baseline"))
     if given.update_baseline:

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from nsa.data.errors import printable
 from nsa.data.synthetic import NUM_KEYS
+from nsa.section import Section
 
 OneSource = Literal["sotu", "tinyshakespeare", "text", "jsonl", "parquet", "fineweb_edu", "synthetic"]
 AnySource = Literal["sotu", "tinyshakespeare", "text", "jsonl", "parquet", "fineweb_edu", "synthetic", "mix"]
@@ -21,10 +22,8 @@ NEEDS_PATHS, MAY_HAVE_PATHS = ("text", "jsonl", "parquet"), ("tinyshakespeare",)
 LONGEST_WAIT_S = 1e7
 
 
-class SourceConfig(BaseModel):
+class SourceConfig(Section):
     """What one source needs."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     paths: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     """Files, folders or glob patterns, for "text" (*.txt and *.md in folders), "jsonl" (*.jsonl and *.ndjson, else
@@ -47,7 +46,7 @@ class SourceConfig(BaseModel):
     hub_revision: Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")] = "87f09149ef4734204d70ed1d046ddc9ca3f2b8f9"
     """Commit of the repository, all 40 digits, so that a run names the very files that it read."""
 
-    hub_num_files: Annotated[int, Field(ge=1)] | None = None
+    hub_num_files: Annotated[int, Field(ge=1, le=2**30)] | None = None
     """Read the first so many files of the subset only, in order of their names; unset: all of them."""
 
     hub_access: Literal["cache", "stream"] = "cache"
@@ -60,13 +59,6 @@ class SourceConfig(BaseModel):
 
     synthetic_length: Annotated[int, Field(ge=2, le=2**17)] = 64
     """Letters to copy, or pairs to recall, in each document of "synthetic"; at most 676 pairs."""
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _no_boolean(cls, value: Any) -> Any:
-        if isinstance(value, bool):
-            raise ValueError("is a number, a text or a list")
-        return value
 
     @field_validator("paths", mode="before")
     @classmethod
@@ -139,15 +131,15 @@ class DataConfig(SourceConfig):
     """Documents kept for evaluation and never trained on: a fraction, chosen by a stable hash of each name, or a list
     of names and glob patterns such as ["1790 George Washington", "19?5 *"]. 0 or [] holds out none."""
 
-    max_eval_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_eval_tokens: Annotated[int, Field(ge=1, le=2**50)] | None = None
     """Evaluate on about this many tokens, whole rows spread evenly over the held-out documents and the same each time;
     unset: on all of them, or on 2**20 where documents are not in memory."""
 
-    in_memory_mib: Annotated[int, Field(ge=0)] = 256
+    in_memory_mib: Annotated[int, Field(ge=0, le=2**30)] = 256
     """JSON Lines and Parquet files of up to this many MiB in all are read at the start, every line checked, and their
     documents shuffled globally; larger ones are read during the run, block by block (docs/data.md)."""
 
-    shuffle_window_tokens: Annotated[int, Field(ge=1)] = 2**24
+    shuffle_window_tokens: Annotated[int, Field(ge=1, le=2**40)] = 2**24
     """Rows are shuffled among this many tokens of shuffled documents, which are in memory at a time."""
 
     prefetch_batches: Annotated[int, Field(ge=1, le=4096)] = 8

@@ -11,6 +11,8 @@ from typing import Any, Protocol
 
 import torch
 
+from nsa.terminal import printable
+
 
 class TextTokenizer(Protocol):
     """What sampling needs of a tokenizer of `nsa.data`."""
@@ -75,6 +77,6 @@ def draw_samples(
 
 
 def format_samples(samples: Sequence[Sample], title: str) -> str:
-    """Samples as text: the title, then each prompt and its continuation."""
+    """Samples as text: the title, then each prompt and its continuation; what a terminal would obey is shown."""
     blocks = [f"[prompt] {sample.prompt}\n[model]  {sample.continuation}" for sample in samples]
-    return "\n\n".join([title, *blocks]) + "\n"
+    return printable("\n\n".join([title, *blocks]) + "\n")

@@ -27,43 +27,10 @@ from nsa.train.parallel import Parallel, on_main, one_process
 from nsa.train.preflight.report import examine_resume
 from nsa.train.restore import put_damaged_beats_aside, restore_tables
 from nsa.train.resume_config import StoredConfig, changed_keys, check_unchanged, stored_config
+from nsa.train.resume_keys import ALLOWED, ALLOWED_SECTIONS
 from nsa.train.run_files import check_run_files
 from nsa.train.run_folder import RunFolder, read_json, write_json, write_text
 from nsa.train.trainer import Trainer
-
-ALLOWED = frozenset(
-    {
-        "run.device",
-        "run.num_threads",
-        "model.attention_backend",
-        "data.cache_folder",
-        "data.first_batch_timeout_s",
-        "data.hub_access",
-        "data.paths",
-        "data.prefetch_batches",
-        "data.stall_timeout_s",
-        "train.activation_checkpointing",
-        "train.checkpoint_every_steps",
-        "train.collective_timeout_s",
-        "train.compile",
-        "train.early_stop_evals",
-        "train.keep_checkpoints",
-        "train.keep_every_steps",
-        "train.log_every_steps",
-        "train.micro_batch_rows",
-        "train.parallel",
-        "train.steps",
-        "eval.every_steps",
-        "eval.rows",
-    }
-)
-"""Keys that a resumed run may change: how long, where and how it computes, and what it writes. None changes what a step
-is meant to compute, though another device or another cut of the batch changes the last bits. Files may lie elsewhere,
-but their contents must be the same: the data's fingerprint is compared."""
-
-ALLOWED_SECTIONS = ("guards", "observe", "preflight", "sample")
-"""Sections that a resumed run may change throughout."""
-
 
 IN_REPORT = {"description", "replaced_because", "held_out_documents"}  # what a report needs of `data_index.json`
 
@@ -125,12 +92,11 @@ def resumed_config(run: Path, overrides: Sequence[str]) -> tuple[StoredConfig, R
 
     Raises:
         ValueError: this is no run folder, its `config.yaml` is not of its checkpoints, or an override is not allowed.
-        SystemExit: code 2 for an override that cannot be read.
     """
     if not run.is_dir():
         raise ValueError(f"{run} is no run folder; give the folder of a run, such as runs/NAME")
     path, stored = run / "config.yaml", stored_config(run, is_allowed)
-    config = override_config(stored.wanted, overrides, prog="nsa resume RUN")
+    config = override_config(stored.wanted, overrides)
     refused = [name for name in changed_keys(stored.wanted, config) if not is_allowed(name)]
     if refused:
         lines = [f"  {name}" for name in refused]

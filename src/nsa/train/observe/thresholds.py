@@ -5,6 +5,7 @@ nsa watch runs/NAME --thresholds.stall_s 600
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 
@@ -53,3 +54,8 @@ class Thresholds:
     """Seconds that a finding lasts before the watch halts the run."""
     halt_wait_s: float = 300.0
     """Seconds that a halted run may take to write its checkpoint and end, before the watch gives it up."""
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if not 0 <= value < math.inf:  # nan would switch an alarm off
+                raise ValueError(f"thresholds.{name} must be a finite number of at least 0, not {value}")
