@@ -6,12 +6,13 @@ import json
 import math
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
-from made_up_beats import COLLAPSED_GATE, beat, of_rank, write_beats
+from made_up_beats import COLLAPSED_GATE, beat, holding, of_rank, write_beats
 from nsa.cli import main
 from nsa.train.observe.thresholds import Thresholds
 from nsa.train.observe.watch import Watch
@@ -20,9 +21,10 @@ from nsa.train.run_folder import RunFolder
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Path:
+def run(tmp_path: Path) -> Iterator[Path]:
     RunFolder(tmp_path).write_status("running", step=50)
-    return tmp_path
+    with holding(tmp_path, 0, 1):
+        yield tmp_path
 
 
 def now(**changes):
@@ -49,7 +51,7 @@ def test_exit_codes_tell_healthy_alarm_failed_stopped_and_bad_input(run: Path, c
                       "--thresholds.gate_collapse_share", "1") == 0  # fmt: skip
     assert main(["watch", str(run / "absent"), "--once"]) == 2
     assert main(["watch", str(run), "--interval_s", "0"]) == 2
-    assert "is no run folder" in capsys.readouterr().err
+    assert "absent; give the folder of a run" in capsys.readouterr().err
 
 
 def test_the_table_has_a_row_for_each_rank_and_the_findings_with_remedies(
@@ -68,7 +70,7 @@ def test_the_table_has_a_row_for_each_rank_and_the_findings_with_remedies(
 def test_a_narrow_terminal_still_shows_findings(run: Path) -> None:
     write_beats(run, [now(loss=math.nan)])
     console = Console(width=60, force_terminal=True, record=True, file=(run / "screen").open("w"))
-    console.print(as_table(Watch(run, Thresholds()).look(), ["stacks: asked"]))
+    console.print(as_table(Watch(run, Thresholds()).look(), ["stacks: asked"], width=60))
     text = console.export_text()
     assert "nonfinite: rank 0, step 50: loss nan" in text
     assert "stacks: asked" in text

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import os
 import sys
 from collections.abc import Collection, Sequence
 
 from nsa import __version__
+from nsa.terminal import printable
 
 EXIT_DONE, EXIT_FAILED, EXIT_USAGE, EXIT_STOPPED, EXIT_INTERRUPTED = 0, 1, 2, 3, 130
 
@@ -73,5 +75,7 @@ def unknown(program: str, what: str, name: str, known: Collection[str]) -> int:
 
 def fail(command: str, error: Exception) -> int:
     """Print a user's mistake as one message, without a traceback, and return the exit code for it."""
-    print(f"nsa {command}: {error}", file=sys.stderr)
+    if isinstance(error, PermissionError) and error.filename:
+        error = ValueError(f"{error.filename} is not open to user {os.getuid()}: {error.strerror}; change its rights")
+    print(f"nsa {command}: {printable(str(error))}", file=sys.stderr)
     return EXIT_USAGE

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from rich.console import Console
 from rich.live import Live
 
 from nsa.cli import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, fail
+from nsa.terminal import printable
 from nsa.train.observe.thresholds import Thresholds
 from nsa.train.observe.watch import Look, Watch
 from nsa.train.observe.watch_view import as_json, as_line, as_table
@@ -47,10 +49,10 @@ class WatchArguments:
 
 def main(arguments: Sequence[str]) -> int:
     """Run the command and return its exit code."""
-    given = tyro.cli(WatchArguments, prog="nsa watch", args=list(arguments), use_underscores=True)
     try:
-        if given.interval_s <= 0:
-            raise ValueError(f"--interval_s must be positive, not {given.interval_s:g}")
+        given = tyro.cli(WatchArguments, prog="nsa watch", args=list(arguments), use_underscores=True)
+        if not 0 < given.interval_s < math.inf:
+            raise ValueError(f"--interval_s must be a number of seconds above 0, not {given.interval_s:g}")
         return run(given)
     except (ValueError, OSError) as error:
         return fail("watch", error)
@@ -70,7 +72,7 @@ def run(given: WatchArguments) -> int:
     history: list[str] = []
     with live or nullcontext():
         while True:
-            look = watch.look()
+            look = watch.look_once() if given.once else watch.look()
             done = [] if given.once else watch.act(look)
             if (end := watch.gave_up(look)) is not None:
                 done.append(end)
@@ -94,9 +96,9 @@ def _show(
     if given.json:
         print(json.dumps(as_json(look, done)), flush=True)
     elif live is not None:
-        live.update(as_table(look, history[-SHOWN_NOTES:]), refresh=True)
+        live.update(as_table(look, history[-SHOWN_NOTES:], width=console.width), refresh=True)
     elif given.once or not look.running:
-        console.print(as_table(look, done))
+        console.print(as_table(look, done, width=console.width))
     else:
         for line in [as_line(look), *done]:
-            console.print(line, markup=False)
+            console.print(printable(line), markup=False)

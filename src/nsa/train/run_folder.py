@@ -14,7 +14,7 @@ import os
 import time
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from nsa.train.run_lock import RunLock
 
@@ -101,8 +101,9 @@ class RunFolder:
         Raises:
             ValueError: it is missing or damaged.
         """
-        status = read_json(self.status_json)
-        if status is None or not {"state", "step", "unix_time_s"} <= status.keys():
+        status = read_json(self.status_json) or {}
+        is_number = isinstance(status.get("step"), int) and isinstance(status.get("unix_time_s"), int | float)
+        if status.get("state") not in get_args(State) or not is_number:
             raise ValueError(f"{self.status_json} is missing or damaged; `nsa resume {self.path}` writes a new one")
         return status
 
@@ -172,9 +173,11 @@ def write_text(path: Path, text: str) -> None:
 
 def read_json(path: Path) -> dict[str, Any] | None:
     """The object in a JSON file, or None where that is missing or damaged, as after a loss of power."""
+    if not path.is_file():
+        return None
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
+    except (FileNotFoundError, ValueError, RecursionError):
         return None
     return values if isinstance(values, dict) else None
 

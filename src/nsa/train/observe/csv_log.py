@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import IO
 
+from nsa.terminal import printable
 from nsa.train.run_folder import write_text
 
 TRAINING_COLUMNS = ("step", "tokens", "loss", "lr", "grad_norm", "tokens_per_s", "mfu", "step_s", "fetch_s")
@@ -30,7 +32,13 @@ HEALTH_COLUMNS = (
 )
 """Optimizer step and decoder layer; the fields of `GateStatistics` and `SelectionStatistics` (`nsa.inspect`)."""
 
+ESSENTIAL_COLUMNS = frozenset({"step", "tokens", "layer", "loss", "val_loss"})
+"""Without these a table says nothing; others may be missing from one that another version wrote."""
+
 INTEGER_COLUMNS = frozenset({"step", "tokens", "layer", "max_selected_tokens"})
+
+MAX_LINE = 10_000  # characters; no line of a table comes near
+MEND_TABLE = "take the damaged lines out, or move the table away"
 
 Row = dict[str, float | int | None]
 
@@ -81,16 +89,42 @@ class CsvWriter:
 
 
 def read_csv(path: Path, columns: Sequence[str]) -> list[Row]:
-    """The rows of a table that `CsvWriter` wrote; an empty cell is None.
+    """All rows of a table, as `iter_csv` gives them."""
+    return list(iter_csv(path, columns))
 
-    A last line without its newline is one that an interrupted writer left behind, and is not counted.
+
+def iter_csv(path: Path, columns: Sequence[str]) -> Iterator[Row]:
+    """The rows of a table that `CsvWriter` wrote, one at a time; an empty cell is None.
+
+    A last line without its newline is one that a writer has only begun, and is not counted. Columns that another
+    version of the table lacks are None, those that it has more are left out.
 
     Raises:
-        ValueError: the file is missing, its header is not `columns`, or a cell is no number; file and line are named.
+        ValueError: the file is missing, its header lacks an essential column, or a cell is no number; file and line are
+            named.
     """
     if not path.is_file():
         raise ValueError(f"{path} is missing; is this a run folder?")
-    return [row for _, row in _read_lines(path, columns)]
+    with path.open(encoding="utf-8", errors="replace", newline="\n") as file:
+        whole = _whole_lines(file)
+        header = next(whole, "").strip().split(",")
+        if missing := [name for name in columns if name in ESSENTIAL_COLUMNS and name not in header]:
+            raise ValueError(
+                f"{path} begins with {','.join(header)[:100]!r}, which lacks {', '.join(missing)}; this table "
+                f"begins with {','.join(columns)}"
+            )
+        for number, line in enumerate(whole, start=2):
+            where = f"{path}, line {number}"
+            cells = line.rstrip("\r\n").split(",")
+            if len(cells) != len(header):
+                raise ValueError(f"{where} has {len(cells)} cells, not {len(header)} as the first line; {MEND_TABLE}")
+            found = dict(zip(header, cells, strict=True))
+            yield {name: parse_cell(name, found.get(name, ""), where) for name in columns}
+
+
+def _whole_lines(file: IO[str]) -> Iterator[str]:
+    while (line := file.readline(MAX_LINE)).endswith("\n"):
+        yield line
 
 
 def column(rows: Sequence[Row], name: str) -> list[float]:
@@ -118,11 +152,14 @@ def _cut(path: Path, columns: Sequence[str], last_step: int) -> None:
 def _parse(cells: Sequence[str], columns: Sequence[str], where: str) -> Row:
     if len(cells) != len(columns):
         raise ValueError(f"{where} has {len(cells)} cells, not {len(columns)}")
-    row: Row = {}
-    for name, cell in zip(columns, cells, strict=True):
-        kind = int if name in INTEGER_COLUMNS else float
-        try:
-            row[name] = kind(cell) if cell else None
-        except ValueError:
-            raise ValueError(f"{where}: {name} is {cell!r}, not a number") from None
-    return row
+    return {name: parse_cell(name, cell, where) for name, cell in zip(columns, cells, strict=True)}
+
+
+def parse_cell(name: str, cell: str, where: str) -> float | int | None:
+    """A cell as a number, None if it is empty; `where` names it in the `ValueError` for one that is no number."""
+    kind = int if name in INTEGER_COLUMNS else float
+    try:
+        return kind(cell) if cell else None
+    except ValueError:
+        what = "a whole number" if kind is int else "a number"
+        raise ValueError(f"{where}: {name} is {printable(cell[:40])!r}, not {what}; {MEND_TABLE}") from None
