@@ -27,7 +27,7 @@ def write_files(checkpoints: Path, step: int, *, keep: int = 2, keep_every_steps
     """A whole checkpoint that holds two small files and no model."""
     final = step_folder(checkpoints, step)
     temporary = temporary_folder(final)
-    files = {"model.safetensors": b"weights", "state/.metadata": b"where they are"}
+    files = {"model.safetensors": b"weights", "state/.metadata": b"where they are", "random_rank0.pt": b"seeds"}
     for name, contents in files.items():
         (temporary / name).parent.mkdir(parents=True, exist_ok=True)
         (temporary / name).write_bytes(contents)

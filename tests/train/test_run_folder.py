@@ -56,7 +56,7 @@ def test_a_failure_names_what_was_noted_on_the_way_and_the_command_that_goes_on(
 def test_a_failure_goes_on_though_its_status_cannot_be_written(
     folder: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(*args: object) -> None:
+    def full(*args: object, **options: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(module, "write_json", full)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -49,3 +50,32 @@ def test_a_lock_is_given_back(tmp_path: Path) -> None:
         second.acquire()
     first.close()
     assert second.acquire() is None
+
+
+def test_the_lock_holds_though_its_file_is_removed(tmp_path: Path) -> None:
+    first, second = RunLock(tmp_path / "run.lock"), RunLock(tmp_path / "run.lock")
+    first.acquire()
+    assert second.is_held()
+    first.path.unlink()
+    with pytest.raises(ValueError, match="is in use by another process"):
+        second.acquire()
+    first.close()
+    assert not second.is_held()
+    second.acquire()
+    second.close()
+
+
+@pytest.mark.parametrize("kind", ["link", "dangling link", "folder", "pipe"])
+def test_nothing_is_written_through_what_is_no_file(tmp_path: Path, kind: str) -> None:
+    path, other = tmp_path / "run.lock", tmp_path / "other.txt"
+    other.write_text("mine")
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to(other if kind == "link" else tmp_path / "absent")
+    with pytest.raises(ValueError, match=r"run\.lock is a"):
+        RunLock(path).acquire()
+    assert other.read_text() == "mine"
+    assert not (tmp_path / "absent").exists()

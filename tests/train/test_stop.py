@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from pathlib import Path
 
 import pytest
 
-from nsa.train.stop import SIGNALS, Stop, StopRequest, ask_to_halt, clear_stale_halt
+from nsa.train.halt import ask_to_halt, clear_stale_halt
+from nsa.train.run_lock import RunLock
+from nsa.train.stop import SIGNALS, Stop, StopRequest
 from ranks import run_ranks
 from saved_runs import ONE_PROCESS
 
@@ -23,7 +26,9 @@ def test_the_first_signal_is_noted_and_a_second_acts_as_before(number: signal.Si
             os.kill(os.getpid(), number)
             assert (stop.agreed(), seen) == (Stop(number.name, 0), [])
             os.kill(os.getpid(), number)
-            assert (stop.agreed(), seen) == (Stop(number.name, 0), [number])
+            # A lost terminal sends SIGHUP twice.
+            again = [] if number == signal.SIGHUP else [number]
+            assert (stop.agreed(), seen) == (Stop(number.name, 0), again)
     finally:
         signal.signal(number, before)
 
@@ -51,14 +56,57 @@ def test_a_failure_in_the_background_stops_the_loop(tmp_path: Path) -> None:
     assert StopRequest(tmp_path / "HALT", ONE_PROCESS).agreed(failed=True) == Stop("a failure in the background", 0)
 
 
-def test_a_stale_halt_file_is_put_aside_and_said(tmp_path: Path) -> None:
-    halt = tmp_path / "HALT"
-    assert clear_stale_halt(halt) is None
+def test_what_is_ignored_at_the_start_stays_ignored_as_under_nohup(tmp_path: Path) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopRequest(tmp_path / "HALT", ONE_PROCESS) as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert stop.agreed() is None
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_stale_halt_file_is_put_aside_and_said_and_a_newer_one_is_obeyed(tmp_path: Path) -> None:
+    halt, lock = tmp_path / "HALT", RunLock(tmp_path / "run.lock")
     ask_to_halt(halt)
-    note = clear_stale_halt(halt)
+    os.utime(halt, ns=(0, time.time_ns() - 10**9))
+    lock.acquire()
+    note = clear_stale_halt(halt, lock.since_ns())
     assert note is not None
+    assert "is from 1 s before now" in note
     assert "HALT.old" in note
-    assert StopRequest(halt, ONE_PROCESS).agreed() is None
+    ask_to_halt(halt, "while it starts")
+    assert clear_stale_halt(halt, lock.since_ns()) is None
+    assert StopRequest(halt, ONE_PROCESS).agreed() == Stop("HALT: while it starts", 0)
+    assert clear_stale_halt(halt, lock.since_ns()) is None
+    lock.close()
+
+
+@pytest.mark.parametrize("before", ["nothing", "file", "folder"])
+@pytest.mark.parametrize("kind", ["pipe", "folder", "link", "dangling link", "large"])
+def test_halt_may_be_anything_and_only_a_file_gives_a_reason(tmp_path: Path, kind: str, before: str) -> None:
+    halt, old, secret = tmp_path / "HALT", tmp_path / "HALT.old", tmp_path / "secret"
+    secret.write_text("not this")
+    {"nothing": lambda: None, "file": old.touch, "folder": lambda: (old / "inside").mkdir(parents=True)}[before]()
+    if kind == "pipe":
+        os.mkfifo(halt)
+    elif kind == "folder":
+        (halt / "inside").mkdir(parents=True)
+    elif kind == "large":
+        halt.write_text("\x1b[2Jx" * 10**6)
+    else:
+        halt.symlink_to(secret if kind == "link" else tmp_path / "absent")
+    stop = StopRequest(halt, ONE_PROCESS).agreed()
+    assert stop is not None
+    if kind == "large":
+        assert stop.reason.startswith(r"HALT: \x1b[2Jx\x1b")
+        assert len(stop.reason) < 2000
+    else:
+        assert stop.reason == "HALT"
+    assert not os.path.lexists(halt)
+    assert os.path.lexists(old)
+    assert secret.read_text() == "not this"
 
 
 AGREE = """

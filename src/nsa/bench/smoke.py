@@ -26,9 +26,9 @@ import yaml
 
 from nsa.bench.protocol import environment
 from nsa.train.doctor import check_kernels, kernel_line
+from nsa.train.halt import ask_to_halt
 from nsa.train.observe.csv_log import TRAINING_COLUMNS, Row, column, read_csv
 from nsa.train.run_folder import RunFolder, write_json
-from nsa.train.stop import ask_to_halt
 
 STEPS = 120
 HALT_AFTER_STEPS = 50

@@ -7,7 +7,9 @@ on request after a checkpoint, 130 interrupted (Ctrl-C) otherwise.
 
 from __future__ import annotations
 
+import atexit
 import difflib
+import gc
 import importlib
 import os
 import sys
@@ -15,6 +17,9 @@ from collections.abc import Collection, Sequence
 
 from nsa import __version__
 from nsa.terminal import printable
+
+# The interpreter's last search for garbage among the libraries' objects takes seconds on a slow machine.
+atexit.register(gc.freeze)
 
 EXIT_DONE, EXIT_FAILED, EXIT_USAGE, EXIT_STOPPED, EXIT_INTERRUPTED = 0, 1, 2, 3, 130
 
@@ -50,6 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     module, _ = COMMANDS[name]
     try:
         return importlib.import_module(module).main(rest)
+    except PermissionError as error:
+        return fail(name, error)
     except KeyboardInterrupt as interrupt:
         print("\n  ".join([f"nsa {name}: interrupted", *getattr(interrupt, "__notes__", [])]), file=sys.stderr)
         return EXIT_INTERRUPTED

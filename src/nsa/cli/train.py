@@ -10,10 +10,12 @@ from transformers.utils import logging
 
 from nsa.cli import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, EXIT_USAGE, fail
 from nsa.data.errors import DataError
+from nsa.terminal import printable
 from nsa.train.checkpoint import CheckpointError
 from nsa.train.config import RunConfig
 from nsa.train.guards import TrainingError
 from nsa.train.load_config import dump_config, load_config, override_config
+from nsa.train.observe.output import lasting_output
 from nsa.train.observe.report import results
 from nsa.train.parallel import Parallel, setup_parallel
 from nsa.train.run import Outcome, prepare, train
@@ -58,15 +60,16 @@ def run_training(
     logging.disable_progress_bar()
     try:
         # An error must leave this block as one: the other ranks may be waiting where this one will not come.
-        with ExitStack() as stack:
+        with lasting_output(), ExitStack() as stack:
             trainer, folder = _begin(read, begin, stack)
             outcome = train(trainer, folder, resumed=resumed)
             if trainer.parallel.is_main:
-                print(closing(outcome))
+                print(printable(closing(outcome)))
     except BadInputError as error:
         return fail(command, error)
     except (TrainingError, DataError, OSError) as error:
-        print("\n  ".join([f"nsa {command}: failed: {error}", *getattr(error, "__notes__", [])]), file=sys.stderr)
+        said = "\n  ".join([f"nsa {command}: failed: {error}", *getattr(error, "__notes__", [])])
+        print(printable(said), file=sys.stderr)
         return EXIT_FAILED
     return EXIT_STOPPED if outcome.stopped_by else EXIT_DONE
 

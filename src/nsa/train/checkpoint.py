@@ -2,6 +2,7 @@
 
     checkpoints/step_000500/   config.json, model.safetensors, tokenizer files   <- `from_pretrained` reads these
                                state/          weights and optimizer, a part from each rank (PyTorch DCP)
+                               tables/         training.csv, val.csv and health.csv up to this step
                                random_rank0.pt, ...  random number generators of each rank
                                trainer.json    step, data position, guards, evaluations
                                run_config.yaml the run's config
@@ -15,24 +16,29 @@ tensors: `checkpoint_save` writes checkpoints and `checkpoint_load` reads them.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
 import shutil
 import zlib
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from nsa.train.guards import TrainingError
-from nsa.train.run_folder import write_json
+from nsa.train.run_files import LATEST
+from nsa.train.run_folder import sync, write_json
 
 STEP_FOLDER = re.compile(r"step_(\d{6,})")
 COMPLETE = "complete.json"
 STATE = "state"
 TRAINER = "trainer.json"
 RUN_CONFIG = "run_config.yaml"
+TABLES = "tables"
+CRC32 = re.compile("[0-9a-f]{8}")
 READ_BYTES = 2**22
+MAX_LISTING_BYTES = 2**26  # of `complete.json`, some hundred bytes a file
 
 
 class CheckpointError(TrainingError):
@@ -46,10 +52,17 @@ class FileSum:
     Attributes:
         size: bytes.
         crc32: checksum of the contents, eight hexadecimal digits.
+
+    Raises:
+        ValueError: these are no such values.
     """
 
     size: int
     crc32: str
+
+    def __post_init__(self) -> None:
+        if type(self.size) is not int or not isinstance(self.crc32, str) or not CRC32.fullmatch(self.crc32):
+            raise ValueError(f"{self.size!r} and {self.crc32!r} are no size and checksum")
 
     @classmethod
     def of(cls, path: Path) -> FileSum:
@@ -97,7 +110,7 @@ def commit(temporary: Path, final: Path, sums: dict[str, FileSum], *, about: dic
         os.replace(final, replaced)
     os.replace(temporary, final)
     sync(final.parent)
-    _point(final.parent / "latest", final.name)
+    _point(final.parent / LATEST, final.name)
     if replaced.exists():
         shutil.rmtree(replaced)
 
@@ -123,7 +136,8 @@ def step_folders(checkpoints: Path) -> list[Path]:
     """All folders that are named as checkpoints, whole or not, oldest first."""
     if not checkpoints.is_dir():
         return []
-    return sorted((path for path in checkpoints.iterdir() if STEP_FOLDER.fullmatch(path.name)), key=step_of)
+    found = (path for path in checkpoints.iterdir() if STEP_FOLDER.fullmatch(path.name) and not path.is_symlink())
+    return sorted(found, key=step_of)
 
 
 def complete_checkpoints(checkpoints: Path) -> list[Path]:
@@ -136,6 +150,69 @@ def is_complete(checkpoint: Path) -> bool:
     return not damage(checkpoint, contents=False)
 
 
+@dataclass(frozen=True)
+class Listing:
+    """The contents of `complete.json`.
+
+    Attributes:
+        step: optimizer steps done.
+        world_size: ranks that wrote the checkpoint.
+        files: what is in it, by path inside the folder.
+    """
+
+    step: int
+    world_size: int
+    files: dict[str, FileSum]
+
+    @classmethod
+    def read(cls, checkpoint: Path) -> Listing:
+        """Read it and check that it can be one of this folder, and names nothing outside of it.
+
+        Raises:
+            ValueError: it is missing or damaged, or belongs to another step; it is named with the reason.
+        """
+        path = checkpoint / COMPLETE
+        if not path.is_file():
+            raise ValueError(f"{path} is missing")
+        if path.stat().st_size > MAX_LISTING_BYTES:
+            raise ValueError(f"{path} has {path.stat().st_size} bytes, which no list of files has")
+        try:
+            values = json.loads(path.read_text("utf-8"), object_pairs_hook=_once)
+            listing = cls(values.pop("step"), values.pop("world_size"), values.pop("files"))
+            files = {name: FileSum(**entry) for name, entry in listing.files.items()}
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise ValueError(f"{path} cannot be read: {type(error).__name__}: {error}") from None
+        if values or {type(listing.step), type(listing.world_size)} != {int} or listing.world_size < 1:
+            raise ValueError(f"{path} cannot be read: it needs step, world_size and files, and nothing else")
+        found = STEP_FOLDER.fullmatch(checkpoint.name)
+        if found and int(found[1]) != listing.step:
+            named = step_folder(checkpoint.parent, listing.step).name
+            raise ValueError(f"{checkpoint} holds step {listing.step}; give it back its name {named}")
+        for name in files:
+            inside(checkpoint, name)
+        ranks = {name for name in files if name.startswith("random_rank")}
+        if ranks != {random_file(rank) for rank in range(min(listing.world_size, len(files) + 1))}:
+            raise ValueError(f"{path} has {len(ranks)} files of random generators for {listing.world_size} ranks")
+        return replace(listing, files=files)
+
+
+def inside(folder: Path, name: str) -> Path:
+    """The path of a file that another file names, which must lie in `folder` when all links are followed.
+
+    Raises:
+        ValueError: it lies elsewhere.
+    """
+    path = folder / name
+    if name == "" or "\0" in name or not path.resolve().is_relative_to(folder.resolve()):
+        raise ValueError(f"{folder} names the file {name!r}, which lies outside of it")
+    return path
+
+
+def random_file(rank: int) -> str:
+    """Name of the file with a rank's random generators."""
+    return f"random_rank{rank}.pt"
+
+
 def damage(checkpoint: Path, *, contents: bool = True) -> str | None:
     """What is wrong with a checkpoint, or None: the first file that is missing or not as it was written.
 
@@ -143,13 +220,10 @@ def damage(checkpoint: Path, *, contents: bool = True) -> str | None:
         checkpoint: the folder.
         contents: also read every file and compare checksums.
     """
-    listing = checkpoint / COMPLETE
-    if not listing.is_file():
-        return f"{listing} is missing"
     try:
-        files = {name: FileSum(**entry) for name, entry in json.loads(listing.read_text("utf-8"))["files"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return f"{listing} cannot be read"
+        files = Listing.read(checkpoint).files
+    except ValueError as error:
+        return str(error)
     for name, expected in files.items():
         path = checkpoint / name
         if not path.is_file():
@@ -159,6 +233,13 @@ def damage(checkpoint: Path, *, contents: bool = True) -> str | None:
         if contents and FileSum.of(path) != expected:
             return f"{path} is not what was written: its checksum is not {expected.crc32}"
     return None
+
+
+def check_readable(folder: Path) -> None:
+    """Raise `PermissionError` for the first file in a folder of a model that this user may not read."""
+    for path in sorted(folder.iterdir()):
+        if path.is_file() and not os.access(path, os.R_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
 
 
 def newest_checkpoint(run: Path) -> Path:
@@ -173,18 +254,17 @@ def newest_checkpoint(run: Path) -> Path:
     return found[-1]
 
 
-def sync(path: Path) -> None:
-    """Wait until a file's contents, or a folder's entries, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _point(link: Path, target: str) -> None:
     """Make `link` a symbolic link to `target` beside it, replacing an older one in one move."""
     temporary = link.with_name(f".{link.name}.part")
     temporary.unlink(missing_ok=True)
     temporary.symlink_to(target)
     os.replace(temporary, link)
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object in which no key comes twice."""
+    values = dict(pairs)
+    if len(values) != len(pairs):
+        raise ValueError("a key comes twice")
+    return values

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     set_model_state_dict,
@@ -17,10 +14,22 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.checkpoint.state_dict_loader import load
 
-from nsa.train.checkpoint import COMPLETE, STATE, TRAINER, CheckpointError, damage, step_folders, step_of
+from nsa.train.checkpoint import (
+    STATE,
+    TRAINER,
+    CheckpointError,
+    Listing,
+    damage,
+    random_file,
+    step_folders,
+    step_of,
+)
 from nsa.train.checkpoint_random import seed_rank, set_random_state
-from nsa.train.checkpoint_save import MODEL, OPTIMIZER, expect_no_group, random_file, training_state
+from nsa.train.checkpoint_read import METADATA, PlainPlanner, PlainReader
+from nsa.train.checkpoint_save import MODEL, OPTIMIZER, expect_no_group, failure, training_state
 from nsa.train.parallel import Parallel
+from nsa.train.run_files import put_aside
+from nsa.train.run_folder import read_json
 
 DAMAGED = "damaged_"  # a prefix that takes a folder out of the scan
 
@@ -39,7 +48,7 @@ def choose_checkpoint(checkpoints: Path) -> tuple[Path | None, list[str]]:
     damaged: dict[Path, str] = {}
     for checkpoint in reversed(step_folders(checkpoints)):
         problem = damage(checkpoint)
-        if problem is None and not (checkpoint / STATE / ".metadata").is_file():
+        if problem is None and not (checkpoint / STATE / METADATA).is_file():
             problem = f"{checkpoint} holds a model, but no state of training"
         if problem is None:
             return checkpoint, [_set_aside(path, damaged[path]) for path in damaged]
@@ -72,14 +81,20 @@ def load_checkpoint(
     expect_no_group()
     model_state, optimizer_state = training_state(model, optimizer)
     state = {MODEL: model_state, OPTIMIZER: optimizer_state}
+    reader, planner = PlainReader(checkpoint / STATE), PlainPlanner()
     try:
-        load(state, storage_reader=FileSystemReader(checkpoint / STATE), no_dist=parallel.world_size == 1)
-    except (CheckpointException, OSError, RuntimeError) as error:
-        raise CheckpointError(f"the checkpoint {checkpoint} cannot be read into this model: {error}") from error
+        reader.read_metadata()  # DCP would report its errors at length, and look for other files
+        load(state, storage_reader=reader, planner=planner, no_dist=parallel.world_size == 1)
+    except (CheckpointException, OSError, RuntimeError, ValueError) as error:
+        cause = failure(error, parallel.rank)
+        raise CheckpointError(f"the checkpoint {checkpoint} cannot be read into this model: {cause}") from error
     # A shared weight is stored once; everything else was demanded by `load` already.
     set_model_state_dict(model, state[MODEL], options=StateDictOptions(strict=False))
     set_optimizer_state_dict(model, optimizer, optim_state_dict=state[OPTIMIZER])
-    return json.loads((checkpoint / TRAINER).read_text(encoding="utf-8"))
+    stored = read_json(checkpoint / TRAINER) or {}
+    if stored.get("step") != step_of(checkpoint):
+        raise CheckpointError(f"{checkpoint / TRAINER} is not of step {step_of(checkpoint)}; restore it from a copy")
+    return stored
 
 
 def restore_random_state(checkpoint: Path, *, seed: int, parallel: Parallel) -> str | None:
@@ -88,7 +103,7 @@ def restore_random_state(checkpoint: Path, *, seed: int, parallel: Parallel) -> 
     Returns:
         A line about generators that were seeded anew, or None.
     """
-    written_by = json.loads((checkpoint / COMPLETE).read_text(encoding="utf-8"))["world_size"]
+    written_by = Listing.read(checkpoint).world_size
     step = step_of(checkpoint)
     if written_by == parallel.world_size:
         state = torch.load(checkpoint / random_file(parallel.rank), map_location="cpu", weights_only=True)
@@ -103,8 +118,5 @@ def restore_random_state(checkpoint: Path, *, seed: int, parallel: Parallel) -> 
 
 def _set_aside(folder: Path, problem: str) -> str:
     """Rename a damaged folder and say so."""
-    target, number = folder.with_name(DAMAGED + folder.name), 2
-    while target.exists():
-        target, number = folder.with_name(f"{DAMAGED}{folder.name}_{number}"), number + 1
-    os.replace(folder, target)
+    target = put_aside(folder, DAMAGED)
     return f"damaged checkpoint passed over: {problem}; the folder is now {target.name}"

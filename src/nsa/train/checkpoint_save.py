@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 import shutil
 import warnings
+from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from datetime import timedelta
@@ -24,7 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
@@ -36,21 +37,24 @@ from torch.futures import Future as TorchFuture
 
 from nsa.hf import NSAForCausalLM
 from nsa.train.checkpoint import (
+    READ_BYTES,
     RUN_CONFIG,
     STATE,
+    TABLES,
     TRAINER,
     CheckpointError,
     FileSum,
     commit,
     prune,
+    random_file,
     remove_parts,
     step_folder,
-    sync,
     temporary_folder,
 )
 from nsa.train.checkpoint_random import random_state
+from nsa.train.checkpoint_read import PlainPlanner, PlainReader
 from nsa.train.parallel import Parallel
-from nsa.train.run_folder import write_json, write_text
+from nsa.train.run_folder import sync, write_json, write_text
 
 WRITE_TIMEOUT = timedelta(hours=1)  # ranks wait for the slowest writer; a lost rank is noticed at once
 MODEL, OPTIMIZER = "model", "optimizer"  # the two parts of the tensors' state
@@ -75,6 +79,7 @@ class Checkpointer:
         config_yaml: the run's config, written beside it too.
         keep: newest checkpoints that stay.
         keep_every_steps: checkpoints of multiples of this step stay too; 0 for none.
+        tables: files that only grow; what is in them at `save` is copied into the checkpoint.
 
     Attributes:
         saved_step: step of the newest checkpoint, written or in flight; None before the first.
@@ -90,10 +95,12 @@ class Checkpointer:
         config_yaml: str,
         keep: int,
         keep_every_steps: int = 0,
+        tables: Sequence[Path] = (),
     ) -> None:
         expect_no_group()
         self.checkpoints, self.model, self.parallel, self.tokenizer = checkpoints, model, parallel, tokenizer
         self.config_yaml, self.keep, self.keep_every_steps = config_yaml, keep, keep_every_steps
+        self.tables = tables
         self.saved_step: int | None = None
         # From a GPU into pinned memory, which is kept for the next checkpoint.
         self._stager = BlockingAsyncStager(cache_staged_state_dict=parallel.device.type == "cuda")
@@ -122,7 +129,7 @@ class Checkpointer:
             temporary_folder(final),
             rank=self.parallel.rank,
             random=random_state(self.parallel.device),
-            publish=_Publication(self, final, step, copy.deepcopy(trainer)),
+            publish=_Publication(self, final, step, copy.deepcopy(trainer), self._table_sizes()),
         )
         model_state, optimizer_state = training_state(self.model, optimizer)
         started = async_save(
@@ -133,6 +140,9 @@ class Checkpointer:
         )
         assert isinstance(started, Future)
         self._in_flight, self.saved_step = started, step
+
+    def _table_sizes(self) -> dict[Path, int]:
+        return {path: path.stat().st_size for path in self.tables if path.is_file()} if self.parallel.is_main else {}
 
     @property
     def failed(self) -> bool:
@@ -153,7 +163,7 @@ class Checkpointer:
             in_flight.result()
         except (CheckpointException, OSError, RuntimeError) as error:
             final, self.saved_step = step_folder(self.checkpoints, self.saved_step), None
-            message = f"{_cause(error, self.parallel.rank)}; {_remedy(final)}"
+            message = f"{failure(error, self.parallel.rank)}; {_remedy(final)}"
             if self.parallel.is_main:
                 shutil.rmtree(temporary_folder(final), ignore_errors=True)
             raise CheckpointError(f"the checkpoint {final} could not be written: {message}") from error
@@ -226,6 +236,7 @@ class _Publication:
     final: Path
     step: int
     trainer: dict[str, Any]
+    table_sizes: dict[Path, int]
 
     def __call__(self, metadata: Metadata, temporary: Path, sums: dict[str, FileSum]) -> None:
         owner = self.checkpointer
@@ -233,8 +244,13 @@ class _Publication:
         write_text(temporary / RUN_CONFIG, owner.config_yaml)
         owner._skeleton.save_pretrained(str(temporary), state_dict=_read_weights(temporary / STATE, metadata))
         owner.tokenizer.save(temporary)
+        for path, size in self.table_sizes.items():
+            _copy_beginning(path, temporary / TABLES / path.name, size)
+        mode = (temporary / TRAINER).stat().st_mode  # as the umask has it; safetensors makes its file private
         for path in temporary.rglob("*"):
             name = str(path.relative_to(temporary))
+            if path.is_file():
+                path.chmod(mode)
             if path.is_file() and name not in sums:
                 sync(path)
                 sums[name] = FileSum.of(path)
@@ -256,9 +272,13 @@ def expect_no_group() -> None:
     warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
 
-def random_file(rank: int) -> str:
-    """Name of the file with a rank's random generators."""
-    return f"random_rank{rank}.pt"
+def _copy_beginning(source: Path, target: Path, size: int) -> None:
+    """Copy the first `size` bytes of a file that goes on growing."""
+    target.parent.mkdir(exist_ok=True)
+    with source.open("rb") as file, target.open("xb") as copied:
+        while size and (piece := file.read(min(size, READ_BYTES))):
+            copied.write(piece)
+            size -= len(piece)
 
 
 def _read_weights(state: Path, metadata: Metadata) -> dict[str, Tensor]:
@@ -269,11 +289,11 @@ def _read_weights(state: Path, metadata: Metadata) -> dict[str, Tensor]:
         name: torch.empty(entry.size, dtype=entry.properties.dtype)  # pyright: ignore[reportAttributeAccessIssue]
         for name, entry in entries.items()
     }
-    load(weights, storage_reader=FileSystemReader(state), no_dist=True)
+    load(weights, storage_reader=PlainReader(state), planner=PlainPlanner(), no_dist=True)
     return {name.removeprefix(prefix): weight for name, weight in weights.items()}
 
 
-def _cause(error: BaseException, rank: int) -> str:
+def failure(error: BaseException, rank: int) -> str:
     """The first failure and the rank that it happened on."""
     if isinstance(error, CheckpointException) and error.failures:
         rank, (cause, _) = sorted(error.failures.items())[0]

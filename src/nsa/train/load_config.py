@@ -31,8 +31,16 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), *, prog: str = 
         ConfigError: the file is missing or does not describe a run.
         SystemExit: code 2 for a wrong override, after tyro's explanation; code 0 for `--help`.
     """
-    config = parse_config(_read(Path(path)), source=str(path))
-    return override_config(config, overrides, prog=prog)
+    return override_config(read_config(path), overrides, prog=prog)
+
+
+def read_config(path: str | Path) -> RunConfig:
+    """The config in `path`; `model_fields_set` of each section tells the keys that the file has.
+
+    Raises:
+        ConfigError: the file is missing or does not describe a run.
+    """
+    return parse_config(_read(Path(path)), source=str(path))
 
 
 def parse_config(values: Any, *, source: str) -> RunConfig:

@@ -20,10 +20,12 @@ from typing import Any
 from nsa.train.checkpoint_save import Checkpointer
 from nsa.train.config import RunConfig
 from nsa.train.device import deterministic_algorithms
+from nsa.train.guards import TrainingError
 from nsa.train.load_config import dump_config
 from nsa.train.observe.curves import draw_curves
 from nsa.train.observe.environment import snapshot
 from nsa.train.observe.health import judge_run
+from nsa.train.observe.output import lasting_output
 from nsa.train.observe.report import write_report
 from nsa.train.observe.summary import data_index, describe, final_metrics, kernel_values, routing_values
 from nsa.train.observe.telemetry import Telemetry
@@ -33,6 +35,10 @@ from nsa.train.preflight.report import examine
 from nsa.train.run_folder import FailureStatus, RunFolder, check_unused, write_json
 from nsa.train.stop import Stop, StopRequest
 from nsa.train.trainer import Trainer
+
+
+class ReportError(TrainingError):
+    """Training is over and its checkpoint whole, but its files cannot be read into a report; names the file."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +106,7 @@ def train(trainer: Trainer, folder: RunFolder, *, resumed: bool = False) -> Outc
     # A run that begins again before its first checkpoint keeps no row, not even the evaluation of step 0.
     resume_step = (trainer.step or -1) if resumed else None
     with (
+        lasting_output(),
         closing(folder.lock),
         deterministic_algorithms(config.run.deterministic and trainer.device.type == "cpu"),
         FailureStatus(folder, parallel.rank) as status,
@@ -109,7 +116,7 @@ def train(trainer: Trainer, folder: RunFolder, *, resumed: bool = False) -> Outc
     ):
         trainer.on_phase = telemetry.phase
         asked = fit(trainer, folder, telemetry, checkpointer, stop, status)
-        return finish(trainer, folder, telemetry, asked)
+        return finish(trainer, folder, telemetry, asked, status)
 
 
 def fit(
@@ -130,7 +137,8 @@ def fit(
     loaded_step = status.step = trainer.step
     if not trainer.evaluations:
         telemetry.phase("sample")
-        trainer.write_samples(folder, "before")
+        with telemetry.dispensable(folder.samples / "before.txt"):
+            trainer.write_samples(folder, "before")
         evaluate(trainer, telemetry)
     asked = None
     while trainer.step < config.train.steps and not trainer.early_stop:
@@ -149,7 +157,8 @@ def fit(
             telemetry.phase("checkpoint")
             trainer.save(checkpointer)
         if trainer.parallel.is_main and trainer.step % config.train.log_every_steps == 0:
-            folder.write_status("running", step=trainer.step)
+            with telemetry.dispensable(folder.status_json):
+                folder.write_status("running", step=trainer.step)
     telemetry.phase("checkpoint")
     if trainer.step not in (loaded_step, checkpointer.saved_step):
         trainer.save(checkpointer)
@@ -163,19 +172,28 @@ def evaluate(trainer: Trainer, telemetry: Telemetry) -> None:
     telemetry.evaluation(trainer.evaluate())
 
 
-def finish(trainer: Trainer, folder: RunFolder, telemetry: Telemetry, asked: Stop | None) -> Outcome:
-    """Samples, metrics, picture and report; then the final status."""
-    telemetry.finish()
+def finish(
+    trainer: Trainer, folder: RunFolder, telemetry: Telemetry, asked: Stop | None, status: FailureStatus
+) -> Outcome:
+    """Samples, metrics, picture and report; then the final status, which does not depend on them."""
     stopped_by = asked.reason if asked else None
+    status.ended = {
+        "state": "finished" if stopped_by is None else "stopped",
+        "step": trainer.step,
+        "reason": stopped_by or trainer.early_stop,
+        "rank": asked.rank if asked else None,
+    }
+    telemetry.finish()
     if stopped_by is None:
         trainer.write_samples(folder, "after")
     metrics = final_metrics(trainer, stopped_by)
     if trainer.parallel.is_main:
-        metrics["findings"] = [str(finding) for finding in judge_run(folder.path, Thresholds())]
-        write_json(folder.metrics_json, metrics)
-        draw_curves(folder, folder.curves_png)
-        write_report(folder, trainer.config, metrics)
-        state = "finished" if stopped_by is None else "stopped"
-        reason, rank = stopped_by or trainer.early_stop, asked.rank if asked else None
-        folder.write_status(state, step=trainer.step, reason=reason, rank=rank)
+        try:
+            metrics["findings"] = [str(finding) for finding in judge_run(folder.path, Thresholds())]
+            write_json(folder.metrics_json, metrics)
+            draw_curves(folder, folder.curves_png)
+            write_report(folder, trainer.config, metrics)
+        except (ValueError, KeyError, TypeError) as error:
+            raise ReportError(f"the report of {folder.path} could not be written: {error}") from error
+        folder.write_status(**status.ended)
     return Outcome(folder, stopped_by, metrics)

@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import time
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, get_args
 
+from nsa.terminal import printable
 from nsa.train.run_lock import RunLock
 
 State = Literal["running", "finished", "stopped", "failed"]
@@ -47,6 +49,11 @@ class RunFolder:
         self.halt = path / "HALT"
         self.lock = RunLock(path / "run.lock")
 
+    @property
+    def tables(self) -> tuple[Path, ...]:
+        """The files that get a row at a time."""
+        return self.training_csv, self.val_csv, self.health_csv
+
     @classmethod
     def create(
         cls,
@@ -57,7 +64,7 @@ class RunFolder:
         data_index: dict[str, Any],
         preflight: dict[str, Any] | None = None,
     ) -> RunFolder:
-        """Make the folder with what is known before the first step, and lock it.
+        """Make the folder with what is known before the first step, whole or not at all, and lock it.
 
         Args:
             preflight: for `preflight.json`; the findings that it lets pass stand in every `status.json` from now on.
@@ -66,19 +73,36 @@ class RunFolder:
             ValueError: it exists already; nothing in it is touched.
         """
         check_unused(path)
-        path.mkdir(parents=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+        temporary.mkdir(parents=True)
+        try:
+            begun = cls(temporary)
+            begun.lock.acquire()
+            begun.samples.mkdir()
+            write_text(begun.config_yaml, config_yaml)
+            write_json(begun.env_json, env)
+            write_json(begun.data_index_json, data_index)
+            if preflight is not None:
+                write_json(begun.preflight_json, preflight)
+            begun.write_status("running", step=0)
+            os.rename(temporary, path)
+        except BaseException:
+            shutil.rmtree(temporary)
+            raise
+        sync(path.parent)
         folder = cls(path)
-        folder.lock.acquire()
-        folder.samples.mkdir()
-        write_text(folder.config_yaml, config_yaml)
-        write_json(folder.env_json, env)
-        write_json(folder.data_index_json, data_index)
-        if preflight is not None:
-            write_json(folder.preflight_json, preflight)
-        folder.write_status("running", step=0)
+        folder.lock = begun.lock.moved(path)
         return folder
 
-    def write_status(self, state: State, *, step: int, reason: str | None = None, rank: int | None = None) -> None:
+    def write_status(
+        self,
+        state: State,
+        *,
+        step: int,
+        reason: str | None = None,
+        rank: int | None = None,
+        report_failure: str | None = None,
+    ) -> None:
         """Replace `status.json`; a failure stays until the run is begun again, whatever other ranks write after it.
 
         Args:
@@ -86,14 +110,15 @@ class RunFolder:
             step: optimizer steps done.
             reason: why it stopped or failed.
             rank: the rank that was asked to stop, or that failed first.
+            report_failure: why a run that has ended has no whole report.
         """
         before = read_json(self.status_json) or {}
         if before.get("state") != "failed":
-            self._put_status(state, step, reason, rank, before.get("resumed_from"))
+            self._put_status(state, step, reason, rank, before.get("resumed_from"), report_failure)
 
     def begin_again(self, *, step: int, resumed_from: dict[str, Any]) -> None:
         """Replace `status.json` when a run is resumed, whatever it said; `resumed_from` stays in it from now on."""
-        self._put_status("running", step, None, None, resumed_from)
+        self._put_status("running", step, None, None, resumed_from, None)
 
     def read_status(self) -> dict[str, Any]:
         """The contents of `status.json`.
@@ -109,17 +134,28 @@ class RunFolder:
 
     def overridden(self) -> list[str]:
         """Names of the errors of preflight that the config lets pass."""
-        findings = (read_json(self.preflight_json) or {}).get("findings", [])
-        return [finding["code"] for finding in findings if finding["allowed"]]
+        findings = (read_json(self.preflight_json) or {}).get("findings")
+        known = [finding for finding in findings if isinstance(finding, dict)] if isinstance(findings, list) else []
+        return [str(finding.get("code")) for finding in known if finding.get("allowed")]
 
     def _put_status(
-        self, state: State, step: int, reason: str | None, rank: int | None, resumed_from: dict[str, Any] | None
+        self,
+        state: State,
+        step: int,
+        reason: str | None,
+        rank: int | None,
+        resumed_from: dict[str, Any] | None,
+        report_failure: str | None,
     ) -> None:
         values = {"state": state, "step": step, "reason": reason, "rank": rank, "resumed_from": resumed_from}
+        if report_failure is not None:
+            values["report_failure"] = report_failure
         if (index := read_json(self.data_index_json)) is not None:
             values["data"] = index.get("description")
         values["preflight_overridden"] = self.overridden()
-        write_json(self.status_json, {**values, "unix_time_s": time.time()})
+        # One of many: a loss of power may take it, but not make a step wait for the disk.
+        often = state == "running"
+        write_json(self.status_json, {**values, "unix_time_s": time.time()}, durable=not often)
 
 
 class FailureStatus:
@@ -131,11 +167,14 @@ class FailureStatus:
 
     Attributes:
         step: the last step that was completed; the loop keeps it current.
+        ended: arguments of the final `RunFolder.write_status`, from when training is over: what fails later is the
+            report.
     """
 
     def __init__(self, folder: RunFolder, rank: int = 0) -> None:
         self.folder, self.rank = folder, rank
         self.step = 0
+        self.ended: dict[str, Any] | None = None
 
     def __enter__(self) -> FailureStatus:
         return self
@@ -146,11 +185,19 @@ class FailureStatus:
         if kind is None or error is None:
             return
         # A full disk may have stopped a table before the checkpoint in flight, whose note says more.
-        reason = "; ".join([f"{kind.__name__}: {error}", *getattr(error, "__notes__", [])])
+        reason = printable("; ".join([f"{kind.__name__}: {error}", *getattr(error, "__notes__", [])]))
         folder = self.folder.path
-        error.add_note(f"rank {self.rank}, after step {self.step}; once mended, go on with: nsa resume {folder}")
+        if self.ended is None:
+            error.add_note(f"rank {self.rank}, after step {self.step}; once mended, go on with: nsa resume {folder}")
+            status = {"state": "failed", "step": self.step, "reason": reason, "rank": self.rank}
+        else:
+            error.add_note(
+                f"training has {self.ended['state']} after step {self.step} and its checkpoint is whole; only the "
+                f"report is missing: nsa resume {folder} writes it"
+            )
+            status = {**self.ended, "report_failure": reason}
         try:
-            self.folder.write_status("failed", step=self.step, reason=reason, rank=self.rank)
+            self.folder.write_status(**status)
         except OSError as unwritten:
             error.add_note(f"{self.folder.status_json} could not be written: {unwritten}")
 
@@ -164,11 +211,35 @@ def check_unused(path: Path) -> None:
         )
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file so that a reader finds the old or the new contents, never a part."""
+def write_text(path: Path, text: str, *, durable: bool = True) -> None:
+    """Write a file so that a reader finds the old or the new contents, never a part.
+
+    Args:
+        durable: also after a loss of power, for which this waits for the disk.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")  # several ranks may write one file
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    temporary.unlink(missing_ok=True)
+    try:
+        with temporary.open("x", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            if durable:
+                os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+    if durable:
+        sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's contents, or a folder's entries, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
@@ -182,6 +253,6 @@ def read_json(path: Path) -> dict[str, Any] | None:
     return values if isinstance(values, dict) else None
 
 
-def write_json(path: Path, values: dict[str, Any]) -> None:
-    """Write plain values as indented JSON, whole or not at all."""
-    write_text(path, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+def write_json(path: Path, values: dict[str, Any], *, durable: bool = True) -> None:
+    """Write plain values as indented JSON, whole or not at all; `durable` as for `write_text`."""
+    write_text(path, json.dumps(values, indent=2, ensure_ascii=False) + "\n", durable=durable)

@@ -5,28 +5,26 @@
             train_one_step()
         print(asked.reason, asked.rank)
 
-`nsa halt RUN`, or `touch runs/NAME/HALT`, writes the file; its contents, if any, become the reason. SIGINT and SIGTERM
-let the current step finish; a second signal acts as usual.
+`nsa halt RUN`, or `touch runs/NAME/HALT`, writes the file; its contents, if any, become the reason. SIGINT, SIGTERM and
+SIGHUP let the current step finish; a second signal acts as usual, but a second SIGHUP, which a lost terminal sends too,
+does nothing. What is ignored when the run starts, as SIGHUP is under nohup, stays ignored.
 """
 
 from __future__ import annotations
 
-import os
 import signal
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType, TracebackType
 
 import torch
 
+from nsa.train.halt import is_asked, take_halt
 from nsa.train.parallel import Parallel
-from nsa.train.run_folder import write_text
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 HALT_CODE = 1  # codes of signals follow
 FAILURE_CODE = 2 + len(SIGNALS)
-MAX_REASON_CHARACTERS = 500
 
 
 @dataclass(frozen=True)
@@ -34,7 +32,7 @@ class Stop:
     """Why all ranks leave the loop after the same step.
 
     Attributes:
-        reason: "SIGTERM", "SIGINT", "HALT" with the file's contents, or that something failed in the background.
+        reason: the signal's name, "HALT" with the file's contents, or that something failed in the background.
         rank: the first rank that was asked.
     """
 
@@ -43,7 +41,7 @@ class Stop:
 
 
 class StopRequest:
-    """Notes the first SIGINT or SIGTERM inside the `with` block, looks for the HALT file, and agrees with other ranks.
+    """Notes the first signal inside the `with` block, looks for the HALT file, and agrees with other ranks.
 
     Args:
         halt: the HALT file, which rank 0 looks for.
@@ -83,10 +81,12 @@ class StopRequest:
             return FAILURE_CODE
         if self.signal_name:
             return HALT_CODE + 1 + SIGNALS.index(signal.Signals[self.signal_name])
-        return HALT_CODE if self.parallel.is_main and self.halt.exists() else 0
+        return HALT_CODE if self.parallel.is_main and is_asked(self.halt) else 0
 
     def __enter__(self) -> StopRequest:
         for number in SIGNALS:
+            if signal.getsignal(number) is signal.SIG_IGN:
+                continue
             self._previous[number] = signal.signal(number, self._on_signal)
         return self
 
@@ -96,35 +96,9 @@ class StopRequest:
         self._restore()
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        self.signal_name = signal.Signals(number).name
-        self._restore()
+        self.signal_name = self.signal_name or signal.Signals(number).name
+        self._restore(keep=(signal.SIGHUP,))
 
-    def _restore(self) -> None:
-        while self._previous:
-            number, handler = self._previous.popitem()
-            signal.signal(number, handler)  # pyright: ignore[reportArgumentType]
-
-
-def ask_to_halt(halt: Path, reason: str = "") -> None:
-    """Write the HALT file of a run; the run stops after its current step with a checkpoint."""
-    write_text(halt, reason)
-
-
-def take_halt(halt: Path) -> str:
-    """Put a HALT file aside as HALT.old and return the reason that it gives."""
-    text = halt.read_text(encoding="utf-8", errors="replace").strip()[:MAX_REASON_CHARACTERS]
-    os.replace(halt, halt.with_name(f"{halt.name}.old"))
-    return f"HALT: {text}" if text else "HALT"
-
-
-def clear_stale_halt(halt: Path) -> str | None:
-    """Put aside a HALT file from before a run's start, so that it stops no run that it was not meant for.
-
-    Returns:
-        A line about it, or None when there was none.
-    """
-    if not halt.exists():
-        return None
-    age_s = time.time() - halt.stat().st_mtime
-    take_halt(halt)
-    return f"{halt} is from {age_s:.0f} s before this start and was put aside as {halt.name}.old; it stops nothing"
+    def _restore(self, keep: tuple[signal.Signals, ...] = ()) -> None:
+        for number in self._previous.keys() - set(keep):
+            signal.signal(number, self._previous.pop(number))  # pyright: ignore[reportArgumentType]

@@ -251,6 +251,7 @@ class Trainer:
             config_yaml=dump_config(self.config),
             keep=self.config.train.keep_checkpoints,
             keep_every_steps=self.config.train.keep_every_steps,
+            tables=folder.tables,
         )
 
     def save(self, checkpointer: Checkpointer) -> None:

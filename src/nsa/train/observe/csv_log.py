@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import csv
 import math
+import os
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import IO
 
 from nsa.terminal import printable
+from nsa.train.run_files import append, open_to_append
 from nsa.train.run_folder import write_text
 
 TRAINING_COLUMNS = ("step", "tokens", "loss", "lr", "grad_norm", "tokens_per_s", "mfu", "step_s", "fetch_s")
@@ -35,6 +38,7 @@ HEALTH_COLUMNS = (
 ESSENTIAL_COLUMNS = frozenset({"step", "tokens", "layer", "loss", "val_loss"})
 """Without these a table says nothing; others may be missing from one that another version wrote."""
 
+NEWLINE = b"\n"
 INTEGER_COLUMNS = frozenset({"step", "tokens", "layer", "max_selected_tokens"})
 
 MAX_LINE = 10_000  # characters; no line of a table comes near
@@ -46,13 +50,15 @@ Row = dict[str, float | int | None]
 class CsvWriter:
     """Writes one table; each row is on disk when `write` returns, so that an interrupted run keeps its rows.
 
+    Rows for which the disk has no room wait, and are written with a later one.
+
     Args:
         path: the file; replaced, unless `resume_step` is given.
         columns: names of the columns.
         resume_step: continue the table that is there: rows up to this step stay as they are, later ones go.
 
     Raises:
-        ValueError: the table to continue cannot be read; it is left as it is.
+        ValueError: the table to continue cannot be read, or is a link; it is left as it is.
     """
 
     def __init__(self, path: Path, columns: Sequence[str], *, resume_step: int | None = None) -> None:
@@ -60,8 +66,8 @@ class CsvWriter:
         continued = path.is_file() and resume_step is not None
         if path.is_file() and resume_step is not None:
             _cut(path, self.columns, resume_step)
-        self._file = path.open("a" if continued else "w", newline="", encoding="utf-8")
-        self._writer = csv.writer(self._file, lineterminator="\n")
+        self.path, self._waiting = path, b""
+        self._file = open_to_append(path, 0 if continued else os.O_TRUNC)
         if not continued:
             self._write_line(self.columns)
 
@@ -72,8 +78,10 @@ class CsvWriter:
         self._write_line(["" if values[name] is None else repr(values[name]) for name in self.columns])
 
     def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+        """Close the file; rows for which there still is no room are lost, and this is said."""
+        if self._waiting and (reason := append(self._file, self._waiting)):
+            print(f"{self.path}: {self._waiting.count(NEWLINE)} rows are lost: {reason}", file=sys.stderr)
+        os.close(self._file)
 
     def __enter__(self) -> CsvWriter:
         return self
@@ -84,8 +92,13 @@ class CsvWriter:
         self.close()
 
     def _write_line(self, cells: Sequence[str]) -> None:
-        self._writer.writerow(cells)
-        self._file.flush()
+        first_to_wait = not self._waiting
+        self._waiting += (",".join(map(str, cells)) + "\n").encode()
+        reason = append(self._file, self._waiting)
+        if reason is None:
+            self._waiting = b""
+        elif first_to_wait:
+            print(f"{self.path}: a row cannot be written: {reason}; the next ones wait too", file=sys.stderr)
 
 
 def read_csv(path: Path, columns: Sequence[str]) -> list[Row]:
@@ -134,9 +147,15 @@ def column(rows: Sequence[Row], name: str) -> list[float]:
 
 def _read_lines(path: Path, columns: Sequence[str]) -> list[tuple[str, Row]]:
     """Each whole line after the header, as text and as a row."""
-    text = path.read_text(encoding="utf-8")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no table: {error}") from None
     lines = text[: text.rfind("\n") + 1].splitlines()
-    cells = list(csv.reader(lines))
+    try:
+        cells = list(csv.reader(lines))
+    except csv.Error as error:
+        raise ValueError(f"{path} is no table: {error}") from None
     if not cells or tuple(cells[0]) != tuple(columns):
         raise ValueError(f"{path} must begin with the header {','.join(columns)}")
     rows = [_parse(row, columns, f"{path}, line {number}") for number, row in enumerate(cells[1:], start=2)]

@@ -33,6 +33,7 @@ from nsa.inspect import GateStatistics, SelectionStatistics
 from nsa.terminal import printable
 from nsa.train.observe.machine import this_machine
 from nsa.train.observe.progress import percentiles_ms
+from nsa.train.run_files import append, open_to_append
 
 Phase = Literal["startup", "fetch", "step", "evaluate", "checkpoint", "sample", "finish", "ended"]
 """What the main thread is at; "ended" is in the last line of a process that closed its heartbeat."""
@@ -179,7 +180,7 @@ class Heartbeat:
             self._counters[name] = total
 
     def __enter__(self) -> Heartbeat:
-        self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        self._file = open_to_append(self.path)
         _cut_half_line(self._file)
         self.beat()
         self._thread.start()
@@ -205,14 +206,8 @@ class Heartbeat:
 
     def _write(self) -> None:
         line = SCHEMA.dump_json(self._beat()) + b"\n"
-        size = os.fstat(self._file).st_size
-        try:
-            if os.write(self._file, line) == len(line):
-                return
-            reason = "the disk is full"
-        except OSError as error:
-            reason = str(error)
-        os.ftruncate(self._file, size)
+        if (reason := append(self._file, line)) is None:
+            return
         with self._lock:
             self._counters["lost_beats"] += 1
         if self._counters["lost_beats"] == 1:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from types import TracebackType
 
 from torch.utils.tensorboard import SummaryWriter
@@ -77,7 +79,7 @@ class Recorder:
                 CsvWriter(folder.val_csv, VALIDATION_COLUMNS, resume_step=resume_step)
             )
             self._health = stack.enter_context(CsvWriter(folder.health_csv, HEALTH_COLUMNS, resume_step=resume_step))
-            self._board = stack.enter_context(SummaryWriter(str(folder.tensorboard), purge_step=purge_step))
+            self._board = stack.enter_context(Board(folder.tensorboard, purge_step=purge_step, note=self.note))
             self._stack = stack.pop_all()
 
     def step(self, record: StepRecord, waits_s: list[float]) -> None:
@@ -131,6 +133,46 @@ class Recorder:
         for name, value in values.items():
             if value is not None and name != "step":
                 self._board.add_scalar(f"{group}/{name}", value, step)
+
+
+class Board:
+    """TensorBoard's files; a context manager. A disk that takes no more ends the board, and not the run.
+
+    Args:
+        folder: of the files.
+        purge_step: what older files say of this step and later ones is hidden.
+        note: takes the line about a board that has ended.
+    """
+
+    def __init__(self, folder: Path, *, purge_step: int | None, note: Callable[[str], None]) -> None:
+        self._folder, self._note = folder, note
+        self._writer: SummaryWriter | None = None
+        with self._ends():
+            self._writer = SummaryWriter(str(folder), purge_step=purge_step)
+
+    def add_scalar(self, name: str, value: float, step: int) -> None:
+        """Add a point to a curve."""
+        if self._writer is not None:
+            with self._ends():
+                self._writer.add_scalar(name, value, step)
+
+    def __enter__(self) -> Board:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._writer is not None:
+            with self._ends():
+                self._writer.close()
+
+    @contextmanager
+    def _ends(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self._writer = None
+            self._note(f"{self._folder} cannot be written: {error}; the run goes on without it")
 
 
 class SilentRecorder:

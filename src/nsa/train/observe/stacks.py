@@ -11,10 +11,13 @@ hangs in C.
 from __future__ import annotations
 
 import faulthandler
+import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from nsa.train.run_files import open_to_append
 
 
 def stacks_path(run: Path, rank: int) -> Path:
@@ -25,7 +28,7 @@ def stacks_path(run: Path, rank: int) -> Path:
 @contextmanager
 def stacks_on_signal(path: Path) -> Iterator[None]:
     """Append the stacks of all threads to `path` at every SIGUSR1 inside the block."""
-    with path.open("a", encoding="utf-8") as file:
+    with os.fdopen(open_to_append(path), "ab") as file:
         faulthandler.register(signal.SIGUSR1, file=file, all_threads=True)
         try:
             yield

@@ -102,6 +102,18 @@ class Telemetry:
             self.heartbeat.update(**health.beat_values())
             self.recorder.health(health)
 
+    def note(self, text: str) -> None:
+        """Print a line, on rank 0."""
+        self.recorder.note(text)
+
+    @contextmanager
+    def dispensable(self, what: object) -> Iterator[None]:
+        """Around the writing of something that the run does not need: a full disk is told, and the run goes on."""
+        try:
+            yield
+        except OSError as error:
+            self.note(f"{what} cannot be written: {error}; the run goes on without it")
+
     def finish(self) -> None:
         """The loop is over; what it reported last is in the file when this returns."""
         self.phase("finish")

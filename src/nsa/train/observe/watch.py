@@ -24,6 +24,7 @@ from typing import Any
 
 import psutil
 
+from nsa.train.halt import ask_to_halt
 from nsa.train.observe.folders import open_run_folder
 from nsa.train.observe.health import Finding, Process, judge
 from nsa.train.observe.heartbeat import MAX_BEATS, Beat, HeartbeatReader, heartbeat_files, heartbeat_path
@@ -31,7 +32,6 @@ from nsa.train.observe.machine import this_machine
 from nsa.train.observe.stacks import stacks_path
 from nsa.train.observe.thresholds import Thresholds
 from nsa.train.run_folder import RunFolder
-from nsa.train.stop import ask_to_halt
 
 MIN_BEATS = 200  # of each rank that are kept and judged, however many share `MAX_BEATS`
 START_TOLERANCE_S = 2.0  # a beat may lie so long before the newest process's start, and still be of this run
