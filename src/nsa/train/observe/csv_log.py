@@ -22,8 +22,9 @@ from nsa.train.run_files import append, open_to_append
 from nsa.train.run_folder import write_text
 
 TRAINING_COLUMNS = ("step", "tokens", "loss", "lr", "grad_norm", "tokens_per_s", "mfu", "step_s", "fetch_s")
-"""Optimizer step, tokens so far, mean loss in nats per token, learning rate, gradient norm before clipping, tokens per
-second, model FLOP utilisation (empty where it is not known), seconds of the step and of waiting for data in it."""
+"""Optimizer step, tokens so far, mean loss in nats per token, learning rate, gradient norm before clipping; tokens per
+second and model FLOP utilisation (empty where it is not known) of the newest `train.log_every_steps` steps; seconds of
+the step and of waiting for data in it."""
 
 VALIDATION_COLUMNS = ("step", "val_loss", "val_ppl", "val_bits_per_byte")
 """Optimizer step, held-out loss in nats per token, its exponential, and bits per byte of text."""
