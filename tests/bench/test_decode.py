@@ -5,7 +5,8 @@ import math
 import pytest
 
 from nsa import BlockGeometry
-from nsa.bench.decode import DecodeBench, measure_decode
+from nsa.bench.decode import measure_decode
+from nsa.bench.settings import DecodeBench
 
 SMALL = {
     "num_hidden_layers": 2,

@@ -7,7 +7,8 @@ import torch
 
 from nsa import mean_pool
 from nsa.bench import prefill
-from nsa.bench.prefill import PrefillBench, measure_prefill
+from nsa.bench.prefill import measure_prefill
+from nsa.bench.settings import PrefillBench
 
 SMALL = {"num_heads": 4, "head_dim": 8, "value_head_dim": 8, "geometry": (8, 4, 16, 4, 1, 2, 32), "repeats": 1}
 

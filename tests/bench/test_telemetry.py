@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from nsa.bench.telemetry import TelemetryBench, measure_telemetry
+from nsa.bench.settings import TelemetryBench
+from nsa.bench.telemetry import measure_telemetry
 from tiny_runs import tiny_config_values, write_corpus
 
 
@@ -15,7 +16,7 @@ def test_parts_are_spread_over_their_steps_and_summed(tmp_path: Path, capsys: py
     write_corpus(tmp_path / "words.txt")
     path = tmp_path / "tiny.yaml"
     path.write_text(yaml.safe_dump(tiny_config_values(tmp_path / "words.txt", tmp_path / "runs")))
-    overrides = ("observe.health_every_steps=50", "observe.heartbeat_s=10")
+    overrides = ("--observe.health_every_steps=50", "--observe.heartbeat_s=10")
     rows = {row.part: row for row in measure_telemetry(TelemetryBench(str(path), overrides, warmup=0, repeats=2))}
     assert list(rows) == ["step", "report", "guards", "beat", "health", "telemetry and guards"]
     step_ms = rows["step"].ms
@@ -26,5 +27,5 @@ def test_parts_are_spread_over_their_steps_and_summed(tmp_path: Path, capsys: py
     parts = [rows[part].share for part in ("report", "guards", "beat", "health")]
     assert rows["telemetry and guards"].share == pytest.approx(sum(parts))
     assert not (tmp_path / "runs").exists()
-    off = measure_telemetry(TelemetryBench(str(path), ("observe.health_every_steps=0",), warmup=0, repeats=1))
+    off = measure_telemetry(TelemetryBench(str(path), ("--observe.health_every_steps=0",), warmup=0, repeats=1))
     assert "health" not in [row.part for row in off]

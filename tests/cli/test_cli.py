@@ -47,7 +47,7 @@ def test_a_mistyped_command_is_answered_with_the_nearest(capsys: pytest.CaptureF
 
 def test_without_a_command_the_usage_is_shown_as_an_error(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 2
-    assert "usage: nsa" in capsys.readouterr().out
+    assert "usage: nsa" in capsys.readouterr().err
 
 
 def test_an_interrupted_command_says_so_without_a_traceback(

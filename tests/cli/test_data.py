@@ -66,7 +66,7 @@ def test_files_that_are_read_by_blocks_are_counted_as_far_as_known(
         (["check"], "usage: nsa data check CONFIG"),
         (["look", "x.yaml"], "unknown action 'look'"),
         (["check", "absent.yaml"], "there is no config file absent.yaml"),
-        (["check", "{config}", "--batches", "0"], "--batches must be at least 1"),
+        (["check", "{config}", "--batches", "0"], "--batches must be from 1 to"),
         (["check", "{config}", "--data.paths", "nowhere.txt"], "no file, folder or match for nowhere.txt"),
         (["check", "{config}", "--data.heldout", "x"], 'held-out pattern "x" matches none of the 120'),
     ],

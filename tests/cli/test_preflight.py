@@ -51,7 +51,7 @@ def test_json_holds_the_findings(tiny_config: Path, capsys: pytest.CaptureFixtur
         (["{config}", "--for", "abacus"], "no known device"),
         (["{config}", "--preflight.allow", "leaks"], "did you mean 'leak'"),
         (["{config}", "--train.stepz", "3"], "--train.steps"),
-        (["{config}", "--world_size", "0"], "must be at least 1"),
+        (["{config}", "--world_size", "0"], "--world_size must be from 1 to"),
         ([], "CONFIG"),
     ],
 )

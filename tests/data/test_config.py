@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import pytest
-import tyro
 from pydantic import ValidationError
 
 from nsa.data import DataConfig
+from nsa.train.config import RunConfig
+from nsa.train.load_config import override_config
 
 
 @pytest.mark.parametrize(
@@ -31,13 +32,13 @@ def test_wrong_values_are_explained(values: dict, message: str) -> None:
     ("arguments", "heldout"),
     [
         ([], 0.05),
-        (["--heldout", "0.2"], 0.2),
-        (["--heldout", "0"], 0.0),
-        (["--heldout", "1790 *", "b"], ("1790 *", "b")),
+        (["--data.heldout", "0.2"], 0.2),
+        (["--data.heldout", "0"], 0.0),
+        (["--data.heldout", "1790 *", "b"], ("1790 *", "b")),
     ],
 )
 def test_held_out_is_a_fraction_or_names_on_the_command_line(arguments: list[str], heldout: object) -> None:
-    assert tyro.cli(DataConfig, args=arguments).heldout == heldout
+    assert override_config(RunConfig(), arguments).data.heldout == heldout
 
 
 def test_values_survive_json() -> None:

@@ -1,6 +1,6 @@
 """Decode benchmark: time for one token of a small model at growing context, NSA against dense, and what is read.
 
-    nsa bench decode --contexts 2048 32768 --out benchmarks/results/decode_cpu.csv
+    nsa bench decode --contexts 2048 32768 --out decode_cpu.csv
 
 Both models are filled by a prefill of random tokens in chunks and then decode random tokens one at a time. Contexts and
 models take turns, each on a cache of its own, so that a busy machine slows all alike. The stages are timed alone on one
@@ -22,40 +22,14 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from nsa.bench.protocol import Steps, median_ms
+from nsa.bench.settings import DecodeBench
 from nsa.cache import NSACache
 from nsa.hf import NSACacheLayer, NSAConfig, NSAForCausalLM
 from nsa.ops.api import mean_pool
 from nsa.ops.torch_native import decode
+from nsa.train.device import choose_device
 
 STAGES = ("cmp", "choose", "slc", "win")
-
-
-@dataclass(frozen=True)
-class DecodeBench:
-    """What to measure: the sizes of the model, the contexts, and how often."""
-
-    contexts: tuple[int, ...] = (2048, 8192, 32768)
-    """Tokens in the cache before the measured ones, ascending."""
-    num_hidden_layers: int = 4
-    """Decoder layers."""
-    hidden_size: int = 256
-    """Width of the model; its SwiGLU is 4 times as wide."""
-    num_attention_heads: int = 8
-    """Query heads."""
-    num_key_value_heads: int = 2
-    """Key/value heads."""
-    batch: int = 1
-    """Rows decoded together."""
-    prefill_chunk: int = 2048
-    """Tokens of one prefill pass."""
-    warmup: int = 5
-    """Tokens decoded before the clock runs."""
-    repeats: int = 50
-    """Tokens that are timed."""
-    dense: bool = True
-    """Measure the dense model too; its prefill takes most of the time at long contexts."""
-    device: str = "cpu"
-    """Where to run."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +68,7 @@ def measure_decode(bench: DecodeBench) -> list[DecodeRow]:
                 decoders[name, context] = model.copy()
                 candidates[f"{name}_{context}"] = {"ms": decoders[name, context].step}
             candidates[f"stage_{context}"] = models["nsa"].stages()
-        times = median_ms(candidates, torch.device(bench.device), bench.warmup, bench.repeats)
+        times = median_ms(candidates, choose_device(bench.device), bench.warmup, bench.repeats)
     rows = []
     for context in bench.contexts:
         stages = {f"{stage}_ms": times[f"stage_{context}_{stage}"] * bench.num_hidden_layers for stage in STAGES}
@@ -121,7 +95,7 @@ class _Decoder:
         )
         self.head_dim = bench.hidden_size // bench.num_attention_heads
         self.model = NSAForCausalLM(self.config).eval()
-        self.model.to(torch.device(bench.device))  # pyright: ignore[reportArgumentType]
+        self.model.to(choose_device(bench.device))  # pyright: ignore[reportArgumentType]
         self.cache = DynamicCache(config=self.config)
 
     def copy(self) -> _Decoder:
@@ -148,15 +122,15 @@ class _Decoder:
     def stages(self) -> Steps:
         """The stages of the next step, on a copy of the first layer's cache."""
         cache, geometry, bench = copy.deepcopy(self._first_cache()), self.config.geometry, self.bench
-        k, v = torch.randn(2, bench.batch, 1, bench.num_key_value_heads, self.head_dim, device=bench.device)
+        k, v = torch.randn(2, bench.batch, 1, bench.num_key_value_heads, self.head_dim, device=choose_device(bench.device))
 
         def compress(k: Tensor, v: Tensor, rows: list[int], first: list[int]) -> tuple[Tensor, Tensor]:
             return mean_pool(k, geometry), mean_pool(v, geometry)
 
         view = cache.append((k, v), (k, v), (k, v), compress)
         group = bench.num_attention_heads // bench.num_key_value_heads
-        q = torch.randn(bench.batch, bench.num_key_value_heads, group, self.head_dim, device=bench.device)
-        last = torch.tensor(view.lengths, device=bench.device) - 1
+        q = torch.randn(bench.batch, bench.num_key_value_heads, group, self.head_dim, device=choose_device(bench.device))
+        last = torch.tensor(view.lengths, device=choose_device(bench.device)) - 1
         _, p_cmp = decode.compressed_step(q, view, geometry)
         blocks = decode.choose_step(p_cmp, last, max(view.lengths), geometry)
         steps = (
@@ -174,5 +148,5 @@ class _Decoder:
         return layer.state
 
     def _forward(self, length: int) -> None:
-        ids = torch.randint(512, (self.bench.batch, length), device=self.bench.device)
+        ids = torch.randint(512, (self.bench.batch, length), device=choose_device(self.bench.device))
         self.model(ids, past_key_values=self.cache, logits_to_keep=1)

@@ -1,6 +1,6 @@
 """Prefill benchmark: the operator forward and backward at growing length, against dense causal attention.
 
-    nsa bench prefill --lengths 1024 8192 --out benchmarks/results/prefill_cpu.csv
+    nsa bench prefill --lengths 1024 8192 --out prefill_cpu.csv
 
 NSA is the whole operator; mean pooling of keys and values is included unless `--no_pool`. Dense is
 `scaled_dot_product_attention` with keys and values already repeated for all query heads, its best case. The two take
@@ -33,6 +33,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nsa.bench.protocol import Steps, median_ms
+from nsa.bench.settings import PrefillBench
 from nsa.geometry import BlockGeometry
 from nsa.ops.api import (
     compressed_attention,
@@ -42,6 +43,7 @@ from nsa.ops.api import (
     selected_attention,
     window_attention,
 )
+from nsa.train.device import choose_device
 
 DENSE_BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -50,48 +52,6 @@ DENSE_BACKENDS = {
     "math": SDPBackend.MATH,
 }
 WARMUP_LENGTH = 256
-
-
-@dataclass(frozen=True)
-class PrefillBench:
-    """What to measure: lengths and sizes, precision, device, and how often."""
-
-    lengths: tuple[int, ...] = (1024, 2048, 4096, 8192, 16384, 32768)
-    """Tokens of a sequence."""
-    batch: int = 1
-    """Sequences at once."""
-    num_heads: int = 8
-    """Query heads."""
-    num_kv_heads: int = 2
-    """Key/value heads of NSA; dense attention has `num_heads`."""
-    head_dim: int = 64
-    """Size of a query and key head."""
-    value_head_dim: int = 64
-    """Size of a value head."""
-    geometry: tuple[int, int, int, int, int, int, int] = BlockGeometry().as_tuple()  # pyright: ignore[reportAssignmentType]
-    """The fields of BlockGeometry in order: l, d, l', n, initial and local blocks, w."""
-    dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32"
-    """Precision of all tensors."""
-    device: str = "cpu"
-    """Where to run."""
-    backend: str = "auto"
-    """Implementation of the NSA operator."""
-    pool: bool = True
-    """Count mean pooling in NSA's times; without, compressed keys and values are inputs."""
-    alike: int = 1
-    """Average queries and keys over this many tokens up to each; 1 leaves them random."""
-    dense: bool = True
-    """Measure dense attention too."""
-    dense_backend: Literal["auto", "flash", "cudnn", "efficient", "math"] = "auto"
-    """Implementation of dense attention; "auto" leaves it to PyTorch."""
-    stages: bool = True
-    """Measure each stage alone too."""
-    memory: bool = True
-    """Measure peak memory, in a process for each length and kind of attention."""
-    warmup: int = 1
-    """Rounds before the clock counts."""
-    repeats: int = 5
-    """Rounds that count."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +92,7 @@ def measure_prefill(bench: PrefillBench) -> list[PrefillRow]:
 
 
 def _measure(bench: PrefillBench, length: int) -> PrefillRow:
-    device = torch.device(bench.device)
+    device = choose_device(bench.device)
     candidates: dict[str, Steps] = {"nsa": nsa_steps(bench, length)}
     if bench.dense:
         candidates["dense"] = dense_steps(bench, length)
@@ -230,7 +190,7 @@ def _peak_gib_here(bench: PrefillBench, length: int, kind: str) -> float:
     make = nsa_steps if kind == "nsa" else dense_steps
     for run in make(bench, min(length, WARMUP_LENGTH)).values():
         run()
-    steps, device = make(bench, length), torch.device(bench.device)
+    steps, device = make(bench, length), choose_device(bench.device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
@@ -292,9 +252,9 @@ def draw(rows: Sequence[PrefillRow], bench: PrefillBench, path: Path) -> None:
         axes.grid(alpha=0.3)
         axes.legend()
     heads = f"{bench.num_heads} query heads, {bench.num_kv_heads} KV heads, D {bench.head_dim}"
-    figure.suptitle(f"{heads}, {bench.dtype}, dense: {bench.dense_backend}, {bench.device}")
+    figure.suptitle(f"{heads}, {bench.dtype}, dense: {bench.dense_backend}, {choose_device(bench.device)}")
     figure.savefig(path, dpi=120)
 
 
 def _random(bench: PrefillBench, *shape: int) -> Tensor:
-    return torch.randn(*shape, dtype=getattr(torch, bench.dtype), device=bench.device, requires_grad=True)
+    return torch.randn(*shape, dtype=getattr(torch, bench.dtype), device=choose_device(bench.device), requires_grad=True)

@@ -1,7 +1,7 @@
 """The one benchmark protocol: warm up, take turns, report medians, and write what was measured with where it was.
 
     rows = [...]                                  # frozen dataclasses, their fields are the columns
-    write_results(rows, Path("benchmarks/results/prefill_cpu.csv"), settings, command, device)
+    write_results(rows, Path("prefill_cpu.csv"), settings, command, device)
     print_table(rows, "Prefill")
 
 Candidates that are compared run in alternation, so that a busy machine slows all alike. Beside each CSV stands a JSON

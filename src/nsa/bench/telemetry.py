@@ -1,7 +1,7 @@
 """Telemetry benchmark: what a run's reports about itself and its guards cost, as a share of an optimizer step.
 
     nsa bench telemetry                                             # the showcase on the CPU
-    nsa bench telemetry configs/nsa_125m.yaml --device cuda --overrides data.source=sotu data.tokenizer=byte
+    nsa bench telemetry configs/nsa_125m.yaml --data.source sotu --data.tokenizer byte
 
 Every part is timed alone, in a run folder that is removed afterwards, and spread over the steps that it belongs to at
 the config's cadence: a report after every step, a beat every `observe.heartbeat_s`, a measurement of gates and
@@ -17,31 +17,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import tyro
-
 from nsa.bench.protocol import median_ms
-from nsa.bench.train import TrainBench, bench_config
+from nsa.bench.settings import TelemetryBench, TrainBench
+from nsa.bench.train import bench_config
 from nsa.train.observe.recorder import StepRecord
 from nsa.train.observe.telemetry import Telemetry
 from nsa.train.parallel import one_process
 from nsa.train.run_folder import RunFolder
 from nsa.train.trainer import Trainer
-
-
-@dataclass(frozen=True)
-class TelemetryBench:
-    """What to measure: a run's config, and how often."""
-
-    config: tyro.conf.Positional[str] = "configs/train_showcase.yaml"
-    """YAML config of a run."""
-    overrides: tuple[str, ...] = ()
-    """Keys of the config with other values, such as train.compile=false data.tokenizer=gpt2."""
-    warmup: int = 3
-    """Rounds before the clock counts."""
-    repeats: int = 20
-    """Rounds that count."""
-    device: str = "cpu"
-    """Where to run."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +43,7 @@ def measure_telemetry(bench: TelemetryBench) -> list[TelemetryRow]:
     Raises:
         ValueError: the config cannot be used.
     """
-    overrides = ("train.log_every_steps=1000000000", *bench.overrides)
+    overrides = ("--train.log_every_steps", "1000000000", *bench.overrides)
     config = bench_config(TrainBench(bench.config, overrides, device=bench.device))
     trainer = Trainer(config, one_process(bench.device))
     with tempfile.TemporaryDirectory() as name:

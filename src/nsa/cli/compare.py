@@ -9,7 +9,7 @@ from pathlib import Path
 import tyro
 
 from nsa.cli import EXIT_DONE, fail
-from nsa.train.observe.compare import compare_runs
+from nsa.cli.arguments import parse
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,9 @@ class CompareArguments:
 
 def main(arguments: Sequence[str]) -> int:
     """Run the command and return its exit code."""
-    given = tyro.cli(CompareArguments, prog="nsa compare", args=list(arguments), use_underscores=True)
+    given = parse(CompareArguments, "compare", arguments)
+    from nsa.train.observe.compare import compare_runs  # takes seconds
+
     try:
         table = compare_runs(given.runs, given.out)
     except ValueError as error:

@@ -2,61 +2,66 @@
 
 from __future__ import annotations
 
-import argparse
 import json
-import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Literal
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+import tyro
 
-from nsa.cli import EXIT_DONE, EXIT_USAGE, fail
-from nsa.data.check import DataCheck, check_data
-from nsa.train.config import RunConfig
-from nsa.train.load_config import load_config
+from nsa.cli import EXIT_DONE, fail
+from nsa.cli.arguments import asks_for_help, parse_with_overrides
+from nsa.terminal import printable
+from nsa.train.options import OptionError
 
-PROG = "nsa data check CONFIG"
+if TYPE_CHECKING:
+    from nsa.data.check import DataCheck
+    from nsa.train.config import RunConfig
+
+
+@dataclass(frozen=True)
+class DataArguments:
+    """Open source, tokenizer and held-out documents of a run as the run would, take batches as fast as they come, and
+    report speed, waits and contents. Nothing is written. Every --section.key of `nsa train` may follow.
+
+    Exit code 0: done; 2: the config or the data cannot be used.
+    """
+
+    action: tyro.conf.Positional[Literal["check"]]
+    """What to do."""
+    config: tyro.conf.Positional[str]
+    """A YAML file, or the name of a config of the package."""
+    batches: int = 200
+    """Batches to time, behind the first."""
+    json: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Print one JSON object instead of a table."""
 
 
 def main(arguments: Sequence[str]) -> int:
     """Run the command and return its exit code."""
-    parser = _parser()
-    if arguments and arguments[0] not in ("check", "-h", "--help"):
-        print(f"nsa data: unknown action {arguments[0]!r}; there is `{PROG}`", file=sys.stderr)
-        return EXIT_USAGE
-    if len(arguments) < 2 and not (arguments and arguments[0] in ("-h", "--help")):
-        parser.print_usage(sys.stderr)
-        return EXIT_USAGE
-    given, overrides = parser.parse_known_args(arguments)
-    if given.batches < 1:
-        return fail("data check", ValueError(f"--batches must be at least 1, not {given.batches}"))
+    if arguments and arguments[0] != "check" and not asks_for_help(arguments):
+        raise OptionError(f"unknown action {arguments[0][:60]!r}; there is `nsa data check CONFIG`")
+    if len(arguments) < 2 and not asks_for_help(arguments):
+        raise OptionError("usage: nsa data check CONFIG [--batches N] [--json] [--section.key value ...]")
+    given, overrides = parse_with_overrides(DataArguments, "data", arguments)
+    if not 1 <= given.batches <= 10**9:
+        raise OptionError(f"--batches must be from 1 to {10**9:,}, not {given.batches}")
     try:
-        config = load_config(given.config, overrides, prog=PROG)
-        result = _check(config, given.batches)
+        from nsa.train.load_config import load_config
+
+        result = _check(load_config(given.config, overrides), given.batches)
     except (ValueError, OSError) as error:
         return fail("data check", error)
     print(json.dumps(asdict(result), indent=2, ensure_ascii=False) if given.json else _table(result))
     return EXIT_DONE
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="nsa data",
-        description="Open source, tokenizer and held-out documents of a run as the run would, take batches as fast as "
-        "they come, and report speed, waits and contents. Nothing is written.",
-        epilog="Exit codes: 0 done, 2 the config or the data cannot be used.",
-        usage="nsa data check CONFIG [--batches N] [--json] [--section.key value ...]",
-        allow_abbrev=False,
-    )
-    parser.add_argument("action", choices=["check"], help="what to do")
-    parser.add_argument("config", help="a YAML file, as for nsa train; --section.key value overrides it")
-    parser.add_argument("--batches", type=int, default=200, help="batches to time, behind the first (default 200)")
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
-    return parser
-
-
 def _check(config: RunConfig, num_batches: int) -> DataCheck:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from nsa.data.check import check_data
+
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("opening, first window", total=num_batches)
@@ -99,4 +104,4 @@ def _table(result: DataCheck) -> str:
         "padding": f"{result.padding_share:.4%} of the positions; {result.pieces_per_row:.2f} pieces in a row",
         "machine": f"{result.num_cpus} CPUs, load {result.load_1min:.2f} at the start",
     }
-    return "\n".join(f"{name:<12} {text}" for name, text in lines.items())
+    return printable("\n".join(f"{name:<12} {text}" for name, text in lines.items()))

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import tyro
 
-from nsa.cli import EXIT_DONE, EXIT_USAGE, fail
-from nsa.train.doctor import HUB_TIMEOUT_S, diagnose
+from nsa.cli import EXIT_DONE, EXIT_USAGE
+from nsa.cli.arguments import parse
+from nsa.train.options import OptionError
 
 
 @dataclass(frozen=True)
@@ -20,15 +21,20 @@ class DoctorArguments:
     """Print JSON instead of text."""
     folder: Path = Path(".")
     """Where runs would be written; its disk is looked at."""
-    hub_timeout_s: float = HUB_TIMEOUT_S
+    hub_timeout_s: float = 3.0
     """Seconds that the Hugging Face Hub may take to answer."""
 
 
 def main(arguments: Sequence[str]) -> int:
     """Run the command and return its exit code."""
-    given = tyro.cli(DoctorArguments, prog="nsa doctor", args=list(arguments), use_underscores=True)
+    given = parse(DoctorArguments, "doctor", arguments)
     if not given.folder.is_dir():
-        return fail("doctor", ValueError(f"there is no folder {given.folder}"))
+        raise OptionError(f"there is no folder {given.folder}; give an existing one with --folder")
+    if not 0 < given.hub_timeout_s <= 3600:
+        raise OptionError(f"--hub_timeout_s must be above 0 and at most 3600, not {given.hub_timeout_s:g}")
+
+    from nsa.train.doctor import diagnose  # takes seconds
+
     diagnosis = diagnose(given.folder, hub_timeout_s=given.hub_timeout_s)
     print(diagnosis.json() if given.json else diagnosis.text())
     return EXIT_USAGE if diagnosis.problems else EXIT_DONE

@@ -1,4 +1,7 @@
-"""`nsa generate MODEL --prompt TEXT`: continue a text, printed as it is produced."""
+"""`nsa generate MODEL --prompt TEXT`: continue a text, printed as it is produced.
+
+What a terminal would obey, such as escape sequences, is shown as `\\x1b` and never sent.
+"""
 
 from __future__ import annotations
 
@@ -6,15 +9,21 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
-import torch
 import tyro
-from transformers.generation.streamers import BaseStreamer
 
 from nsa.cli import EXIT_DONE, fail
-from nsa.cli.models import encode_prompt, load_model
-from nsa.data.tokenizers import Tokenizer
+from nsa.cli.arguments import parse
+from nsa.cli.model_inputs import choose_num_threads, read_prompt
+from nsa.terminal import printable
+from nsa.train.device_name import check_device_name
+
+# torch and transformers are imported when the arguments are checked.
+if TYPE_CHECKING:
+    import torch
+
+    from nsa.data.tokenizers import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -23,8 +32,10 @@ class GenerateArguments:
 
     model: tyro.conf.Positional[Path]
     """A transformers model folder, or a run folder (its newest complete checkpoint)."""
-    prompt: str
+    prompt: str | None = None
     """Text to continue."""
+    prompt_file: str | None = None
+    """UTF-8 file with the text to continue, in place of --prompt; "-" is standard input."""
     max_new_tokens: int = 200
     """Tokens to produce at most."""
     temperature: float = 0.8
@@ -39,14 +50,16 @@ class GenerateArguments:
     """Always take the likeliest token."""
     device: str = "auto"
     """"auto" (CUDA where there is one), "cpu", "cuda" or "cuda:N"."""
+    num_threads: int | None = None
+    """Threads of CPU work; the run's own number, or 1, unless given. More are slower on a busy machine."""
 
 
 def main(arguments: Sequence[str]) -> int:
     """Run the command and return its exit code."""
-    given = tyro.cli(GenerateArguments, prog="nsa generate", args=list(arguments), use_underscores=True)
+    given = parse(GenerateArguments, "generate", arguments)
     try:
         return run(given)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         return fail("generate", error)
 
 
@@ -57,8 +70,15 @@ def run(given: GenerateArguments, out: TextIO | None = None) -> int:
         ValueError: an option is out of range, or model or prompt cannot be used.
     """
     _check(given)
+    prompt, num_threads = read_prompt(given.prompt, given.prompt_file), choose_num_threads(given.num_threads, given.model)
+
+    import torch
+
+    from nsa.cli.models import encode_prompt, load_model
+
+    torch.set_num_threads(num_threads)
     model, tokenizer = load_model(given.model, given.device)
-    ids = encode_prompt(given.prompt, tokenizer, model.config.vocab_size)
+    ids = encode_prompt(prompt, tokenizer, model.config.vocab_size)
     options = {"do_sample": False}
     if not given.greedy:
         torch.manual_seed(given.seed)
@@ -75,13 +95,13 @@ def run(given: GenerateArguments, out: TextIO | None = None) -> int:
         max_new_tokens=given.max_new_tokens,
         eos_token_id=tokenizer.eos_id,
         pad_token_id=tokenizer.eos_id,
-        streamer=TextStream(tokenizer, out or sys.stdout),
+        streamer=TextStream(tokenizer, out or sys.stdout),  # pyright: ignore[reportArgumentType]
         **options,
     )
     return EXIT_DONE
 
 
-class TextStream(BaseStreamer):
+class TextStream:
     """Writes text as its tokens arrive, whole characters only, without the prompt.
 
     A character may be spread over several tokens; until its last one it decodes to U+FFFD and is held back.
@@ -118,18 +138,21 @@ class TextStream(BaseStreamer):
         return self.tokenizer.decode(self.ids[self.context :])[len(done) :]
 
     def _write(self, text: str) -> None:
-        self.out.write(text)
+        self.out.write(printable(text))
         self.out.flush()
 
 
 def _check(given: GenerateArguments) -> None:
-    if given.max_new_tokens < 1:
-        raise ValueError(f"--max_new_tokens must be at least 1, not {given.max_new_tokens}")
+    check_device_name(given.device)
+    if not given.model.is_dir():
+        raise ValueError(f"there is no folder {given.model}; give a transformers model folder or a run folder")
+    if not 1 <= given.max_new_tokens <= 2**31:
+        raise ValueError(f"--max_new_tokens must be from 1 to {2**31}, not {given.max_new_tokens}")
     if not given.temperature > 0:
         raise ValueError(f"--temperature must be above 0, not {given.temperature}; --greedy takes the likeliest token")
-    if given.top_k < 0:
-        raise ValueError(f"--top_k must be at least 0, not {given.top_k}")
+    if not 0 <= given.top_k <= 2**31:
+        raise ValueError(f"--top_k must be from 0 to {2**31}, not {given.top_k}")
     if not 0 < given.top_p <= 1:
         raise ValueError(f"--top_p must be above 0 and at most 1, not {given.top_p}")
-    if given.seed < 0:
-        raise ValueError(f"--seed must be at least 0, not {given.seed}")
+    if not 0 <= given.seed < 2**63:
+        raise ValueError(f"--seed must be from 0 to 2**63 - 1, not {given.seed}")

@@ -8,14 +8,18 @@ from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 import tyro
 
 from nsa.cli import EXIT_DONE, fail
-from nsa.cli.models import encode_prompt, load_model
-from nsa.inspect import record_selection, selection_record, selection_statistics
+from nsa.cli.arguments import parse
+from nsa.cli.model_inputs import choose_num_threads, read_prompt
+from nsa.train.device_name import check_device_name
+
+# torch and transformers are imported when the arguments are checked.
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -27,8 +31,10 @@ class InspectArguments:
 
     model: tyro.conf.Positional[Path]
     """A transformers model folder, or a run folder (its newest complete checkpoint)."""
-    prompt: str
+    prompt: str | None = None
     """Text to run through the model."""
+    prompt_file: str | None = None
+    """UTF-8 file with the text, in place of --prompt; "-" is standard input."""
     ranges: bool = False
     """Print a line for each layer, group and query: its blocks, their token ranges [start, end), and its reads."""
     layer: int | None = None
@@ -39,11 +45,13 @@ class InspectArguments:
     """File to write instead of standard output."""
     device: str = "auto"
     """"auto" (CUDA where there is one), "cpu", "cuda" or "cuda:N"."""
+    num_threads: int | None = None
+    """Threads of CPU work; the run's own number, or 1, unless given. More are slower on a busy machine."""
 
 
 def main(arguments: Sequence[str]) -> int:
     """Run the command and return its exit code."""
-    given = tyro.cli(InspectArguments, prog="nsa inspect", args=list(arguments), use_underscores=True)
+    given = parse(InspectArguments, "inspect", arguments)
     try:
         return run(given)
     except (ValueError, OSError) as error:
@@ -57,8 +65,17 @@ def run(given: InspectArguments) -> int:
         ValueError: an option is out of range, or model or prompt cannot be used.
         OSError: the output file cannot be written.
     """
+    _check(given)
+    prompt, num_threads = read_prompt(given.prompt, given.prompt_file), choose_num_threads(given.num_threads, given.model)
+
+    import torch
+
+    from nsa.cli.models import encode_prompt, load_model
+    from nsa.inspect import record_selection
+
+    torch.set_num_threads(num_threads)
     model, tokenizer = load_model(given.model, given.device)
-    ids = encode_prompt(given.prompt, tokenizer, model.config.vocab_size)
+    ids = encode_prompt(prompt, tokenizer, model.config.vocab_size)
     positions = _positions(given.position, len(ids)) if given.ranges else []
     with torch.no_grad(), record_selection(model) as selections:
         model(torch.tensor([ids], device=model.device), use_cache=False)
@@ -74,6 +91,10 @@ def run(given: InspectArguments) -> int:
 
 
 def _lines(selections: dict[int, torch.Tensor], positions: Sequence[int], geometry: Any) -> Iterator[dict[str, Any]]:
+    import torch
+
+    from nsa.inspect import selection_record, selection_statistics
+
     for layer, blocks in selections.items():
         for position in positions:
             for group, chosen in enumerate(blocks[0, position].tolist()):
@@ -83,6 +104,19 @@ def _lines(selections: dict[int, torch.Tensor], positions: Sequence[int], geomet
         yield {"summary": f"layer {layer}"} | selection_statistics(blocks, geometry).as_dict()
     together = torch.cat(list(selections.values()))
     yield {"summary": "all"} | selection_statistics(together, geometry).as_dict()
+
+
+def _check(given: InspectArguments) -> None:
+    check_device_name(given.device)
+    if not given.model.is_dir():
+        raise ValueError(f"there is no folder {given.model}; give a transformers model folder or a run folder")
+    if given.layer is not None and given.layer < 0:
+        raise ValueError(f"--layer must be at least 0, not {given.layer}")
+    if given.position not in ("all", "last") and not given.position.isdecimal():
+        raise ValueError(f'--position must be "last", "all" or a number from 0, not {given.position[:60]!r}')
+    if given.out is not None and (given.out.is_dir() or not given.out.parent.is_dir()):
+        what = "is a folder" if given.out.is_dir() else f"is in no folder: there is no {given.out.parent}"
+        raise ValueError(f"--out {given.out} {what}; give the path of a file")
 
 
 def _positions(wanted: str, length: int) -> Sequence[int]:

@@ -5,26 +5,44 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from nsa.cli import EXIT_DONE, EXIT_USAGE
+from nsa.cli.arguments import asks_for_help
 from nsa.cli.train import run_training
-from nsa.train.resume import ALLOWED, ALLOWED_SECTIONS, prepare_resume, resumed_config
+from nsa.train.load_config import config_kinds
+from nsa.train.options import OptionError, split_options
+from nsa.train.resume_keys import ALLOWED, ALLOWED_SECTIONS
+
+if TYPE_CHECKING:
+    from nsa.train.config import RunConfig
 
 USAGE = "usage: nsa resume RUN [--section.key value ...]; RUN is the folder of a run, such as runs/NAME"
 
 
 def main(arguments: Sequence[str]) -> int:
     """Run the command and return its exit code."""
-    if arguments and arguments[0] in ("-h", "--help"):
+    if asks_for_help(arguments):
         print(f"{USAGE}\n\n{explanation()}")
         return EXIT_DONE
     if not arguments or arguments[0].startswith("-"):
         print(USAGE, file=sys.stderr)
         return EXIT_USAGE
     run, *overrides = arguments
+    split_options(overrides, config_kinds())  # a slip in an option is told before torch is imported
+    if not (Path(run) / "config.yaml").is_file():
+        raise OptionError(
+            f"{run} is no run folder: it holds no config.yaml; give the folder of a run, such as runs/NAME"
+        )
+
+    from nsa.train.resume import prepare_resume, resumed_config
+
+    def read() -> RunConfig:
+        return resumed_config(Path(run), overrides)[1]
+
     return run_training(
         "resume",
-        lambda: resumed_config(Path(run), overrides)[1],
+        read,
         lambda config, parallel: prepare_resume(Path(run), overrides, ["nsa", "resume", *arguments], parallel),
         resumed=True,
     )

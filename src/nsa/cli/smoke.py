@@ -8,14 +8,21 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import tyro
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
-from nsa.bench.smoke import ComparedRow, Figures, SmokeCheck, another_machine, compare, read_baseline, write_baseline
 from nsa.cli import EXIT_DONE, EXIT_FAILED, fail
-from nsa.train.device import choose_device
+from nsa.cli.arguments import parse
+from nsa.terminal import printable
+from nsa.train.device_name import check_device_name
+
+# What needs torch is imported when the arguments are read.
+if TYPE_CHECKING:
+    from nsa.bench.smoke import ComparedRow, Figures, SmokeCheck
 
 
 @dataclass(frozen=True)
@@ -40,7 +47,7 @@ class SmokeArguments:
 
 def main(arguments: Sequence[str]) -> int:
     """Run the command and return its exit code."""
-    given = tyro.cli(SmokeArguments, prog="nsa smoke", args=list(arguments), use_underscores=True)
+    given = parse(SmokeArguments, "smoke", arguments)
     try:
         return run(given)
     except (ValueError, OSError) as error:
@@ -55,6 +62,11 @@ def run(given: SmokeArguments) -> int:
     """
     if not 0 <= given.tolerance_percent < math.inf:
         raise ValueError(f"--tolerance_percent must be a finite number of at least 0, not {given.tolerance_percent}")
+    check_device_name(given.device)
+
+    from nsa.bench.smoke import SmokeCheck, read_baseline
+    from nsa.train.device import choose_device
+
     device = choose_device(given.device).type
     path = given.baseline or Path(f"benchmarks/results/smoke_{device}.json")
     baseline = None
@@ -80,12 +92,14 @@ def _all_steps_pass(check: SmokeCheck) -> bool:
     for step in check.run():
         console.print(f"{'FAILED' if step.problem else 'ok':<7}{step.name} ({step.seconds:.1f} s)", markup=False)
         if step.problem is not None:
-            console.print(f"       {step.problem}", markup=False, soft_wrap=True)
+            console.print(printable(f"       {step.problem}"), markup=False, soft_wrap=True)
             return False
     return True
 
 
 def _judge(figures: Figures, baseline: Figures | None, path: Path, given: SmokeArguments) -> int:
+    from nsa.bench.smoke import another_machine, compare, write_baseline
+
     rows = compare(figures, baseline, given.tolerance_percent)
     Console(highlight=False).print(_table(rows, f"against {path}" if baseline else "no baseline"))
     if given.update_baseline:
@@ -101,7 +115,7 @@ def _judge(figures: Figures, baseline: Figures | None, path: Path, given: SmokeA
 
 
 def _table(rows: Sequence[ComparedRow], title: str) -> Table:
-    table = Table(title=title)
+    table = Table(title=Text(printable(title)))
     for heading in ("figure", "now", "baseline", "change", "verdict"):
         table.add_column(heading, justify="left" if heading in ("figure", "verdict") else "right")
     for row in rows:

@@ -5,41 +5,44 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-
-from transformers.utils import logging
+from typing import TYPE_CHECKING
 
 from nsa.cli import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, EXIT_USAGE, fail
+from nsa.cli.arguments import asks_for_help, show_help
 from nsa.data.errors import DataError
 from nsa.terminal import printable
 from nsa.train.checkpoint import CheckpointError
 from nsa.train.config import RunConfig
 from nsa.train.guards import TrainingError
-from nsa.train.load_config import dump_config, load_config, override_config
+from nsa.train.load_config import dump_config, load_config
 from nsa.train.observe.output import lasting_output
 from nsa.train.observe.report import results
-from nsa.train.parallel import Parallel, setup_parallel
-from nsa.train.run import Outcome, prepare, train
 from nsa.train.run_folder import RunFolder
-from nsa.train.trainer import Trainer
 
-PROG = "nsa train CONFIG"
+# What needs torch is imported behind the config, so that a mistake in it is told at once.
+if TYPE_CHECKING:
+    from nsa.train.parallel import Parallel
+    from nsa.train.run import Outcome
+    from nsa.train.trainer import Trainer
 
 
 def main(arguments: Sequence[str]) -> int:
     """Run the command and return its exit code."""
-    if arguments and arguments[0] in ("-h", "--help"):
-        override_config(RunConfig(), ["--help"], prog=PROG)
+    if asks_for_help(arguments):
+        show_help(RunConfig, "train CONFIG")
     if not arguments or arguments[0].startswith("-"):
         print("usage: nsa train CONFIG [--section.key value ...]; CONFIG is a YAML file", file=sys.stderr)
         return EXIT_USAGE
     path, *overrides = arguments
 
     def begin(config: RunConfig, parallel: Parallel) -> tuple[Trainer, RunFolder]:
+        from nsa.train.run import prepare
+
         if parallel.is_main:
             print(dump_config(config))
         return prepare(config, ["nsa", "train", *arguments], parallel)
 
-    return run_training("train", lambda: load_config(path, overrides, prog=PROG), begin)
+    return run_training("train", lambda: load_config(path, overrides), begin)
 
 
 def run_training(
@@ -57,11 +60,13 @@ def run_training(
         begin: builds everything; what it refuses is bad input.
         resumed: the run folder has a beginning already.
     """
-    logging.disable_progress_bar()
     try:
         # An error must leave this block as one: the other ranks may be waiting where this one will not come.
         with lasting_output(), ExitStack() as stack:
             trainer, folder = _begin(read, begin, stack)
+
+            from nsa.train.run import train
+
             outcome = train(trainer, folder, resumed=resumed)
             if trainer.parallel.is_main:
                 print(printable(closing(outcome)))
@@ -86,6 +91,12 @@ def _begin(
     """Join the other processes and build everything; the processes part again when `stack` closes."""
     try:
         config = read()
+
+        from transformers.utils import logging
+
+        from nsa.train.parallel import setup_parallel
+
+        logging.disable_progress_bar()
         options = {"timeout_s": config.train.collective_timeout_s}
         parallel = stack.enter_context(setup_parallel(config.run.device, config.train.parallel, **options))
         return begin(config, parallel)
@@ -97,7 +108,7 @@ def closing(outcome: Outcome) -> str:
     """The samples, the results and where everything lies."""
     folder = outcome.folder
     samples = [folder.samples / f"{name}.txt" for name in ("before", "after")]
-    parts = [path.read_text(encoding="utf-8") for path in samples if path.is_file()]
+    parts = [printable(path.read_text(encoding="utf-8")) for path in samples if path.is_file()]
     parts += ["\n".join(f"{name:<28} {text}" for name, text in results(outcome.metrics).items()), ""]
     ended = f"stopped by {outcome.stopped_by}" if outcome.stopped_by else "finished"
     parts += [f"{ended}; everything lies in {folder.path}: report.md, curves.png, training.csv, checkpoints/latest"]

@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import json
-import math
 import sys
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import tyro
 from rich.console import Console
 from rich.live import Live
 
 from nsa.cli import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, fail
+from nsa.cli.arguments import parse
 from nsa.terminal import printable
+from nsa.train.observe.folders import open_run_folder
 from nsa.train.observe.thresholds import Thresholds
-from nsa.train.observe.watch import Look, Watch
-from nsa.train.observe.watch_view import as_json, as_line, as_table
+
+if TYPE_CHECKING:
+    from nsa.train.observe.watch import Look
 
 SHOWN_NOTES = 10  # the watch's last notes under the table
 LOG_WIDTH = 200  # columns of a table in a file
@@ -49,10 +52,11 @@ class WatchArguments:
 
 def main(arguments: Sequence[str]) -> int:
     """Run the command and return its exit code."""
+    given = parse(WatchArguments, "watch", arguments)
     try:
-        given = tyro.cli(WatchArguments, prog="nsa watch", args=list(arguments), use_underscores=True)
-        if not 0 < given.interval_s < math.inf:
-            raise ValueError(f"--interval_s must be a number of seconds above 0, not {given.interval_s:g}")
+        if not 0 < given.interval_s <= 86400:
+            raise ValueError(f"--interval_s must be above 0 and at most 86400, not {given.interval_s:g}")
+        open_run_folder(given.run)
         return run(given)
     except (ValueError, OSError) as error:
         return fail("watch", error)
@@ -66,6 +70,8 @@ def run(given: WatchArguments) -> int:
     Raises:
         ValueError: this is no run folder, or a file in it is damaged.
     """
+    from nsa.train.observe.watch import Watch  # takes seconds
+
     watch = Watch(given.run, given.thresholds, halt=given.halt)
     console = Console(highlight=False, width=None if sys.stdout.isatty() else LOG_WIDTH)
     live = Live(console=console, auto_refresh=False) if console.is_terminal and not (given.json or given.once) else None
@@ -93,6 +99,8 @@ def exit_code(look: Look, *, gave_up: bool) -> int:
 def _show(
     given: WatchArguments, console: Console, live: Live | None, look: Look, done: list[str], history: list[str]
 ) -> None:
+    from nsa.train.observe.watch_view import as_json, as_line, as_table
+
     if given.json:
         print(json.dumps(as_json(look, done)), flush=True)
     elif live is not None:

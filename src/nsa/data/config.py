@@ -10,18 +10,17 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from nsa.data.synthetic import NUM_KEYS
+from nsa.section import Section
 
 SourceName = Literal["sotu", "tinyshakespeare", "text", "jsonl", "parquet", "fineweb_edu", "synthetic"]
 NEEDS_PATHS, MAY_HAVE_PATHS = ("text", "jsonl", "parquet"), ("tinyshakespeare",)
 
 
-class DataConfig(BaseModel):
+class DataConfig(Section):
     """Source, tokenizer, held-out documents, shuffle and prefetching of one run."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     source: SourceName = "sotu"
     """Where documents come from. "sotu": the State of the Union messages of the `sotu` package (no files, no network);
@@ -46,7 +45,7 @@ class DataConfig(BaseModel):
     hub_revision: Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")] = "87f09149ef4734204d70ed1d046ddc9ca3f2b8f9"
     """Commit of the repository, all 40 digits, so that a run names the very files that it read."""
 
-    hub_num_files: Annotated[int, Field(ge=1)] | None = None
+    hub_num_files: Annotated[int, Field(ge=1, le=2**30)] | None = None
     """Read the first so many files of the subset only, in order of their names; unset: all of them."""
 
     hub_access: Literal["cache", "stream"] = "cache"
@@ -60,7 +59,7 @@ class DataConfig(BaseModel):
     """"copy": random letters, then the same again; "recall": keys with values, then the keys in another order, each to
     be answered by its value."""
 
-    synthetic_length: Annotated[int, Field(ge=2)] = 64
+    synthetic_length: Annotated[int, Field(ge=2, le=2**20)] = 64
     """Letters to copy, or pairs to recall, in each document of "synthetic"; at most 676 pairs."""
 
     on_error: Literal["stop", "synthetic"] = "stop"
@@ -74,24 +73,24 @@ class DataConfig(BaseModel):
     """Documents kept for evaluation and never trained on: a fraction, chosen by a stable hash of each name, or a list
     of names and glob patterns such as ["1790 George Washington", "19?5 *"]. 0 or [] holds out none."""
 
-    max_eval_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_eval_tokens: Annotated[int, Field(ge=1, le=2**50)] | None = None
     """Evaluate on about this many tokens, whole rows spread evenly over the held-out documents and the same each time;
     unset: on all of them, or on 2**20 where documents are not in memory."""
 
-    in_memory_mib: Annotated[int, Field(ge=0)] = 256
+    in_memory_mib: Annotated[int, Field(ge=0, le=2**30)] = 256
     """JSON Lines and Parquet files of up to this many MiB in all are read at the start, every line checked, and their
     documents shuffled globally; larger ones are read during the run, block by block (docs/data.md)."""
 
-    shuffle_window_tokens: Annotated[int, Field(ge=1)] = 2**24
+    shuffle_window_tokens: Annotated[int, Field(ge=1, le=2**40)] = 2**24
     """Rows are shuffled among this many tokens of shuffled documents, which are in memory at a time."""
 
-    prefetch_batches: Annotated[int, Field(ge=1)] = 8
+    prefetch_batches: Annotated[int, Field(ge=1, le=1024)] = 8
     """Batches that are ready before they are asked for."""
 
-    first_batch_timeout_s: Annotated[float, Field(gt=0)] = 600.0
+    first_batch_timeout_s: Annotated[float, Field(gt=0, le=1e7)] = 600.0
     """Seconds after which a run whose first batch has not come ends with an error; downloads do not count."""
 
-    stall_timeout_s: Annotated[float, Field(gt=0)] = 300.0
+    stall_timeout_s: Annotated[float, Field(gt=0, le=1e7)] = 300.0
     """Seconds of waiting for a later batch after which the run ends with an error."""
 
     @field_validator("heldout", mode="before")

@@ -10,71 +10,81 @@ from the environment.
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    NonNegativeFloat,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
-    field_validator,
-    model_validator,
-)
+from pydantic import Field, NonNegativeFloat, PositiveFloat, field_validator, model_validator
 
 from nsa.data.config import DataConfig
 from nsa.geometry import BlockGeometry
+from nsa.section import Section
+from nsa.train.device_name import check_device_name
 from nsa.train.preflight.findings import check_allowed
 
+# The upper bounds are far beyond any run; a number above them is a slip that would hang or overflow.
+Size = Annotated[int, Field(ge=1, le=2**20)]
+Tokens = Annotated[int, Field(ge=1, le=2**40)]
+BlockTokens = Annotated[int, Field(le=2**31)]
+Steps = Annotated[int, Field(ge=1, le=10**9)]
+StepsOrNever = Annotated[int, Field(ge=0, le=10**9)]
+Seconds = Annotated[float, Field(gt=0, le=1e7)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 LayerType = Literal["nsa", "full_attention", "sliding_attention"]
 
-
-class Section(BaseModel):
-    """Base of all sections: frozen, unknown keys refused, field docstrings kept as descriptions."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+MAX_PARAMETERS = 10**12
 
 
 class RunSection(Section):
     """Where the run lives, and on what it runs."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "run"
+    name: str = "run"
     """Name of the run folder: letters, digits, dot, dash and underscore."""
-    folder: str = "runs"
+    folder: Annotated[str, Field(min_length=1)] = "runs"
     """Folder that holds the run folders."""
-    seed: NonNegativeInt = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Seed of the weights, the order of the data and everything else that is drawn."""
     device: str = "auto"
     """"auto" (CUDA where there is one, else the CPU), "cpu", "cuda" or "cuda:N"."""
-    num_threads: PositiveInt | None = None
+    num_threads: Annotated[int, Field(ge=1, le=4096)] | None = None
     """Threads of CPU work; torch's choice, the cores, unless given. Another number may change a result's last bits."""
     deterministic: bool = True
     """Use deterministic algorithms only, on the CPU; two runs with one config then agree bit for bit."""
+
+    @field_validator("name")
+    @classmethod
+    def _is_a_folder_name(cls, name: str) -> str:
+        if not RUN_NAME.fullmatch(name):
+            raise ValueError("must be at most 100 letters, digits, dots, dashes and underscores, a letter or digit first")
+        return name
+
+    @field_validator("device")
+    @classmethod
+    def _is_a_device(cls, name: str) -> str:
+        check_device_name(name)
+        return name
 
 
 class ModelSection(Section):
     """The decoder; the keys are those of `NSAConfig`. The vocabulary comes from the tokenizer."""
 
-    hidden_size: PositiveInt = 128
+    hidden_size: Size = 128
     """Width of the residual stream."""
-    intermediate_size: PositiveInt = 344
+    intermediate_size: Size = 344
     """Width of the SwiGLU layer."""
-    num_hidden_layers: PositiveInt = 4
+    num_hidden_layers: Annotated[int, Field(ge=1, le=1000)] = 4
     """Decoder layers."""
-    num_attention_heads: PositiveInt = 4
+    num_attention_heads: Size = 4
     """Query heads."""
-    num_key_value_heads: PositiveInt = 2
+    num_key_value_heads: Size = 2
     """Key/value heads; divides the query heads."""
-    head_dim: PositiveInt | None = None
+    head_dim: Size | None = None
     """Size of a query or key head; hidden_size / num_attention_heads unless given."""
-    value_head_dim: PositiveInt | None = None
+    value_head_dim: Size | None = None
     """Size of a value head; head_dim unless given."""
     layer_types: Annotated[tuple[LayerType, ...], Field(min_length=1)] = ("nsa",)
     """Attention of each layer; a single entry holds for every layer."""
-    max_position_embeddings: PositiveInt | None = None
+    max_position_embeddings: Tokens | None = None
     """Longest context the model is meant for; train.sequence_length unless given."""
     rope_theta: PositiveFloat = 10000.0
     """Base of the rotary position embedding."""
@@ -84,19 +94,19 @@ class ModelSection(Section):
     """Standard deviation of the initial weights."""
     tie_word_embeddings: bool = True
     """Share the embedding with the output layer."""
-    compress_block_size: int = 32
+    compress_block_size: BlockTokens = 32
     """l: tokens summarised by one compressed token."""
-    compress_stride: int = 16
+    compress_stride: BlockTokens = 16
     """d: tokens between compressed blocks; divides both block sizes."""
-    select_block_size: int = 64
+    select_block_size: BlockTokens = 64
     """l': tokens in one selection block."""
-    num_selected_blocks: int = 16
+    num_selected_blocks: BlockTokens = 16
     """n: selected blocks for each query, forced ones included."""
-    num_init_blocks: int = 1
+    num_init_blocks: BlockTokens = 1
     """Forced blocks at the start of the document."""
-    num_local_blocks: int = 2
+    num_local_blocks: BlockTokens = 2
     """Forced blocks up to the query's own."""
-    window_size: int = 512
+    window_size: BlockTokens = 512
     """w: tokens in the sliding window, the query's own included."""
     compression: Literal["mean", "conv", "mlp"] = "mean"
     """How a block becomes one compressed token."""
@@ -129,7 +139,20 @@ class ModelSection(Section):
                 f"layer_types needs 1 entry or one for each of the {self.num_hidden_layers} layers, "
                 f"not {len(self.layer_types)}"
             )
+        if (parameters := self._num_inner_parameters) > MAX_PARAMETERS:
+            raise ValueError(
+                f"the sizes make a model of {parameters:.1e} parameters, more than {MAX_PARAMETERS:.0e}; lower "
+                f"hidden_size, intermediate_size, the heads or num_hidden_layers"
+            )
         return self
+
+    @property
+    def _num_inner_parameters(self) -> int:
+        """Weights of the linear layers, nearly all of a large model."""
+        key, value = self.head_sizes
+        heads, groups = self.num_attention_heads, self.num_key_value_heads
+        attention = self.hidden_size * (heads + groups) * (key + value)
+        return self.num_hidden_layers * (attention + 3 * self.hidden_size * self.intermediate_size)
 
     @property
     def head_sizes(self) -> tuple[int, int]:
@@ -150,7 +173,7 @@ class OptimSection(Section):
     """Peak learning rate."""
     min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = 0.1
     """Learning rate of the last step as a share of the peak."""
-    warmup_steps: NonNegativeInt = 20
+    warmup_steps: StepsOrNever = 20
     """Optimizer steps over which the rate rises linearly to the peak."""
     beta1: Decay = 0.9
     """Decay of the gradient's running mean."""
@@ -167,34 +190,34 @@ class OptimSection(Section):
 class TrainSection(Section):
     """How long, in which pieces and in which precision."""
 
-    steps: PositiveInt = 400
+    steps: Steps = 400
     """Optimizer steps."""
-    sequence_length: Annotated[int, Field(ge=2)] = 512
+    sequence_length: Annotated[int, Field(ge=2, le=2**27)] = 512
     """T: tokens in a row."""
-    batch_tokens: PositiveInt = 8192
+    batch_tokens: Tokens = 8192
     """Tokens of one optimizer step over all processes; a multiple of micro_batch_rows * sequence_length."""
-    micro_batch_rows: PositiveInt = 16
+    micro_batch_rows: Size = 16
     """Rows of one forward and backward pass of each process."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """"bf16" computes in bf16; weights and optimizer stay in fp32."""
     parallel: Literal["auto", "none", "ddp", "fsdp2"] = "auto"
     """How the processes that torchrun starts share the work; "auto" is "ddp". A single process shares nothing."""
-    collective_timeout_s: PositiveFloat = 600.0
+    collective_timeout_s: Seconds = 600.0
     """Seconds that a rank waits for the others before the run fails."""
     compile: bool = False
     """Compile the decoder layers and the loss with torch.compile; worth its minute of compiling on a GPU."""
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
     """What backward recomputes to save memory: "selective" keeps the attention's results, "full" keeps only what each
     layer gets; neither chooses the blocks again."""
-    log_every_steps: PositiveInt = 10
+    log_every_steps: Steps = 10
     """Optimizer steps between log lines; `training.csv` has every step."""
-    checkpoint_every_steps: NonNegativeInt = 500
+    checkpoint_every_steps: StepsOrNever = 500
     """Optimizer steps between checkpoints; 0 writes the last one only."""
-    keep_checkpoints: PositiveInt = 2
+    keep_checkpoints: Steps = 2
     """Newest checkpoints that are kept."""
-    keep_every_steps: NonNegativeInt = 0
+    keep_every_steps: StepsOrNever = 0
     """Checkpoints of multiples of this step are kept too; 0 for none."""
-    early_stop_evals: NonNegativeInt = 0
+    early_stop_evals: StepsOrNever = 0
     """End after this many evaluations in a row without a better held-out loss; 0 never does."""
 
 
@@ -205,7 +228,7 @@ class GuardSection(Section):
     """What a NaN or infinite loss or gradient norm does."""
     spike_factor: Annotated[float | None, Field(gt=1)] = None
     """A loss beyond this multiple of the median of the last 50 is a spike; its step is skipped."""
-    max_skipped_steps: PositiveInt = 5
+    max_skipped_steps: Steps = 5
     """More skipped steps in a row than this end the run as failed."""
     entropy_floor_nats: NonNegativeFloat | None = None
     """Least loss per token that the data allows; a lower one means a leak and ends the run as failed."""
@@ -214,9 +237,9 @@ class GuardSection(Section):
 class EvalSection(Section):
     """Loss on held-out documents: before the first step, every so often, and after the last. `data` says which."""
 
-    every_steps: PositiveInt = 100
+    every_steps: Steps = 100
     """Optimizer steps between evaluations."""
-    rows: PositiveInt = 16
+    rows: Size = 16
     """Rows of one evaluation batch."""
 
 
@@ -225,11 +248,11 @@ class SampleSection(Section):
 
     prompts: tuple[Annotated[str, Field(min_length=1)], ...] = ("The state of the union is ",)
     """Beginnings to continue; none may be empty."""
-    max_new_tokens: NonNegativeInt = 200
+    max_new_tokens: Annotated[int, Field(ge=0, le=2**20)] = 200
     """Tokens to generate for each prompt; 0 writes no samples."""
     temperature: PositiveFloat = 0.8
     """Divides the logits."""
-    top_k: NonNegativeInt = 50
+    top_k: Annotated[int, Field(ge=0, le=2**31)] = 50
     """Draw among this many likeliest tokens; 0 for all."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 0.95
     """Draw among the likeliest tokens that hold this probability."""
@@ -238,15 +261,15 @@ class SampleSection(Section):
 class ObserveSection(Section):
     """What a run reports about itself beside its tables."""
 
-    heartbeat_s: PositiveFloat = 5.0
+    heartbeat_s: Annotated[float, Field(ge=0.01, le=3600)] = 5.0
     """Seconds between the lines of a rank's heartbeat."""
-    health_every_steps: NonNegativeInt = 100
+    health_every_steps: StepsOrNever = 100
     """Optimizer steps between measurements of gates and selection: a forward pass over one held-out row; 0 for none."""
-    health_layers: tuple[NonNegativeInt, ...] | None = None
+    health_layers: tuple[StepsOrNever, ...] | None = None
     """Decoder layers to measure, from 0; all NSA layers unless given."""
-    profile_steps: tuple[PositiveInt, PositiveInt] | None = None
+    profile_steps: tuple[Steps, Steps] | None = None
     """First and last step of a torch.profiler trace in `profile/`; none unless given."""
-    memory_snapshot_steps: tuple[PositiveInt, PositiveInt] | None = None
+    memory_snapshot_steps: tuple[Steps, Steps] | None = None
     """First and last step of a history of CUDA memory in `profile/`; none unless given."""
 
     @field_validator("profile_steps", "memory_snapshot_steps")

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from nsa.train.device_name import check_device_name
+
 
 def choose_device(name: str) -> torch.device:
     """The device of a name; "auto" is CUDA where there is one, else the CPU.
@@ -17,12 +19,10 @@ def choose_device(name: str) -> torch.device:
     Raises:
         ValueError: no such device here.
     """
+    check_device_name(name)
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f'the device {name!r} is unknown; use "auto", "cpu", "cuda" or "cuda:N"') from None
+    device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"the device {name!r} is not here: {torch.cuda.device_count()} CUDA devices; use auto or cpu")
     if device.type == "cuda" and device.index is None:

@@ -33,7 +33,6 @@ PYTHON = (3, 11)
 TORCH = (2, 11), (2, 14)  # the first that works and the first that was not tried
 NEEDED_PACKAGES = ("numpy", "pydantic", "tyro", "transformers", "safetensors", "tokenizers", "rich")
 MIN_DISK_GIB = 1.0
-HUB_TIMEOUT_S = 3.0
 GEOMETRY = BlockGeometry(8, 4, 16, 4, window_size=20)
 # Largest error against the reference in fp64, as a share of its largest value.
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 6e-2}
@@ -88,7 +87,7 @@ class Diagnosis:
         return json.dumps({**values, "problems": self.problems, "remarks": self.remarks}, indent=2)
 
 
-def diagnose(folder: Path = Path("."), *, hub_timeout_s: float = HUB_TIMEOUT_S) -> Diagnosis:
+def diagnose(folder: Path = Path("."), *, hub_timeout_s: float = 3.0) -> Diagnosis:
     """Look at everything; `folder` is where runs would be written."""
     kernels = tuple(check_kernels())
     disk_gib = shutil.disk_usage(folder).free / GIB

@@ -1,37 +1,44 @@
 """A YAML file and command line overrides become one checked `RunConfig`, and back into YAML.
 
     config = load_config("configs/train_showcase.yaml", ["--optim.lr", "1e-3"])
+    config = load_config("train_showcase")      # a config of the package, from anywhere
 
-What is wrong with the file is a `ConfigError` that names the key, and for an unknown key the nearest known one. What is
-wrong with an override is explained by tyro, which then exits with code 2.
+What is wrong is a `ConfigError` that names the key, and for an unknown key the nearest known one; file and overrides
+are checked alike.
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+import reprlib
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-import tyro
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from nsa.train.config import RunConfig
+from nsa.train.options import OptionError, option_value, split_options
+from nsa.train.packaged_configs import find_config
+from nsa.train.yaml_file import ConfigError, read_yaml, write_yaml
+
+MAX_SHOWN = 8  # wrong entries in one message
+_SAID_BY_US = {"model_type": "must be keys with values, as `key: value`", "invalid_key": "must be a name of letters"}
+
+__all__ = ["ConfigError", "config_kinds", "dump_config", "load_config", "override_config", "parse_config"]
 
 
-class ConfigError(ValueError):
-    """A config file that cannot be used: missing, not YAML, or with a wrong key or value."""
-
-
-def load_config(path: str | Path, overrides: Sequence[str] = (), *, prog: str = "nsa train CONFIG") -> RunConfig:
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """The config in `path` with `overrides` such as `["--optim.lr", "1e-3"]` on top.
 
+    Args:
+        path: a YAML file, or the name of a config of the package (`nsa configs` lists them).
+        overrides: options with their values, as on the command line.
+
     Raises:
-        ConfigError: the file is missing or does not describe a run.
-        SystemExit: code 2 for a wrong override, after tyro's explanation; code 0 for `--help`.
+        ConfigError: the file is missing or does not describe a run, or an override is wrong.
     """
-    return override_config(read_config(path), overrides, prog=prog)
+    return override_config(read_config(path), overrides)
 
 
 def read_config(path: str | Path) -> RunConfig:
@@ -40,7 +47,7 @@ def read_config(path: str | Path) -> RunConfig:
     Raises:
         ConfigError: the file is missing or does not describe a run.
     """
-    return parse_config(_read(Path(path)), source=str(path))
+    return parse_config(read_yaml(find_config(path)), source=str(path))
 
 
 def parse_config(values: Any, *, source: str) -> RunConfig:
@@ -49,47 +56,83 @@ def parse_config(values: Any, *, source: str) -> RunConfig:
         values = {}
     if not isinstance(values, dict):
         raise ConfigError(f"{source} must hold sections such as `train:`, not a {type(values).__name__}")
+    # A section whose keys are all commented out is an empty one.
+    values = {name: {} if name in RunConfig.model_fields and keys is None else keys for name, keys in values.items()}
+    return _checked(values, source)
+
+
+def override_config(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
+    """`config` with command line overrides.
+
+    Raises:
+        ConfigError: an option is unknown or its value wrong.
+    """
+    values, kinds = config.model_dump(), config_kinds()
     try:
-        return RunConfig.model_validate(values)
-    except ValidationError as error:
-        lines = [_explain(dict(problem)) for problem in error.errors()]
-        raise ConfigError("\n  ".join([f"{source} has {len(lines)} wrong entries:", *lines])) from None
-
-
-def override_config(config: RunConfig, overrides: Sequence[str], *, prog: str = "nsa train CONFIG") -> RunConfig:
-    """`config` with command line overrides; an unknown option or a wrong value ends the process with code 2."""
-    markers = (tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands)
-    return tyro.cli(RunConfig, default=config, args=list(overrides), prog=prog, use_underscores=True, config=markers)
+        words, options = split_options(overrides, kinds)
+        if words:
+            raise OptionError(f"{_short(words[0])} is one word too many; keys are given as --section.key value")
+        for name, given in options.items():
+            section, _, key = name.partition(".")
+            values[section][key] = option_value(kinds[name], given, f"--{name}")
+    except OptionError as error:
+        raise ConfigError(str(error)) from None
+    return _checked(values, "", options) if options else config
 
 
 def dump_config(config: RunConfig) -> str:
     """The whole config as YAML; reading it back gives an equal config."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+    return write_yaml(config.model_dump(mode="json"))
 
 
-def _read(path: Path) -> Any:
-    if not path.is_file():
-        raise ConfigError(f"there is no config file {path}; give the path of a YAML file, such as those in configs/")
+def config_kinds(*, sections: bool = False) -> dict[str, Any]:
+    """The type of every dotted key; with `sections`, of every section too."""
+    kinds: dict[str, Any] = {}
+    for section, field in RunConfig.model_fields.items():
+        model: Any = field.annotation
+        if sections:
+            kinds[section] = model
+        kinds |= {f"{section}.{key}": inner.annotation for key, inner in model.model_fields.items()}
+    return kinds
+
+
+def _checked(values: dict[str, Any], source: str, options: Collection[str] = ()) -> RunConfig:
+    """The config of `values`; errors name its file, or the option that gave a value."""
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path} is not UTF-8 text: {error}") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}") from None
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        lines = list(dict.fromkeys(_explain(dict(problem), options) for problem in error.errors(include_url=False)))
+    if len(lines) == 1:
+        raise ConfigError(f"{source}: {lines[0]}" if source else lines[0])
+    more = [f"and {len(lines) - MAX_SHOWN} more"] if len(lines) > MAX_SHOWN else []
+    head = f"{source or 'the config with these options'} has {len(lines)} wrong entries:"
+    raise ConfigError("\n  ".join([head, *lines[:MAX_SHOWN], *more]))
 
 
-def _explain(problem: dict[str, Any]) -> str:
+def _explain(problem: dict[str, Any], options: Collection[str]) -> str:
     """One line for one of pydantic's findings."""
     location = [str(part) for part in problem["loc"]]
+    if problem["type"] == "extra_forbidden":
+        return _unknown(location)
+    # Behind the key stand places in a list, and pydantic's names of the types that the value might have.
+    key = ".".join([*location[:2], *(part for part in location[2:] if part.isdecimal())])
+    message = _SAID_BY_US.get(problem["type"], problem["msg"].removeprefix("Value error, "))
+    for subject in ("Input should ", "Tuple should ", "String should "):
+        message = message.replace(subject, "must ", 1)
+    value = _short(problem["input"])
+    given = "" if isinstance(problem["input"], dict | BaseModel) or value in message else f", not {value}"
+    if ".".join(location[:2]) in options:
+        return f"--{key} {message}{given}"
+    return f"{_short(key, quoted=False)}: {message}{given}" if key else message
+
+
+def _unknown(location: Sequence[str]) -> str:
+    known = list(config_kinds(sections=True))
     key = ".".join(location)
-    if problem["type"] != "extra_forbidden":
-        given = "" if isinstance(problem["input"], dict | BaseModel) else f", not {problem['input']!r}"
-        return f"{key or 'the whole'}: {problem['msg'].removeprefix('Value error, ')}{given}"
-    known = _known_keys(RunConfig)
     same_section = [name for name in known if name.rpartition(".")[0] == ".".join(location[:-1])]
     near = _nearest(location[-1], same_section) or _nearest(location[-1], known)
     hint = f"did you mean {near}?" if near else f"known there: {', '.join(same_section) or ', '.join(known)}"
-    return f"{key} is unknown; {hint}"
+    return f"{_short(key, quoted=False)} is unknown; {hint}"
 
 
 def _nearest(name: str, keys: Sequence[str]) -> str | None:
@@ -99,11 +142,7 @@ def _nearest(name: str, keys: Sequence[str]) -> str | None:
     return by_last_part[near[0]] if near else None
 
 
-def _known_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
-    """Every dotted key under `model`, sections themselves included."""
-    keys: list[str] = []
-    for name, field in model.model_fields.items():
-        keys.append(prefix + name)
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            keys += _known_keys(field.annotation, f"{prefix}{name}.")
-    return keys
+def _short(value: Any, *, quoted: bool = True) -> str:
+    """A value in a message: all of it where that is short, and never what it unfolds to."""
+    text = reprlib.repr(value) if quoted else value
+    return text if len(text) <= 80 else f"{text[:77]}..."

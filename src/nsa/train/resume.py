@@ -24,44 +24,12 @@ from nsa.train.observe.heartbeat import heartbeat_files, read_heartbeats
 from nsa.train.observe.summary import data_index, describe
 from nsa.train.parallel import Parallel, one_process
 from nsa.train.preflight.report import examine_resume
+from nsa.train.resume_keys import ALLOWED, ALLOWED_SECTIONS
 from nsa.train.run_folder import RunFolder, read_json, write_json, write_text
 from nsa.train.stop import clear_stale_halt
 from nsa.train.trainer import Trainer
 
 T = TypeVar("T")
-
-ALLOWED = frozenset(
-    {
-        "run.device",
-        "run.num_threads",
-        "model.attention_backend",
-        "data.cache_folder",
-        "data.first_batch_timeout_s",
-        "data.hub_access",
-        "data.paths",
-        "data.prefetch_batches",
-        "data.stall_timeout_s",
-        "train.activation_checkpointing",
-        "train.checkpoint_every_steps",
-        "train.collective_timeout_s",
-        "train.compile",
-        "train.early_stop_evals",
-        "train.keep_checkpoints",
-        "train.keep_every_steps",
-        "train.log_every_steps",
-        "train.micro_batch_rows",
-        "train.parallel",
-        "train.steps",
-        "eval.every_steps",
-        "eval.rows",
-    }
-)
-"""Keys that a resumed run may change: how long, where and how it computes, and what it writes. None changes what a step
-is meant to compute, though another device or another cut of the batch changes the last bits. Files may lie elsewhere,
-but their contents must be the same: the data's fingerprint is compared."""
-
-ALLOWED_SECTIONS = ("guards", "observe", "preflight", "sample")
-"""Sections that a resumed run may change throughout."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +89,6 @@ def resumed_config(run: Path, overrides: Sequence[str]) -> tuple[RunConfig, RunC
 
     Raises:
         ValueError: this is no run folder, or an override is not allowed.
-        SystemExit: code 2 for an override that cannot be read.
     """
     path = run / "config.yaml"
     if not path.is_file():
@@ -129,7 +96,7 @@ def resumed_config(run: Path, overrides: Sequence[str]) -> tuple[RunConfig, RunC
             f"{run} is no run folder: it holds no config.yaml; give the folder of a run, such as runs/NAME"
         )
     stored = load_config(path)
-    config = override_config(stored, overrides, prog="nsa resume RUN")
+    config = override_config(stored, overrides)
     refused = [name for name in changed_keys(stored, config) if not _allowed(name)]
     if refused:
         lines = [f"  {name}" for name in refused]
