@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from made_up_beats import COLLAPSED_GATE, EVEN_GATE, NOW_S, beat, beats, of_rank, write_beats
-from nsa.train.observe.csv_log import HEALTH_COLUMNS, CsvWriter
+from made_up_runs import write_health
 from nsa.train.observe.health import judge, judge_run
 from nsa.train.observe.heartbeat import Beat
 from nsa.train.observe.thresholds import Thresholds
@@ -157,26 +157,19 @@ def test_a_run_is_judged_over_all_its_ranks(tmp_path: Path) -> None:
     assert [(finding.name, finding.rank) for finding in judge_run(tmp_path, LIMITS)] == [("nonfinite", 1)]
 
 
-def write_health(run: Path, rows: list[dict[str, float]]) -> None:
-    with CsvWriter(run / "health.csv", HEALTH_COLUMNS) as writer:
-        for row in rows:
-            writer.write(**(dict.fromkeys(HEALTH_COLUMNS, 0.1) | {"max_selected_tokens": 9} | row))
-
-
-INSIDE = {"gate_entropy_mean_nats": 1.0, "gate_max_mean": 0.5, "gate_collapse_share": 0.0}
-OUTSIDE = INSIDE | {"gate_collapse_share": 0.3}
+OUTSIDE = {"gate_collapse_share": 0.3}
 
 
 def test_the_gates_of_a_run_that_went_on_from_a_checkpoint_are_those_of_its_table(tmp_path: Path) -> None:
     earlier = beat(phase="ended", gate=COLLAPSED_GATE, pid=1)
     write_beats(tmp_path, [earlier, beat(phase="ended", gate=None, worst_gate=None, worst_gate_layer=None)])
-    write_health(tmp_path, [{"step": 40, "layer": layer, **INSIDE} for layer in (0, 1)])
+    write_health(tmp_path, [{"step": 40, "layer": layer} for layer in (0, 1)])
     assert judge_run(tmp_path, LIMITS) == []
     write_health(tmp_path, [{"step": step, "layer": layer, **OUTSIDE} for step in (20, 40) for layer in (0, 1)])
     (finding,) = judge_run(tmp_path, LIMITS)
     assert (finding.name, finding.step) == ("gates", 40)
     assert "30.0% of them collapsed" in finding.message
-    write_health(tmp_path, [{"step": 40, "layer": layer, **(OUTSIDE if layer == 7 else INSIDE)} for layer in range(8)])
+    write_health(tmp_path, [{"step": 40, "layer": layer, **(OUTSIDE if layer == 7 else {})} for layer in range(8)])
     (finding,) = judge_run(tmp_path, LIMITS)
     assert finding.name == "gate layer"
     assert "the gates of layer 7 have 30.0% of them collapsed" in finding.message

@@ -132,7 +132,11 @@ def test_a_wrong_value_of_an_option_names_its_key(tmp_path: Path, overrides: lis
         (["--run.num_threads", "null"], "run.num_threads", None),
         (["--run.num_threads", "None"], "run.num_threads", None),
         (["--train.batch-tokens", "16384"], "train.batch_tokens", 16384),
-        (["--model.layer_types", "[nsa, nsa, full_attention, nsa]"], "model.layer_types", ("nsa", "nsa", "full_attention", "nsa")),
+        (
+            ["--model.layer_types", "[nsa, nsa, full_attention, nsa]"],
+            "model.layer_types",
+            ("nsa", "nsa", "full_attention", "nsa"),
+        ),
         (["--observe.profile_steps", "[3, 5]"], "observe.profile_steps", (3, 5)),
         (["--observe.profile_steps", "3", "5"], "observe.profile_steps", (3, 5)),
         (["--preflight.allow", "[]"], "preflight.allow", ()),
@@ -190,13 +194,22 @@ def test_aliases_that_unfold_without_bounds_are_refused_at_once(tmp_path: Path) 
 
 
 def test_anchors_and_merges_stay_allowed(tmp_path: Path) -> None:
-    config = load_config(write(tmp_path, "eval: &rows {rows: 8}\ntrain: {steps: 20}\nguards:\nsample:\n  <<: {top_k: 3}\n"))
+    config = load_config(
+        write(tmp_path, "eval: &rows {rows: 8}\ntrain: {steps: 20}\nguards:\nsample:\n  <<: {top_k: 3}\n")
+    )
     assert (config.eval.rows, config.sample.top_k, config.guards.on_nonfinite) == (8, 3, "stop")
 
 
 def test_numbers_are_those_of_yaml_1_2(tmp_path: Path) -> None:
-    config = load_config(write(tmp_path, "optim: {lr: 1e-3, eps: 1.5e-8}\nrun: {name: 2026-01-02}\ntrain: {steps: 1_000}"))
-    assert (config.optim.lr, config.optim.eps, config.run.name, config.train.steps) == (1e-3, 1.5e-8, "2026-01-02", 1000)
+    config = load_config(
+        write(tmp_path, "optim: {lr: 1e-3, eps: 1.5e-8}\nrun: {name: 2026-01-02}\ntrain: {steps: 1_000}")
+    )
+    assert (config.optim.lr, config.optim.eps, config.run.name, config.train.steps) == (
+        1e-3,
+        1.5e-8,
+        "2026-01-02",
+        1000,
+    )
     with pytest.raises(ConfigError, match=r"train.steps: must be a valid integer, not '010'"):
         load_config(write(tmp_path, "train: {steps: 010}"))
 

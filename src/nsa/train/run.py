@@ -82,7 +82,8 @@ def prepare(
             path,
             config_yaml=dump_config(config),
             env=snapshot(trainer.device, command)
-            | {"routing": routing_values(trainer), "kernels": kernel_values(trainer)},
+            | {"routing": routing_values(trainer), "kernels": kernel_values(trainer)}
+            | {"num_parameters": trainer.model.num_parameters()},
             data_index=data_index(trainer),
             preflight=report.values(),
         )

@@ -12,10 +12,14 @@ import csv
 import math
 import os
 import sys
+from array import array
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import IO
+
+import numpy as np
+from numpy.typing import NDArray
 
 from nsa.terminal import printable
 from nsa.train.run_files import append, open_to_append
@@ -42,7 +46,7 @@ ESSENTIAL_COLUMNS = frozenset({"step", "tokens", "layer", "loss", "val_loss"})
 NEWLINE = b"\n"
 INTEGER_COLUMNS = frozenset({"step", "tokens", "layer", "max_selected_tokens"})
 
-MAX_LINE = 10_000  # characters; no line of a table comes near
+MAX_LINE, MAX_CELL = 10_000, 40  # characters; no line and no number of a table comes near
 MEND_TABLE = "take the damaged lines out, or move the table away"
 
 Row = dict[str, float | int | None]
@@ -136,6 +140,15 @@ def iter_csv(path: Path, columns: Sequence[str]) -> Iterator[Row]:
             yield {name: parse_cell(name, found.get(name, ""), where) for name in columns}
 
 
+def read_columns(path: Path, columns: Sequence[str]) -> dict[str, NDArray[np.float64]]:
+    """The columns of a table as arrays, for one with a row for each of many steps; an empty cell is NaN."""
+    found = {name: array("d") for name in columns}
+    for row in iter_csv(path, columns):
+        for name, value in row.items():
+            found[name].append(math.nan if value is None else value)
+    return {name: np.array(values, dtype=np.float64) for name, values in found.items()}
+
+
 def _whole_lines(file: IO[str]) -> Iterator[str]:
     while (line := file.readline(MAX_LINE)).endswith("\n"):
         yield line
@@ -179,7 +192,7 @@ def parse_cell(name: str, cell: str, where: str) -> float | int | None:
     """A cell as a number, None if it is empty; `where` names it in the `ValueError` for one that is no number."""
     kind = int if name in INTEGER_COLUMNS else float
     try:
-        return kind(cell) if cell else None
+        return kind(cell[:MAX_CELL]) if cell else None
     except ValueError:
         what = "a whole number" if kind is int else "a number"
         raise ValueError(f"{where}: {name} is {printable(cell[:40])!r}, not {what}; {MEND_TABLE}") from None

@@ -112,14 +112,21 @@ def gate_of_row(row: Row) -> GateStatistics:
 
 def judge_gate(gate: GateStatistics, thresholds: Thresholds) -> list[str]:
     """What of a gate is outside its thresholds, in words."""
-    found = []
+    return list(outside_columns(gate, thresholds).values())
+
+
+def outside_columns(gate: GateStatistics, thresholds: Thresholds) -> dict[str, str]:
+    """The columns of `health.csv` in which a gate is outside its thresholds, each in words."""
+    found = {}
     # Written so that NaN is outside.
     if not gate.entropy_mean_nats > thresholds.gate_entropy_mean_nats:
-        found.append(f"mean entropy {gate.entropy_mean_nats:.3f} nats, at least {thresholds.gate_entropy_mean_nats:g}")
+        words = f"mean entropy {gate.entropy_mean_nats:.3f} nats, at least {thresholds.gate_entropy_mean_nats:g}"
+        found["gate_entropy_mean_nats"] = words
     if not gate.max_mean < thresholds.gate_max_mean:
-        found.append(f"mean maximum {gate.max_mean:.3f}, at most {thresholds.gate_max_mean:g}")
+        found["gate_max_mean"] = f"mean maximum {gate.max_mean:.3f}, at most {thresholds.gate_max_mean:g}"
     if not gate.collapse_share <= thresholds.gate_collapse_share:
-        found.append(f"{gate.collapse_share:.1%} of them collapsed, at most {thresholds.gate_collapse_share:.1%}")
+        words = f"{gate.collapse_share:.1%} of them collapsed, at most {thresholds.gate_collapse_share:.1%}"
+        found["gate_collapse_share"] = words
     return found
 
 
