@@ -14,7 +14,12 @@ from nsa.cli import EXIT_USAGE, main
 from nsa.train.trainer import Trainer
 from tiny_runs import write_corpus
 
-SMALL = ("--model.hidden_size=32", "--model.num_attention_heads=4", "--train.batch_tokens=256", "--train.micro_batch_rows=2")
+SMALL = (
+    "--model.hidden_size=32",
+    "--model.num_attention_heads=4",
+    "--train.batch_tokens=256",
+    "--train.micro_batch_rows=2",
+)
 
 
 @pytest.fixture(scope="module")

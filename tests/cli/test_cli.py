@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -25,11 +26,7 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_each_command_explains_itself(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    try:
-        code = main([command, "--help"])
-    except SystemExit as ended:  # how tyro ends after its help
-        code = ended.code
-    assert code == 0
+    assert main([command, "--help"]) == 0
     assert f"usage: nsa {command}" in capsys.readouterr().out
 
 
@@ -63,9 +60,61 @@ def test_an_interrupted_command_says_so_without_a_traceback(
     assert capsys.readouterr().err == "nsa halt: interrupted\n  rank 0, after step 3\n"
 
 
-def test_help_needs_no_heavy_import() -> None:
-    code = "import sys; from nsa.cli import main; main(['--help']); sys.exit('torch' in sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True, env={"PYTHONPATH": str(SOURCE.parent)}, timeout=60)
+LIGHT = """
+import contextlib, io, sys
+import nsa.data.config, nsa.train.config, nsa.train.load_config
+from nsa.cli import COMMANDS, main
+from nsa.cli.bench import KINDS
+
+assert "torch" not in sys.modules, "by a config"
+open("c.yaml", "w").write("train: {steps: 0}")
+commands = [["--help"], ["nope"], *([name, "--help"] for name in COMMANDS), *(["bench", kind, "--help"] for kind in KINDS)]
+commands += [[name, "absent"] for name in ("train", "resume", "halt", "preflight", "watch")]
+commands += [["train", "c.yaml"], ["train", "train_copy", "--train.stepz", "3"], ["preflight", "c.yaml"], ["configs"]]
+commands += [["generate", "absent", "--prompt", "x"], ["inspect", "absent", "--prompt", "x"], ["data", "check", "absent"]]
+commands += [["bench", "train", "absent"], ["bench", "prefill", "--lenghts", "3"], ["doctor", "--folder", "absent"]]
+for command in commands:
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        code = main(command)
+    assert code == (0 if command[-1] in ("--help", "configs") else 2), (command, code)
+    heavy = {"torch", "transformers", "matplotlib"} & sys.modules.keys()
+    assert not heavy, (command, heavy)
+"""
+
+
+def test_help_and_refusals_need_no_heavy_import(tmp_path: Path) -> None:
+    environment = {"PYTHONPATH": str(SOURCE.parent)}
+    command = [sys.executable, "-c", LIGHT]
+    done = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, text=True, env=environment, check=False, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def _run_nsa(*arguments: str, **variables: str) -> subprocess.CompletedProcess[bytes]:
+    environment = {"PYTHONPATH": str(SOURCE.parent), **variables}
+    return subprocess.run(
+        [sys.executable, "-m", "nsa.cli", *arguments], capture_output=True, env=environment, check=False
+    )
+
+
+def test_a_terminal_that_is_not_utf_8_gets_what_it_can_show() -> None:
+    for arguments, code in ((["train", "--help"], 0), (["configs"], 0), (["train", "caf\xe9.yaml"], 2)):
+        done = _run_nsa(*arguments, PYTHONIOENCODING="ascii")
+        assert done.returncode == code, done.stderr
+        assert b"Traceback" not in done.stderr
+        (done.stdout + done.stderr).decode("ascii")
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_reader_that_has_enough_ends_a_command_quietly(unbuffered: str) -> None:
+    command = [sys.executable, "-m", "nsa.cli", "--help"]
+    environment = {"PYTHONPATH": str(SOURCE.parent), "PYTHONUNBUFFERED": unbuffered}
+    ours, theirs = os.pipe()
+    os.close(ours)
+    done = subprocess.run(command, stdout=theirs, stderr=subprocess.PIPE, env=environment, check=False)
+    os.close(theirs)
+    assert (done.returncode, done.stderr) == (141, b"")
 
 
 def test_no_environment_variable_is_read_but_those_of_torchrun() -> None:

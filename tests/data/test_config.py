@@ -18,7 +18,10 @@ from nsa.train.load_config import override_config
         ({"heldout": -0.1}, "at least 0 and below 1"),
         ({"source": "text"}, "needs paths"),
         ({"paths": ("a.txt",)}, "reads no files"),
-        ({"source": "web"}, "'sotu', 'tinyshakespeare', 'text', 'jsonl', 'parquet', 'fineweb_edu' or 'synthetic'"),
+        (
+            {"source": "web"},
+            "'sotu', 'tinyshakespeare', 'text', 'jsonl', .* 'synthetic' or 'mix'",
+        ),
         ({"max_eval_tokens": 0}, "greater than or equal to 1"),
         ({"held_out": 0.1}, "Extra inputs are not permitted"),
     ],

@@ -210,19 +210,20 @@ def test_no_thread_is_left_when_the_loader_is_gone(make_loader) -> None:
             return super().read(units)
 
     loader = make_loader(window_tokens=10_000)
-    documents = Endless(loader._documents._source, list(range(len(LENGTHS))) * 1000)
-    loader._reader.documents = loader._documents = documents
+    stream = loader._streams[0]
+    documents = Endless(stream.documents._source, list(range(len(LENGTHS))) * 1000)
+    stream._reader.documents = stream.documents = documents
     before = set(threading.enumerate())
     ahead = Prefetcher(lambda: loader, source="counting")
     next(ahead)
     documents.delay_s = 0.01
-    loader._ahead = in_background("nsa-data-window", loader._following(loader._window))
-    window = loader._ahead.thread
+    stream._ahead = in_background("nsa-data-window", stream._following(stream.window))
+    window = stream._ahead.thread
     assert window.is_alive()
     del ahead
     gc.collect()
     assert set(threading.enumerate()) <= before
-    assert isinstance(loader._ahead.exception(), RuntimeError)
+    assert isinstance(stream._ahead.exception(), RuntimeError)
 
 
 def test_dropping_waits_for_a_batch_that_is_being_made(make_loader) -> None:

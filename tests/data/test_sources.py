@@ -36,8 +36,9 @@ def test_a_file_is_a_document_with_its_bytes_as_they_are(tmp_path: Path) -> None
     (tmp_path / "b").mkdir()
     (tmp_path / "a.txt").write_bytes("Zürich\r\n\r\nzwei\n".encode())
     (tmp_path / "b" / "c.txt").write_bytes(b"c")
-    (tmp_path / "notes.md").write_bytes(b"not text")
-    assert read("text", tmp_path) == {"a.txt": "Zürich\r\n\r\nzwei\n", "b/c.txt": "c"}
+    (tmp_path / "notes.md").write_bytes(b"*notes*")
+    (tmp_path / "table.csv").write_bytes(b"1,2")
+    assert read("text", tmp_path) == {"a.txt": "Zürich\r\n\r\nzwei\n", "b/c.txt": "c", "notes.md": "*notes*"}
     assert list(read("text", tmp_path / "b" / "c.txt", tmp_path / "a.txt")) == ["c.txt", "a.txt"]
     assert list(read("text", tmp_path / "**" / "*.txt")) == ["a.txt", "c.txt"]
 
@@ -101,7 +102,7 @@ def test_malformed_files_are_named_with_line_and_remedy(
 def test_missing_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"no file, folder or match for .*nowhere\.txt; check data\.paths"):
         read("text", tmp_path / "nowhere.txt")
-    with pytest.raises(DataError, match=r"has no \*\.jsonl file"):
+    with pytest.raises(DataError, match=r"has no \*\.jsonl, \*\.ndjson, \*\.json file.*it holds nothing"):
         read("jsonl", tmp_path)
     (tmp_path / "folder.txt").mkdir()
     with pytest.raises(DataError, match=r"folder\.txt cannot be read"):

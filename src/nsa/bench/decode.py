@@ -122,14 +122,18 @@ class _Decoder:
     def stages(self) -> Steps:
         """The stages of the next step, on a copy of the first layer's cache."""
         cache, geometry, bench = copy.deepcopy(self._first_cache()), self.config.geometry, self.bench
-        k, v = torch.randn(2, bench.batch, 1, bench.num_key_value_heads, self.head_dim, device=choose_device(bench.device))
+        k, v = torch.randn(
+            2, bench.batch, 1, bench.num_key_value_heads, self.head_dim, device=choose_device(bench.device)
+        )
 
         def compress(k: Tensor, v: Tensor, rows: list[int], first: list[int]) -> tuple[Tensor, Tensor]:
             return mean_pool(k, geometry), mean_pool(v, geometry)
 
         view = cache.append((k, v), (k, v), (k, v), compress)
         group = bench.num_attention_heads // bench.num_key_value_heads
-        q = torch.randn(bench.batch, bench.num_key_value_heads, group, self.head_dim, device=choose_device(bench.device))
+        q = torch.randn(
+            bench.batch, bench.num_key_value_heads, group, self.head_dim, device=choose_device(bench.device)
+        )
         last = torch.tensor(view.lengths, device=choose_device(bench.device)) - 1
         _, p_cmp = decode.compressed_step(q, view, geometry)
         blocks = decode.choose_step(p_cmp, last, max(view.lengths), geometry)

@@ -257,4 +257,6 @@ def draw(rows: Sequence[PrefillRow], bench: PrefillBench, path: Path) -> None:
 
 
 def _random(bench: PrefillBench, *shape: int) -> Tensor:
-    return torch.randn(*shape, dtype=getattr(torch, bench.dtype), device=choose_device(bench.device), requires_grad=True)
+    return torch.randn(
+        *shape, dtype=getattr(torch, bench.dtype), device=choose_device(bench.device), requires_grad=True
+    )

@@ -99,11 +99,18 @@ def unknown(program: str, what: str, name: str, known: Collection[str]) -> int:
     return EXIT_USAGE
 
 
+def explained(error: Exception) -> str:
+    """What an error says to a user: what the system refused has its file first, and the remedy."""
+    if isinstance(error, PermissionError) and error.filename:
+        return f"{error.filename} is closed to user {os.getuid()}: {error.strerror}; change its rights or its owner"
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
+
+
 def fail(command: str, error: Exception) -> int:
     """Print a user's mistake as one message, without a traceback, and return the exit code for it."""
     if isinstance(error, BrokenPipeError):
         raise error
-    if isinstance(error, PermissionError) and error.filename:
-        error = ValueError(f"{error.filename} is not open to user {os.getuid()}: {error.strerror}; change its rights")
-    print(f"nsa {command}: {printable(str(error))}", file=sys.stderr)
+    print(f"nsa {command}: {printable(explained(error))}", file=sys.stderr)
     return EXIT_USAGE

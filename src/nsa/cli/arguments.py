@@ -61,7 +61,8 @@ def _parse(
         overrides = [word for name in options if name not in kinds for word in (f"--{name}", *options[name])]
         return _build(kind, values | _positional_values(positional, words), positional), overrides
     except OptionError as error:
-        raise OptionError(f"{error}; `nsa {command} --help` explains") from None
+        hint = "" if "--help" in str(error) else f"; `nsa {command} --help` explains"
+        raise OptionError(f"{error}{hint}") from None
 
 
 def _fields(kind: Any, prefix: str = "") -> tuple[dict[str, Any], dict[str, Any]]:

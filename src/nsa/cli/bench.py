@@ -63,7 +63,10 @@ def main(arguments: Sequence[str]) -> int:
         return unknown("nsa bench", "benchmark", name, KINDS)
     kind = KINDS[name]
     output, bench = _read(name, kind, rest)
-    check_device_name(bench.device)
+    try:
+        check_device_name(bench.device)
+    except ValueError as error:
+        return fail("bench", error)
     out = output.out or Path(f"bench_{name}.csv")
     _check(out, overwrite=output.overwrite)
 

@@ -70,7 +70,10 @@ def run(given: GenerateArguments, out: TextIO | None = None) -> int:
         ValueError: an option is out of range, or model or prompt cannot be used.
     """
     _check(given)
-    prompt, num_threads = read_prompt(given.prompt, given.prompt_file), choose_num_threads(given.num_threads, given.model)
+    prompt, num_threads = (
+        read_prompt(given.prompt, given.prompt_file),
+        choose_num_threads(given.num_threads, given.model),
+    )
 
     import torch
 

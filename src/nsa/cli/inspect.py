@@ -66,7 +66,10 @@ def run(given: InspectArguments) -> int:
         OSError: the output file cannot be written.
     """
     _check(given)
-    prompt, num_threads = read_prompt(given.prompt, given.prompt_file), choose_num_threads(given.num_threads, given.model)
+    prompt, num_threads = (
+        read_prompt(given.prompt, given.prompt_file),
+        choose_num_threads(given.num_threads, given.model),
+    )
 
     import torch
 

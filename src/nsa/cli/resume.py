@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nsa.cli import EXIT_DONE, EXIT_USAGE
+from nsa.cli import EXIT_DONE, EXIT_USAGE, fail
 from nsa.cli.arguments import asks_for_help
 from nsa.cli.train import run_training
-from nsa.train.load_config import config_kinds
-from nsa.train.options import OptionError, split_options
+from nsa.train.load_config import ConfigError, read_overrides
+from nsa.train.options import OptionError
 from nsa.train.resume_keys import ALLOWED, ALLOWED_SECTIONS
 
 if TYPE_CHECKING:
@@ -29,11 +29,12 @@ def main(arguments: Sequence[str]) -> int:
         print(USAGE, file=sys.stderr)
         return EXIT_USAGE
     run, *overrides = arguments
-    split_options(overrides, config_kinds())  # a slip in an option is told before torch is imported
-    if not (Path(run) / "config.yaml").is_file():
-        raise OptionError(
-            f"{run} is no run folder: it holds no config.yaml; give the folder of a run, such as runs/NAME"
-        )
+    try:
+        read_overrides(overrides)  # a slip is told before torch is imported
+    except ConfigError as error:
+        return fail("resume", error)
+    if not Path(run).is_dir():
+        raise OptionError(f"{run} is no run folder; give the folder of a run, such as runs/NAME")
 
     from nsa.train.resume import prepare_resume, resumed_config
 

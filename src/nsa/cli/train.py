@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
-from nsa.cli import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, EXIT_USAGE, fail
+from nsa.cli import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, EXIT_USAGE, explained, fail
 from nsa.cli.arguments import asks_for_help, show_help
 from nsa.data.errors import DataError
 from nsa.terminal import printable
@@ -101,14 +101,14 @@ def _begin(
         parallel = stack.enter_context(setup_parallel(config.run.device, config.train.parallel, **options))
         return begin(config, parallel)
     except (ValueError, OSError, CheckpointError) as error:
-        raise BadInputError(str(error)) from error
+        raise BadInputError(explained(error)) from error
 
 
 def closing(outcome: Outcome) -> str:
     """The samples, the results and where everything lies."""
     folder = outcome.folder
     samples = [folder.samples / f"{name}.txt" for name in ("before", "after")]
-    parts = [printable(path.read_text(encoding="utf-8")) for path in samples if path.is_file()]
+    parts = [path.read_text(encoding="utf-8") for path in samples if path.is_file()]
     parts += ["\n".join(f"{name:<28} {text}" for name, text in results(outcome.metrics).items()), ""]
     ended = f"stopped by {outcome.stopped_by}" if outcome.stopped_by else "finished"
     parts += [f"{ended}; everything lies in {folder.path}: report.md, curves.png, training.csv, checkpoints/latest"]

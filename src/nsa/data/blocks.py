@@ -6,6 +6,7 @@ documents. Documents are numbered through all blocks, as in any source.
 
 from __future__ import annotations
 
+import hashlib
 import threading
 from abc import ABC, abstractmethod
 from collections import OrderedDict
@@ -26,12 +27,14 @@ class SourceFile:
         size_bytes: its size when it was opened.
         num_documents: documents in it.
         sha256: of its contents, where it is known without reading them all.
+        digest: of what was read of it, to name the file that has changed when a run is resumed.
     """
 
     name: str
     size_bytes: int
     num_documents: int
     sha256: str | None = None
+    digest: str | None = None
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,15 @@ class Block:
     first: int
     names: Sequence[str]
     texts: Sequence[str]
+
+
+def digest_of(*parts: str | bytes) -> str:
+    """A short digest of parts, lengths included."""
+    digest = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        encoded = part.encode() if isinstance(part, str) else part
+        digest.update(len(encoded).to_bytes(8, "little") + encoded)
+    return digest.hexdigest()
 
 
 class BlockSource(ABC):

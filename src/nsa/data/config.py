@@ -15,22 +15,22 @@ from pydantic import Field, field_validator, model_validator
 from nsa.data.synthetic import NUM_KEYS
 from nsa.section import Section
 
-SourceName = Literal["sotu", "tinyshakespeare", "text", "jsonl", "parquet", "fineweb_edu", "synthetic"]
+OneSource = Literal["sotu", "tinyshakespeare", "text", "jsonl", "parquet", "fineweb_edu", "synthetic"]
+AnySource = Literal["sotu", "tinyshakespeare", "text", "jsonl", "parquet", "fineweb_edu", "synthetic", "mix"]
 NEEDS_PATHS, MAY_HAVE_PATHS = ("text", "jsonl", "parquet"), ("tinyshakespeare",)
+LONGEST_WAIT_S = 1e7
 
 
-class DataConfig(Section):
-    """Source, tokenizer, held-out documents, shuffle and prefetching of one run."""
+class SourceConfig(Section):
+    """What one source needs."""
 
-    source: SourceName = "sotu"
-    """Where documents come from. "sotu": the State of the Union messages of the `sotu` package (no files, no network);
-    "tinyshakespeare": the 1.1 MB of the char-rnn example, downloaded or at `paths`; "text": UTF-8 text files; "jsonl":
-    JSON Lines with a "text" string in each line; "parquet": Parquet files with a "text" column (an "id" string is the
-    document's name in both); "fineweb_edu": FineWeb-Edu from the Hugging Face Hub; "synthetic": a learnable task."""
+    paths: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    """Files, folders or glob patterns, for "text" (*.txt and *.md in folders), "jsonl" (*.jsonl and *.ndjson, else
+    *.json) and "parquet" (*.parquet); text and JSON Lines may be compressed: .gz, .bz2, .xz, .zst. A file's documents
+    are named after it: its path inside the folder, else its own name, with the line or row (":12")."""
 
-    paths: tuple[str, ...] = ()
-    """Files, folders (all *.txt, *.jsonl or *.parquet inside) or glob patterns, for "text", "jsonl" and "parquet". A
-    file's documents are named after it: its path inside the folder, else its own name, with the line or row (":12")."""
+    text_column: Annotated[str, Field(min_length=1)] = "text"
+    """The field of the text in JSON Lines, the column of it in Parquet files."""
 
     text_split: Literal["file", "paragraphs"] = "file"
     """What a document is in a text file: the whole file, or each run of lines between blank lines."""
@@ -52,15 +52,66 @@ class DataConfig(Section):
     """"cache" downloads whole files before the run, each once; "stream" reads the row groups that are due from the Hub
     during the run and keeps nothing on disk."""
 
-    cache_folder: str | None = None
-    """Folder for downloads; unset: the Hugging Face cache, and ~/.cache/nsa for what is not from the Hub."""
-
     synthetic_task: Literal["copy", "recall"] = "copy"
     """"copy": random letters, then the same again; "recall": keys with values, then the keys in another order, each to
     be answered by its value."""
 
-    synthetic_length: Annotated[int, Field(ge=2, le=2**20)] = 64
+    synthetic_length: Annotated[int, Field(ge=2, le=2**17)] = 64
     """Letters to copy, or pairs to recall, in each document of "synthetic"; at most 676 pairs."""
+
+    @field_validator("paths", mode="before")
+    @classmethod
+    def _one_path(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
+
+class MixedSource(SourceConfig):
+    """One of the sources of a mix."""
+
+    source: OneSource = "sotu"
+    """Where its documents come from, as `data.source`."""
+
+    weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    """Its part in the rows that are trained on, against the weights of the others."""
+
+    name: Annotated[str, Field(min_length=1)] | None = None
+    """What its documents' names begin with; unset: its source."""
+
+    heldout: float | tuple[str, ...] | None = None
+    """Its documents kept for evaluation, as `data.heldout`, which holds where this is unset."""
+
+    @field_validator("heldout", mode="before")
+    @classmethod
+    def _fraction_or_names(cls, value: Any) -> Any:
+        return fraction_or_names(value)
+
+    @model_validator(mode="after")
+    def _paths_fit_the_source(self) -> MixedSource:
+        check_source(self.source, self)
+        return self
+
+    @property
+    def label(self) -> str:
+        """The name by which it is known."""
+        return self.name or self.source
+
+
+class DataConfig(SourceConfig):
+    """Source, tokenizer, held-out documents, shuffle and prefetching of one run."""
+
+    source: AnySource = "sotu"
+    """Where documents come from. "sotu": the State of the Union messages of the `sotu` package (no files, no network);
+    "tinyshakespeare": the 1.1 MB of the char-rnn example, downloaded or at `paths`; "text": UTF-8 text files; "jsonl":
+    JSON Lines with a "text" string in each line; "parquet": Parquet files with a "text" column (an "id" string is the
+    document's name in both); "fineweb_edu": FineWeb-Edu from the Hugging Face Hub; "synthetic": a learnable task;
+    "mix": several of these, listed in `mix`."""
+
+    mix: tuple[MixedSource, ...] = ()
+    """The sources of "mix", each with its weight and its own settings (docs/data.md)."""
+
+    cache_folder: Annotated[str, Field(min_length=1)] | None = None
+    """Folder for downloads and for what is unpacked; unset: the Hugging Face cache, and ~/.cache/nsa for what is not
+    from the Hub."""
 
     on_error: Literal["stop", "synthetic"] = "stop"
     """What a source that cannot be opened does: end with the error, or train on "synthetic" in its place, which is then
@@ -84,34 +135,62 @@ class DataConfig(Section):
     shuffle_window_tokens: Annotated[int, Field(ge=1, le=2**40)] = 2**24
     """Rows are shuffled among this many tokens of shuffled documents, which are in memory at a time."""
 
-    prefetch_batches: Annotated[int, Field(ge=1, le=1024)] = 8
+    prefetch_batches: Annotated[int, Field(ge=1, le=4096)] = 8
     """Batches that are ready before they are asked for."""
 
-    first_batch_timeout_s: Annotated[float, Field(gt=0, le=1e7)] = 600.0
+    first_batch_timeout_s: Annotated[float, Field(gt=0, le=LONGEST_WAIT_S)] = 600.0
     """Seconds after which a run whose first batch has not come ends with an error; downloads do not count."""
 
-    stall_timeout_s: Annotated[float, Field(gt=0, le=1e7)] = 300.0
+    stall_timeout_s: Annotated[float, Field(gt=0, le=LONGEST_WAIT_S)] = 300.0
     """Seconds of waiting for a later batch after which the run ends with an error."""
 
     @field_validator("heldout", mode="before")
     @classmethod
     def _fraction_or_names(cls, value: Any) -> Any:
-        if isinstance(value, str):
-            raise ValueError(f'must be a fraction or a list of names and patterns; write ["{value}"]')
-        if isinstance(value, float | int) and not 0 <= value < 1:
-            raise ValueError("as a fraction must be at least 0 and below 1")
-        return value
+        return fraction_or_names(value)
 
     @model_validator(mode="after")
-    def _paths_fit_the_source(self) -> DataConfig:
-        if self.paths and self.source not in NEEDS_PATHS + MAY_HAVE_PATHS:
+    def _fits_the_source(self) -> DataConfig:
+        if self.source != "mix":
+            check_source(self.source, self)
+        elif self.paths:
+            raise ValueError(f"a mix has paths in its sources, but paths are {list(self.paths)}; move them there")
+        if (self.source == "mix") != bool(self.mix):
             raise ValueError(
-                f'source "{self.source}" reads no files, but paths are {list(self.paths)}; set source or drop them'
+                f'source "{self.source}" with {len(self.mix)} sources in mix; write source: mix, and list some'
             )
-        if self.source in NEEDS_PATHS and not self.paths:
-            raise ValueError(f'source "{self.source}" needs paths: files, folders or glob patterns')
-        if self.source in MAY_HAVE_PATHS and len(self.paths) > 1:
-            raise ValueError(f'source "{self.source}" is one file, but paths are {list(self.paths)}')
-        if self.synthetic_task == "recall" and self.synthetic_length > NUM_KEYS:
-            raise ValueError(f"synthetic_length {self.synthetic_length} exceeds the {NUM_KEYS} keys of two letters")
+        labels = [entry.label for entry in self.mix]
+        if twice := sorted({label for label in labels if labels.count(label) > 1}):
+            raise ValueError(f"sources of mix are called {', '.join(twice)} more than once; give each its own name")
         return self
+
+    def of(self, entry: MixedSource) -> DataConfig:
+        """The config of one source of the mix, as if it were alone."""
+        own = entry.model_dump(exclude={"weight", "name"} | ({"heldout"} if entry.heldout is None else set()))
+        return self.model_copy(update={**own, "mix": ()})
+
+
+def fraction_or_names(value: Any) -> Any:
+    """`heldout` as it may be written; YAML takes a number such as 1e-2, without a dot, for a text."""
+    if isinstance(value, str):
+        try:
+            value = float(value)
+        except ValueError:
+            raise ValueError(f'must be a fraction or a list of names and patterns; write ["{value}"]') from None
+    if isinstance(value, float | int) and not 0 <= value < 1:
+        raise ValueError("as a fraction must be at least 0 and below 1")
+    return value
+
+
+def check_source(source: str, config: SourceConfig) -> None:
+    """Raise `ValueError` unless the settings of a source fit together."""
+    if config.paths and source not in NEEDS_PATHS + MAY_HAVE_PATHS:
+        raise ValueError(
+            f'source "{source}" reads no files, but paths are {list(config.paths)}; set source or drop them'
+        )
+    if source in NEEDS_PATHS and not config.paths:
+        raise ValueError(f'source "{source}" needs paths: files, folders or glob patterns')
+    if source in MAY_HAVE_PATHS and len(config.paths) > 1:
+        raise ValueError(f'source "{source}" is one file, but paths are {list(config.paths)}')
+    if config.synthetic_task == "recall" and config.synthetic_length > NUM_KEYS:
+        raise ValueError(f"synthetic_length {config.synthetic_length} exceeds the {NUM_KEYS} keys of two letters")

@@ -16,10 +16,11 @@ from typing import Any
 import numpy as np
 
 from nsa.data.blocks import BlockSource
-from nsa.data.config import DataConfig
+from nsa.data.config import DataConfig, MixedSource
 from nsa.data.documents import Documents, Source
 from nsa.data.errors import DataError
-from nsa.data.heldout import heldout_rule, split_documents
+from nsa.data.heldout import heldout_rule, split_documents, with_end_apart
+from nsa.data.mix import MixedCorpus
 from nsa.data.progress import Progress, say
 from nsa.data.sources import open_source
 from nsa.data.synthetic import SyntheticDocuments
@@ -30,14 +31,28 @@ EVAL_SEED = 0  # of the order in which blocks are searched for held-out document
 EVAL_TOKENS = 2**20
 EVAL_BLOCKS = 2**14
 FALLBACK_HELDOUT = 0.05
+MAX_NAMED = 4  # paths in the description of a source
 
 
-def open_corpus(config: DataConfig) -> Corpus:
-    """Open the source of a run; synthetic data in its place only where `config.on_error` says so.
+def open_corpus(config: DataConfig) -> Corpus | MixedCorpus:
+    """Open the source of a run, or all of a mix; synthetic data in its place only where `config.on_error` says so.
 
     Raises:
         DataError: the source cannot be used.
     """
+    if config.source == "mix":
+        return MixedCorpus(config, [_open_part(config, entry) for entry in config.mix])
+    return _open_one(config)
+
+
+def _open_part(config: DataConfig, entry: MixedSource) -> Corpus:
+    try:
+        return _open_one(config.of(entry))
+    except DataError as error:
+        raise DataError(f"data.mix, {entry.label}: {error}") from error
+
+
+def _open_one(config: DataConfig) -> Corpus:
     try:
         return Corpus(config, open_source(config))
     except DataError as error:
@@ -64,6 +79,15 @@ class Corpus:
         self.heldout = config.heldout
         if replaced_because and not isinstance(config.heldout, float | int):
             self.heldout = FALLBACK_HELDOUT
+        self._picked: PickedDocuments | None = None  # held-out documents of blocks, for the tokenizer of the run
+        self._end_of: str | None = None  # the one document whose end is held out
+        if isinstance(source, Documents) and len(source) == 1 and isinstance(self.heldout, float) and self.heldout:
+            self._end_of, self.source = source.name(0), with_end_apart(source, self.heldout)
+
+    @property
+    def parts(self) -> list[Corpus]:
+        """Itself, the only one."""
+        return [self]
 
     @property
     def description(self) -> str:
@@ -76,7 +100,8 @@ class Corpus:
             "fineweb_edu": f" ({config.hub_repo}, {config.hub_subset}, {config.hub_access})",
             "synthetic": f" ({config.synthetic_task} of {config.synthetic_length})",
         }
-        given = f" ({', '.join(config.paths)})" if config.paths else ""
+        more = f" and {len(config.paths) - MAX_NAMED:,} more" if len(config.paths) > MAX_NAMED else ""
+        given = f" ({', '.join(config.paths[:MAX_NAMED])}{more})" if config.paths else ""
         return config.source + details.get(config.source, given)
 
     @property
@@ -92,7 +117,7 @@ class Corpus:
     @cached_property
     def _split(self) -> tuple[list[int], list[int]]:
         assert not isinstance(self.source, BlockSource)
-        return split_documents(self.source, self.heldout)
+        return ([0], [1]) if self._end_of else split_documents(self.source, self.heldout)
 
     @cached_property
     def _rule(self) -> Callable[[str], bool]:
@@ -117,8 +142,16 @@ class Corpus:
         """
         if not isinstance(self.source, BlockSource):
             return self.source, self._split[1]
-        picked = _pick(self.source, self._rule, tokenizer, self.max_eval_tokens) if self.heldout else PickedDocuments()
-        return picked, sorted(picked.texts)
+        if not self.heldout:
+            return PickedDocuments(), []
+        if self._picked is None:
+            self._picked = _pick(self.source, self._rule, tokenizer, self.max_eval_tokens)
+        if not self._picked.texts:
+            raise DataError(
+                f"data.heldout {self.heldout} chooses none of the {len(self.source):,} documents, of which "
+                f"{EVAL_BLOCKS:,} blocks are searched at most; raise it, or name some"
+            )
+        return self._picked, sorted(self._picked.texts)
 
     @property
     def max_eval_tokens(self) -> int | None:
@@ -142,7 +175,7 @@ class Corpus:
             "description": self.description,
             "fingerprint": self.source.fingerprint,
             "num_documents": self.num_documents,
-            "held_out_rule": _rule_text(self.heldout),
+            "held_out_rule": self._rule_text(),
             "read": "in blocks during the run" if isinstance(self.source, BlockSource) else "into memory at the start",
             "paths": list(config.paths),
             "files": [asdict(file) for file in files],
@@ -154,6 +187,13 @@ class Corpus:
             values |= {"synthetic_task": self.source.task, "synthetic_length": self.source.length}
             values |= {"entropy_floor_nats_per_byte": self.source.entropy_floor_nats}
         return values
+
+    def _rule_text(self) -> str:
+        if self._end_of:
+            return f"the end of {self._end_of}, about {self.heldout:g} of it"
+        if isinstance(self.heldout, float | int):
+            return f"a fraction of {self.heldout:g}, by BLAKE2b of the name"
+        return "names and patterns: " + "; ".join(self.heldout)
 
 
 class PickedDocuments:
@@ -197,9 +237,3 @@ def _pick(
             break
         progress.reached(num_tokens)
     return picked
-
-
-def _rule_text(heldout: float | Sequence[str]) -> str:
-    if isinstance(heldout, float | int):
-        return f"a fraction of {heldout:g}, by BLAKE2b of the name"
-    return "names and patterns: " + "; ".join(heldout)

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import re
 from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatchcase
 
 from nsa.data.blocks import BlockSource
-from nsa.data.documents import Source
+from nsa.data.documents import Documents, Source
 from nsa.data.errors import DataError
 from nsa.data.progress import Progress
 
@@ -47,8 +48,31 @@ def split_documents(source: Source, heldout: float | Sequence[str]) -> tuple[lis
         held = _matching(names, heldout)
         chosen = {index for index, name in enumerate(names) if name in held}
     if len(chosen) == len(names):
-        raise DataError(f"data.heldout takes all {len(names)} documents and leaves none to train on; hold out fewer")
+        remedy = "hold out fewer" if len(names) > 1 else "a fraction such as 0.1 holds out its end"
+        raise DataError(f"data.heldout takes all {len(names)} documents and leaves none to train on; {remedy}")
     return [index for index in range(len(names)) if index not in chosen], sorted(chosen)
+
+
+def with_end_apart(documents: Documents, fraction: float) -> Documents:
+    """The only document in two, the first to train on and the end to hold out.
+
+    The cut is the one between two paragraphs that is nearest to `fraction` from the end, if that leaves between half of
+    it and one and a half times it; else the one between two lines, else between two words.
+
+    Raises:
+        DataError: one of the two would be empty.
+    """
+    name, text = documents.name(0), documents.text(0)
+    target, room = len(text) * (1 - fraction), len(text) * min(fraction, 1 - fraction) / 2
+    for boundary in (r"\n[ \t\r]*\n\s*", r"\n", r"\s+", r""):
+        cuts = (match.end() for match in re.finditer(boundary, text))
+        cut = min(cuts, key=lambda place: abs(place - target), default=-1)
+        if abs(cut - target) <= max(room, 1):
+            break
+    parts = text[:cut], text[cut:]
+    if not all(part.strip() for part in parts):
+        raise DataError(f"{name} is too short to hold out {fraction:g} of it; give more text, or set data.heldout to 0")
+    return Documents([name, f"{name} (end)"], parts, documents.files)
 
 
 def heldout_rule(source: BlockSource, heldout: float | Sequence[str]) -> Callable[[str], bool]:

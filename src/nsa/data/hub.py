@@ -8,6 +8,7 @@ HTTP ranges when they are due. An unreachable Hub is an error after a few second
 from __future__ import annotations
 
 import hashlib
+import os
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
@@ -15,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 from nsa.data.config import DataConfig
 from nsa.data.errors import DataError
-from nsa.data.files import read_bytes, unreadable
+from nsa.data.files import check_regular, unreadable
 from nsa.data.parquet import ParquetBlocks, ParquetInput
 from nsa.data.progress import say
+from nsa.data.unpack import DEFAULT_FOLDER
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import RepoFile
@@ -81,7 +83,9 @@ def fineweb_documents(config: DataConfig) -> ParquetBlocks:
             f"complete is kept"
         ) from error
     identity = repr((config.hub_repo, config.hub_revision, [(i.name, i.size_bytes, i.sha256) for i in inputs]))
-    return ParquetBlocks(inputs, hashlib.blake2b(identity.encode(), digest_size=16).hexdigest())
+    identity += "" if config.text_column == "text" else config.text_column
+    digest = hashlib.blake2b(identity.encode(), digest_size=16).hexdigest()
+    return ParquetBlocks(inputs, config.text_column, digest)
 
 
 def subset_folder(subset: str) -> str:
@@ -98,12 +102,12 @@ def shakespeare_file(config: DataConfig) -> Path:
         DataError: it does not come, or is another text.
     """
     if config.paths:
-        path = Path(config.paths[0]).expanduser()
+        path = Path(os.path.expanduser(config.paths[0]))
         remedy = f"use source text for other texts, or drop data.paths to download {SHAKESPEARE_URL}"
-        return _checked(path, read_bytes(path), remedy)
-    path = Path(config.cache_folder or "~/.cache/nsa").expanduser() / "tinyshakespeare.txt"
+        return _checked(path, _read(path), remedy)
+    path = Path(os.path.expanduser(config.cache_folder or DEFAULT_FOLDER)) / "tinyshakespeare.txt"
     if path.is_file():
-        return _checked(path, read_bytes(path), "remove the file")
+        return _checked(path, _read(path), "remove the file")
     say(f"downloading {SHAKESPEARE_URL} to {path}")
     try:
         with urllib.request.urlopen(SHAKESPEARE_URL, timeout=PROBE_TIMEOUT_S) as answer:
@@ -119,6 +123,15 @@ def shakespeare_file(config: DataConfig) -> Path:
     except OSError as error:
         raise unreadable(path, error) from error
     return path
+
+
+def _read(path: Path) -> bytes:
+    check_regular(path)
+    try:
+        with path.open("rb") as file:
+            return file.read(2 * SHAKESPEARE_BYTES)  # another file may be of any size
+    except OSError as error:
+        raise unreadable(path, error) from error
 
 
 def _checked(place: Any, content: bytes, remedy: str) -> Any:

@@ -91,15 +91,16 @@ class BatchBuilder:
         self._bounds = [0]
         self._num_filled = 0
 
-    def add(self, row: Iterable[Piece], tokens: Mapping[int, np.ndarray]) -> None:
-        """Put a row behind the ones before; `tokens` has the documents' tokens, end token included."""
+    def add(self, row: Iterable[Piece], tokens: Mapping[int, np.ndarray], first_id: int = 0) -> None:
+        """Put a row behind the ones before; `tokens` has the documents' tokens, end token included, and `first_id` is
+        added to their numbers."""
         index, column = self._num_filled, 0
         sequence_length = self._input_ids.shape[1]
         for document, start, stop in row:
             here = slice(column, column + stop - start)
             self._input_ids[index, here] = tokens[document][start:stop]
             self._labels[index, here] = tokens[document][start + 1 : stop + 1]
-            self._document_ids[index, here] = document
+            self._document_ids[index, here] = first_id + document
             column = here.stop
             self._bounds.append(index * sequence_length + column)
         if column < sequence_length:

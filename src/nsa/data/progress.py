@@ -23,7 +23,7 @@ class Progress:
 
     Args:
         what: the work.
-        total: its end, in any unit.
+        total: its end, in any unit; 0 where it is not known.
         notify: takes the lines.
         every_s: seconds between lines.
     """
@@ -39,5 +39,5 @@ class Progress:
         now_s = time.monotonic()
         if now_s - self._said_s >= self._every_s:
             self._said_s = now_s
-            share = f"{done / self._total:.0%}" if self._total else "all"
+            share = f"{done / self._total:.0%}" if self._total else f"{done:,.0f}"
             self._notify(f"{self._what}: {share} after {now_s - self._start_s:.0f} s")

@@ -16,11 +16,14 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from nsa.data.blocks import BlockSource, SourceFile
+import psutil
+
+from nsa.data.blocks import BlockSource, SourceFile, digest_of
 from nsa.data.config import DataConfig
+from nsa.data.contents import read_up_to, text_of
 from nsa.data.documents import Documents
 from nsa.data.errors import DataError
-from nsa.data.files import find_files, read_utf8
+from nsa.data.files import JSON, JSON_LINES, PARQUET, TEXT, NamedFile, check_regular, find_files, without_packing
 from nsa.data.hub import fineweb_documents, shakespeare_file
 from nsa.data.jsonl import JsonlBlocks, jsonl_documents
 from nsa.data.parquet import ParquetBlocks, local_inputs, parquet_documents
@@ -42,18 +45,22 @@ def open_source(config: DataConfig) -> Documents | BlockSource:
         case "tinyshakespeare":
             return shakespeare_documents(shakespeare_file(config))
         case "text":
-            return text_documents(find_files(config.paths, ".txt"), config.text_split)
+            return text_documents(find_files(config.paths, TEXT), config.text_split)
         case "jsonl":
-            files = find_files(config.paths, ".jsonl")
-            return jsonl_documents(files) if _fits_memory(files, config) else JsonlBlocks(files)
+            files, limit_bytes = find_files(config.paths, JSON_LINES, JSON), config.in_memory_mib * MIB
+            documents = jsonl_documents(files, config.text_column, limit_bytes)
+            return documents if documents is not None else JsonlBlocks(files, config.text_column, config.cache_folder)
         case "parquet":
-            files = find_files(config.paths, ".parquet")
-            blocks = ParquetBlocks(local_inputs(files))
-            return parquet_documents(blocks) if _fits_memory(files, config) else blocks
+            files = find_files(config.paths, PARQUET)
+            blocks = ParquetBlocks(local_inputs(files), config.text_column)
+            size_bytes = sum(file.size_bytes for file in blocks.files)
+            return parquet_documents(blocks) if size_bytes <= config.in_memory_mib * MIB else blocks
         case "fineweb_edu":
             return fineweb_documents(config)
         case "synthetic":
             return SyntheticDocuments(config.synthetic_task, config.synthetic_length)
+        case "mix":
+            raise ValueError("a mix is several sources; `open_corpus` opens each")
 
 
 def sotu_documents() -> Documents:
@@ -74,7 +81,7 @@ def sotu_documents() -> Documents:
 
 def shakespeare_documents(path: Path) -> Documents:
     """Tiny Shakespeare in documents of a hundred speeches, named by the line that they start at."""
-    paragraphs = list(_paragraphs(read_utf8(path)))
+    paragraphs = list(_paragraphs(text_of(path.read_bytes(), path)))
     starts = range(0, len(paragraphs), SHAKESPEARE_SPEECHES)
     parts = [paragraphs[start : start + SHAKESPEARE_SPEECHES] for start in starts]
     names = [f"tinyshakespeare:{part[0][0]}" for part in parts]
@@ -82,16 +89,36 @@ def shakespeare_documents(path: Path) -> Documents:
     return Documents(names, texts, [SourceFile(path.name, path.stat().st_size, len(names))])
 
 
-def text_documents(files: Sequence[tuple[str, Path]], text_split: str) -> Documents:
-    """A document for each file, or for each paragraph, which is named by the line it starts at ("a.txt:12")."""
+def text_documents(files: Sequence[NamedFile], text_split: str) -> Documents:
+    """A document for each file, or for each paragraph, which is named by the line it starts at ("a.txt:12").
+
+    Raises:
+        DataError: a file is empty or no UTF-8 text, or all together are too large for the memory.
+    """
     names, texts, index = [], [], []
-    for name, path in files:
-        text = read_utf8(path)
+    room = limit_bytes = psutil.virtual_memory().total // 2
+    for file in files:
+        if without_packing(file.path.name).endswith(JSON_LINES):
+            raise DataError(
+                f'{file.path} is JSON Lines, and source "text" would train on its brackets; set data.source to "jsonl"'
+            )
+        text = _read_text(file.path, room, limit_bytes)
+        room -= len(text)
         parts = [(0, text)] if text_split == "file" else list(_paragraphs(text))
-        names += [f"{name}:{line}" if line else name for line, _ in parts]
+        names += [f"{file.plain_name}:{line}" if line else file.plain_name for line, _ in parts]
         texts += [part for _, part in parts]
-        index.append(SourceFile(name, path.stat().st_size, len(parts)))
+        index.append(SourceFile(file.name, file.path.stat().st_size, len(parts), digest=digest_of(text)))
     return Documents(names, texts, index)
+
+
+def _read_text(path: Path, room_bytes: int, limit_bytes: int) -> str:
+    content = read_up_to(path, room_bytes) if check_regular(path).st_size <= room_bytes else None
+    if content is None:
+        raise DataError(
+            f"{path}: the text files hold more than {limit_bytes / 2**30:.1f} GiB, half of this machine's memory; "
+            f"write them as JSON Lines, a line for each document, which are read by blocks"
+        )
+    return text_of(content, path)
 
 
 def _paragraphs(text: str) -> Iterator[tuple[int, str]]:
@@ -103,7 +130,3 @@ def _paragraphs(text: str) -> Iterator[tuple[int, str]]:
         elif block:
             yield number - len(block), "\n".join(block).rstrip("\r")
             block = []
-
-
-def _fits_memory(files: Sequence[tuple[str, Path]], config: DataConfig) -> bool:
-    return sum(path.stat().st_size for _, path in files) <= config.in_memory_mib * MIB

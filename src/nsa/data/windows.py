@@ -16,7 +16,7 @@ from typing import Protocol
 
 import numpy as np
 
-from nsa.data.blocks import BlockSource
+from nsa.data.blocks import BlockSource, SourceFile
 from nsa.data.documents import Source
 from nsa.data.packing import Piece, cut_document, pack_rows
 from nsa.data.tokenizers import Tokenizer
@@ -30,6 +30,8 @@ class TrainingDocuments(Protocol):
 
     @property
     def identity(self) -> tuple: ...
+    @property
+    def files(self) -> Sequence[SourceFile]: ...
     @property
     def num_units(self) -> int: ...
     @property
@@ -54,7 +56,7 @@ class ChosenDocuments:
 
     def __init__(self, source: Source, documents: Sequence[int]) -> None:
         self._source, self._documents = source, np.asarray(documents, dtype=np.int64)
-        self.identity = (source.fingerprint, list(documents))
+        self.identity, self.files = (source.fingerprint, list(documents)), getattr(source, "files", ())
         self.num_documents = len(documents)
 
     @property
@@ -85,7 +87,7 @@ class BlocksToTrainOn:
 
     def __init__(self, source: BlockSource, held_out: Callable[[str], bool], rule: object) -> None:
         self._source, self._held_out = source, held_out
-        self.identity = (source.fingerprint, "blocks", repr(rule))
+        self.identity, self.files = (source.fingerprint, "blocks", repr(rule)), getattr(source, "files", ())
 
     @property
     def num_units(self) -> int:

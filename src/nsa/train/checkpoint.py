@@ -179,7 +179,7 @@ class Listing:
         try:
             values = json.loads(path.read_text("utf-8"), object_pairs_hook=_once)
             listing = cls(values.pop("step"), values.pop("world_size"), values.pop("files"))
-            files = {name: FileSum(**entry) for name, entry in listing.files.items()}
+            files = {name: FileSum(**entry) for name, entry in dict[str, Any](listing.files).items()}
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"{path} cannot be read: {type(error).__name__}: {error}") from None
         if values or {type(listing.step), type(listing.world_size)} != {int} or listing.world_size < 1:

@@ -3,8 +3,8 @@
     load(state, storage_reader=PlainReader(folder), planner=PlainPlanner(), no_dist=True)
 
 DCP keeps two things as pickles, which can name any function to call: `.metadata`, which says where each tensor lies,
-and values that are no tensors, such as an optimizer's settings. Here the first may name the types in `ALLOWED` only, and
-the second are read as torch's weights are, tensors and plain values.
+and values that are no tensors, such as an optimizer's settings. Here the first may name the types in `ALLOWED` alone,
+and the second are read as torch's weights are, tensors and plain values.
 """
 
 from __future__ import annotations
@@ -48,16 +48,7 @@ ALLOWED = frozenset(
 
 PATHS = frozenset({("pathlib", "PosixPath"), ("pathlib", "PurePosixPath"), ("pathlib._local", "PosixPath")})
 METADATA = ".metadata"
-UNREADABLE = (
-    pickle.UnpicklingError,
-    EOFError,
-    AttributeError,
-    IndexError,
-    KeyError,
-    TypeError,
-    ValueError,
-    ImportError,
-)
+UNREADABLE = (pickle.UnpicklingError, EOFError, AttributeError, ImportError, LookupError, TypeError, ValueError)
 """What unpickling raises for bytes that are no pickle, or one of something else."""
 
 

@@ -55,7 +55,9 @@ class RunSection(Section):
     @classmethod
     def _is_a_folder_name(cls, name: str) -> str:
         if not RUN_NAME.fullmatch(name):
-            raise ValueError("must be at most 100 letters, digits, dots, dashes and underscores, a letter or digit first")
+            raise ValueError(
+                "must be at most 100 letters, digits, dots, dashes and underscores, a letter or digit first"
+            )
         return name
 
     @field_validator("device")

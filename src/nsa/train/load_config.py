@@ -23,9 +23,24 @@ from nsa.train.packaged_configs import find_config
 from nsa.train.yaml_file import ConfigError, read_yaml, write_yaml
 
 MAX_SHOWN = 8  # wrong entries in one message
-_SAID_BY_US = {"model_type": "must be keys with values, as `key: value`", "invalid_key": "must be a name of letters"}
+_TYPES = ("int", "float", "str", "bool")
+_SAID_BY_US = {
+    "model_type": "must be keys with values, as `key: value`",
+    "invalid_key": "must be a name of letters",
+    "tuple_type": "must be a list, as [a, b]",
+    "string_type": "must be a text (string), in quotes where it looks like something else",
+}
 
-__all__ = ["ConfigError", "config_kinds", "dump_config", "load_config", "override_config", "parse_config"]
+__all__ = [
+    "ConfigError",
+    "config_kinds",
+    "dump_config",
+    "load_config",
+    "override_config",
+    "parse_config",
+    "read_config",
+    "read_overrides",
+]
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -67,17 +82,30 @@ def override_config(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
     Raises:
         ConfigError: an option is unknown or its value wrong.
     """
-    values, kinds = config.model_dump(), config_kinds()
+    given = read_overrides(overrides)
+    if not given:
+        return config
+    values = config.model_dump()
+    for name, value in given.items():
+        section, _, key = name.partition(".")
+        values[section][key] = value
+    return _checked(values, "", given)
+
+
+def read_overrides(overrides: Sequence[str]) -> dict[str, Any]:
+    """Dotted keys with their values, of the right types but not yet checked in a config.
+
+    Raises:
+        ConfigError: as `override_config`.
+    """
+    kinds = config_kinds()
     try:
         words, options = split_options(overrides, kinds)
         if words:
             raise OptionError(f"{_short(words[0])} is one word too many; keys are given as --section.key value")
-        for name, given in options.items():
-            section, _, key = name.partition(".")
-            values[section][key] = option_value(kinds[name], given, f"--{name}")
+        return {name: option_value(kinds[name], given, f"--{name}") for name, given in options.items()}
     except OptionError as error:
         raise ConfigError(str(error)) from None
-    return _checked(values, "", options) if options else config
 
 
 def dump_config(config: RunConfig) -> str:
@@ -114,8 +142,8 @@ def _explain(problem: dict[str, Any], options: Collection[str]) -> str:
     location = [str(part) for part in problem["loc"]]
     if problem["type"] == "extra_forbidden":
         return _unknown(location)
-    # Behind the key stand places in a list, and pydantic's names of the types that the value might have.
-    key = ".".join([*location[:2], *(part for part in location[2:] if part.isdecimal())])
+    # Behind the key stand places in a list, keys there, and pydantic's names of the types that the value might have.
+    key = ".".join([*location[:2], *(part for part in location[2:] if part not in _TYPES and "[" not in part)])
     message = _SAID_BY_US.get(problem["type"], problem["msg"].removeprefix("Value error, "))
     for subject in ("Input should ", "Tuple should ", "String should "):
         message = message.replace(subject, "must ", 1)
@@ -130,7 +158,8 @@ def _unknown(location: Sequence[str]) -> str:
     known = list(config_kinds(sections=True))
     key = ".".join(location)
     same_section = [name for name in known if name.rpartition(".")[0] == ".".join(location[:-1])]
-    near = _nearest(location[-1], same_section) or _nearest(location[-1], known)
+    elsewhere = [name for name in known if name.rpartition(".")[2] == location[-1]]
+    near = next(iter(elsewhere), None) or _nearest(location[-1], same_section) or _nearest(location[-1], known)
     hint = f"did you mean {near}?" if near else f"known there: {', '.join(same_section) or ', '.join(known)}"
     return f"{_short(key, quoted=False)} is unknown; {hint}"
 

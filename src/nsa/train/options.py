@@ -78,9 +78,11 @@ def unknown_option(name: str, known: Collection[str]) -> OptionError:
     """The error for an option that is not among the `known` dotted names, with the nearest that is."""
     by_last_part = {key.rpartition(".")[2]: key for key in known}
     near = difflib.get_close_matches(name, known, n=1)
-    near = near or [by_last_part[last] for last in difflib.get_close_matches(name.rpartition(".")[2], by_last_part, n=1)]
+    near = near or [
+        by_last_part[last] for last in difflib.get_close_matches(name.rpartition(".")[2], by_last_part, n=1)
+    ]
     hint = f"did you mean --{near[0]}?" if near else "--help lists the options"
-    return OptionError(f"the option --{name} is unknown; {hint}")
+    return OptionError(f"the option --{_short(name)} is unknown; {hint}")
 
 
 def option_value(kind: Any, words: Sequence[str], option: str) -> Any:
@@ -128,9 +130,9 @@ def _values(kinds: Sequence[Any], words: Sequence[str], option: str) -> tuple[An
         except ConfigError:
             listed = None  # such as the pattern [ab]*[cd]
         if isinstance(listed, list):
-            words = [item if isinstance(item, str) else str(item) for item in listed]
-            if not words:
-                return ()
+            if any(isinstance(item, dict) for item in listed) or not listed:
+                return tuple(listed)  # sections, which the config checks
+            words = list(map(str, listed))
     if not words:
         raise OptionError(f"{option} needs a value; [] is an empty list")
     if kinds[-1] is Ellipsis:
@@ -161,6 +163,8 @@ def _scalar(kind: Any, word: str, option: str) -> Any:
         if not math.isfinite(number):
             raise OptionError(f"{option} must be a finite number, not {_short(word)!r}")
         return number
+    if kind not in (str, Path):
+        raise OptionError(f"{option} must be a list of sections, as [{{key: value}}], not {_short(word)!r}")
     if "\0" in word:
         raise OptionError(f"{option} must hold no NUL character")
     return Path(word) if kind is Path else word

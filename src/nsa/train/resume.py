@@ -15,21 +15,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from nsa.train.checkpoint import RUN_CONFIG
 from nsa.train.checkpoint_load import choose_checkpoint
 from nsa.train.config import RunConfig
-from nsa.train.load_config import dump_config, load_config, override_config
-from nsa.train.observe.csv_log import HEALTH_COLUMNS, TRAINING_COLUMNS, VALIDATION_COLUMNS, read_csv
+from nsa.train.halt import clear_stale_halt
+from nsa.train.load_config import dump_config, override_config, read_config
 from nsa.train.observe.environment import snapshot
-from nsa.train.observe.heartbeat import heartbeat_files, read_heartbeats
 from nsa.train.observe.summary import data_index, describe
 from nsa.train.parallel import Parallel, one_process
 from nsa.train.preflight.report import examine_resume
+from nsa.train.restore import put_damaged_beats_aside, restore_tables
+from nsa.train.resume_config import StoredConfig, changed_keys, check_unchanged, stored_config
 from nsa.train.resume_keys import ALLOWED, ALLOWED_SECTIONS
+from nsa.train.run_files import check_run_files
 from nsa.train.run_folder import RunFolder, read_json, write_json, write_text
-from nsa.train.stop import clear_stale_halt
 from nsa.train.trainer import Trainer
 
 T = TypeVar("T")
+
+IN_REPORT = {"description", "replaced_because", "held_out_documents"}  # what a report needs of `data_index.json`
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,7 @@ class ResumedFrom:
         count: how often the run has been resumed, this time included.
         unix_time_s: when.
         world_size: ranks that go on.
-        changed: keys of the config with their old and new values.
+        changed: keys of the config with the values before the checkpoint and from now on.
     """
 
     checkpoint: str | None
@@ -84,20 +88,17 @@ def prepare_resume(
         raise
 
 
-def resumed_config(run: Path, overrides: Sequence[str]) -> tuple[RunConfig, RunConfig]:
+def resumed_config(run: Path, overrides: Sequence[str]) -> tuple[StoredConfig, RunConfig]:
     """The stored config of a run, and the same with overrides.
 
     Raises:
-        ValueError: this is no run folder, or an override is not allowed.
+        ValueError: this is no run folder, its `config.yaml` is not of its checkpoints, or an override is not allowed.
     """
-    path = run / "config.yaml"
-    if not path.is_file():
-        raise ValueError(
-            f"{run} is no run folder: it holds no config.yaml; give the folder of a run, such as runs/NAME"
-        )
-    stored = load_config(path)
-    config = override_config(stored, overrides)
-    refused = [name for name in changed_keys(stored, config) if not _allowed(name)]
+    if not run.is_dir():
+        raise ValueError(f"{run} is no run folder; give the folder of a run, such as runs/NAME")
+    path, stored = run / "config.yaml", stored_config(run, is_allowed)
+    config = override_config(stored.wanted, overrides)
+    refused = [name for name in changed_keys(stored.wanted, config) if not is_allowed(name)]
     if refused:
         lines = [f"  {name}" for name in refused]
         raise ValueError(
@@ -112,17 +113,6 @@ def resumed_config(run: Path, overrides: Sequence[str]) -> tuple[RunConfig, RunC
             )
         )
     return stored, config
-
-
-def changed_keys(before: RunConfig, after: RunConfig) -> dict[str, list[Any]]:
-    """Dotted keys whose values differ, with the value before and after."""
-    old, new = before.model_dump(mode="json"), after.model_dump(mode="json")
-    return {
-        f"{section}.{key}": [old[section][key], new[section][key]]
-        for section in new
-        for key in new[section]
-        if old[section][key] != new[section][key]
-    }
 
 
 def on_main(parallel: Parallel, action: Callable[[], T]) -> T:
@@ -141,21 +131,30 @@ def on_main(parallel: Parallel, action: Callable[[], T]) -> T:
 
 def _prepare_locked(
     folder: RunFolder,
-    stored: RunConfig,
+    stored: StoredConfig,
     config: RunConfig,
     command: Sequence[str],
     parallel: Parallel,
     say: Callable[[str], object],
 ) -> tuple[Trainer, RunFolder]:
     before = on_main(parallel, lambda: _look_into(folder, config, parallel))
+    if stored.note:
+        say(f"note: {stored.note}")
     trainer = Trainer(config, parallel)
     say(f"checking the checkpoints in {folder.checkpoints}")
     checkpoint, damaged = on_main(parallel, lambda: choose_checkpoint(folder.checkpoints))
     for note in damaged:
         say(f"note: {note}")
+    trained = stored.trained
+    if checkpoint is not None:
+        # Its contents were read only now: it may be an older one than that whose config was taken.
+        source = checkpoint / RUN_CONFIG
+        trained = read_config(source)
+        check_unchanged(trained, config, is_allowed, path=folder.config_yaml, source=source)
     if checkpoint is not None and (note := trainer.load(checkpoint)):
         say(f"note: {note}")
-    if before.get("state") == "finished" and trainer.step >= config.train.steps:
+    done = before.get("state") == "finished" and not before.get("report_failure")
+    if done and trainer.step >= config.train.steps:
         raise ValueError(
             f"{folder.path} has finished its {config.train.steps} steps; to go on, give more: --train.steps "
             f"{2 * config.train.steps}"
@@ -166,60 +165,53 @@ def _prepare_locked(
             f"checkpoint; restore one from a copy, or begin anew: nsa train {folder.config_yaml} --run.name "
             f"{config.run.name}-2"
         )
-    count = ((before.get("resumed_from") or {}).get("count") or 0) + 1
-    changed = changed_keys(stored, config)
-    source = checkpoint and checkpoint.name
-    resumed = ResumedFrom(source, trainer.step, count, time.time(), parallel.world_size, changed)
+    changed = changed_keys(trained, config)
+    name = checkpoint and checkpoint.name
+    resumed = ResumedFrom(name, trainer.step, _count(before) + 1, time.time(), parallel.world_size, changed)
     say(describe(trainer))
     say(_announcement(folder, resumed))
     env = snapshot(trainer.device, command)
-    if note := on_main(parallel, lambda: _record(folder, trainer, resumed, env)):
+    for note in on_main(parallel, lambda: _record(folder, trainer, checkpoint, resumed, env)):
         say(f"note: {note}")
     return trainer, folder
 
 
 def _look_into(folder: RunFolder, config: RunConfig, parallel: Parallel) -> dict[str, Any]:
-    """What `status.json` says, {} where it is lost; raises `ValueError` for what would end the run later on.
-
-    Tables and beats are read again when the run ends: one that cannot be read must not cost the report then.
-    """
+    """What `status.json` says, {} where it is lost; raises `ValueError` for what would end the run later on."""
+    check_run_files(folder.path)
     examine_resume(config, folder.path, world_size=parallel.world_size).raise_if_refused()
-    tables = {
-        folder.training_csv: TRAINING_COLUMNS,
-        folder.val_csv: VALIDATION_COLUMNS,
-        folder.health_csv: HEALTH_COLUMNS,
-    }
-    for path, columns in tables.items():
-        if path.is_file():
-            _readable(path, lambda path=path, columns=columns: read_csv(path, columns))
-    for path in heartbeat_files(folder.path).values():
-        _readable(path, lambda path=path: read_heartbeats(path))
     return read_json(folder.status_json) or {}
 
 
-def _readable(path: Path, read: Callable[[], object]) -> None:
-    try:
-        read()
-    except ValueError as error:
-        raise ValueError(f"{error}; correct that line, or move {path} away, and a new one is begun") from None
+def _count(status: dict[str, Any]) -> int:
+    """How often a run has been resumed, by its status, which may be damaged."""
+    resumed_from = status.get("resumed_from")
+    count = resumed_from.get("count") if isinstance(resumed_from, dict) else None
+    return count if isinstance(count, int) else 0
 
 
-def _record(folder: RunFolder, trainer: Trainer, resumed: ResumedFrom, env: dict[str, Any]) -> str | None:
+def _record(
+    folder: RunFolder, trainer: Trainer, checkpoint: Path | None, resumed: ResumedFrom, env: dict[str, Any]
+) -> list[str]:
     """Write config, environment and status of the resumed run, and what of the folder was lost.
 
     Returns:
-        A line about a stale HALT file, or None.
+        A line about everything that was put aside, restored or lost.
     """
-    note = clear_stale_halt(folder.halt)
+    stale = clear_stale_halt(folder.halt, folder.lock.since_ns())
+    notes = [*([stale] if stale else []), *restore_tables(folder, checkpoint, resumed.step)]
+    notes += put_damaged_beats_aside(folder)
     write_text(folder.config_yaml, dump_config(trainer.config))
     folder.samples.mkdir(exist_ok=True)
-    if read_json(folder.data_index_json) is None:
+    if not (read_json(folder.data_index_json) or {}).keys() >= IN_REPORT:
         write_json(folder.data_index_json, data_index(trainer))
-    first = read_json(folder.env_json) or env
+    first = env | (read_json(folder.env_json) or {})
     now = {name: value for name, value in env.items() if first.get(name) != value}
-    write_json(folder.env_json, {**first, "resumed": [*first.get("resumed", []), {**vars(resumed), **now}]})
+    before = first.get("resumed")
+    all_resumed = [*(before if isinstance(before, list) else []), {**vars(resumed), **now}]
+    write_json(folder.env_json, {**first, "resumed": all_resumed})
     folder.begin_again(step=resumed.step, resumed_from=vars(resumed))
-    return note
+    return notes
 
 
 def _announcement(folder: RunFolder, resumed: ResumedFrom) -> str:
@@ -230,7 +222,8 @@ def _announcement(folder: RunFolder, resumed: ResumedFrom) -> str:
     return "\n".join(lines)
 
 
-def _allowed(name: str) -> bool:
+def is_allowed(name: str) -> bool:
+    """Whether a resumed run may change this key."""
     return name in ALLOWED or name.partition(".")[0] in ALLOWED_SECTIONS
 
 

@@ -31,7 +31,7 @@ from nsa.train.observe.summary import data_index, describe, final_metrics, kerne
 from nsa.train.observe.telemetry import Telemetry
 from nsa.train.observe.thresholds import Thresholds
 from nsa.train.parallel import Parallel
-from nsa.train.preflight.report import examine
+from nsa.train.preflight.report import examine, examine_corpus
 from nsa.train.run_folder import FailureStatus, RunFolder, check_unused, write_json
 from nsa.train.stop import Stop, StopRequest
 from nsa.train.trainer import Trainer
@@ -74,6 +74,8 @@ def prepare(
     report = examine(config, world_size=parallel.world_size if parallel else 1, thorough=False)
     report.raise_if_refused()
     trainer = Trainer(config, parallel)
+    report = examine_corpus(report, trainer.corpus, trainer.tokenizer)
+    report.raise_if_refused()
     folder = RunFolder(path)
     trainer.parallel.barrier()  # all ranks have looked before one makes the folder
     if trainer.parallel.is_main:
@@ -83,7 +85,7 @@ def prepare(
             config_yaml=dump_config(config),
             env=snapshot(trainer.device, command)
             | {"routing": routing_values(trainer), "kernels": kernel_values(trainer)}
-            | {"num_parameters": trainer.model.num_parameters()},
+            | {"num_parameters": trainer.model.num_parameters(), "config": config.model_dump(mode="json")},
             data_index=data_index(trainer),
             preflight=report.values(),
         )
@@ -194,7 +196,7 @@ def finish(
             write_json(folder.metrics_json, metrics)
             draw_curves(folder, folder.curves_png)
             write_report(folder, trainer.config, metrics)
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ReportError(f"the report of {folder.path} could not be written: {error}") from error
         folder.write_status(**status.ended)
     return Outcome(folder, stopped_by, metrics)

@@ -154,6 +154,12 @@ def _whole_lines(file: IO[str]) -> Iterator[str]:
         yield line
 
 
+def rows_until(path: Path, columns: Sequence[str], last_step: int) -> str:
+    """The text of a table with the rows up to a step; raises `ValueError` as `read_csv` does."""
+    kept = [line for line, row in _read_lines(path, columns) if (row["step"] or 0) <= last_step]
+    return "".join(f"{line}\n" for line in [",".join(columns), *kept])
+
+
 def column(rows: Sequence[Row], name: str) -> list[float]:
     """One column of a table; an empty cell is NaN."""
     return [math.nan if (value := row[name]) is None else value for row in rows]
@@ -178,8 +184,7 @@ def _read_lines(path: Path, columns: Sequence[str]) -> list[tuple[str, Row]]:
 
 def _cut(path: Path, columns: Sequence[str], last_step: int) -> None:
     """Take the rows after `last_step` out of a table, and a last line without its newline."""
-    kept = [line for line, row in _read_lines(path, columns) if (row["step"] or 0) <= last_step]
-    write_text(path, "".join(f"{line}\n" for line in [",".join(columns), *kept]))
+    write_text(path, rows_until(path, columns, last_step))
 
 
 def _parse(cells: Sequence[str], columns: Sequence[str], where: str) -> Row:

@@ -16,13 +16,15 @@ from typing import Any
 
 import torch
 
+from nsa.data.corpus import Corpus
 from nsa.data.errors import DataError
+from nsa.data.mix import MixedCorpus
 from nsa.data.tokenizers import GPT2_VOCAB_SIZE, ByteTokenizer, Tokenizer, load_tokenizer
 from nsa.train import estimate
 from nsa.train.config import RunConfig
 from nsa.train.device import choose_device
 from nsa.train.estimate import Speed
-from nsa.train.preflight.data_rules import check_data
+from nsa.train.preflight.data_rules import check_corpus, check_data
 from nsa.train.preflight.findings import Finding
 from nsa.train.preflight.leak import find_leaks, probe_length
 from nsa.train.preflight.machine import Machine, machine_here
@@ -131,6 +133,22 @@ def examine(config: RunConfig, *, machine: Machine | None = None, world_size: in
     if thorough and tokenizer is not None and plan.is_here:
         findings += check_data(config, tokenizer, world_size)
     return _report(plan, [*findings, *check(plan)], start_s)
+
+
+def examine_corpus(report: Report, corpus: Corpus | MixedCorpus, tokenizer: Tokenizer) -> Report:
+    """`report` with what is found in data that are open.
+
+    Args:
+        report: of the same run, not thorough.
+        corpus: the run's documents.
+        tokenizer: of the run.
+
+    Raises:
+        DataError: no document is held out, or one cannot be read.
+    """
+    start_s = time.perf_counter()
+    findings = [*report.findings, *check_corpus(corpus, tokenizer)]
+    return _report(report.plan, findings, start_s - report.seconds)
 
 
 def examine_resume(config: RunConfig, run: Path, *, world_size: int = 1) -> Report:
