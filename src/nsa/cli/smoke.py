@@ -19,6 +19,7 @@ from nsa.cli import EXIT_DONE, EXIT_FAILED, fail
 from nsa.cli.arguments import parse
 from nsa.terminal import printable
 from nsa.train.device_name import check_device_name
+from nsa.train.observe.folders import check_place
 
 # What needs torch is imported when the arguments are read.
 if TYPE_CHECKING:
@@ -72,8 +73,12 @@ def run(given: SmokeArguments) -> int:
     baseline = None
     if not given.update_baseline and (given.baseline is not None or path.is_file()):
         baseline = read_baseline(path)
-    if given.folder is not None and given.folder.exists():
-        raise ValueError(f"{given.folder} exists already and is left as it is; give --folder another name")
+    if given.folder is not None:
+        if given.folder.exists():
+            raise ValueError(f"{given.folder} exists already and is left as it is; give --folder another name")
+        check_place(given.folder, "--folder")
+    if given.update_baseline:
+        check_place(path, "--baseline")
     folder = given.folder or Path(tempfile.mkdtemp(prefix="nsa-smoke-"))
     check = SmokeCheck(folder, device)
     if not _all_steps_pass(check):

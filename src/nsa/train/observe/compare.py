@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
 from nsa.train.observe.curves import Curves, Points, draw_curves, save, thinned, zoom
-from nsa.train.observe.folders import open_run_folder
+from nsa.train.observe.folders import check_place, open_run_folder
 from nsa.train.observe.run_facts import RunFacts, differences, run_facts
 from nsa.train.observe.text import cell
 from nsa.train.run_folder import RunFolder
@@ -47,8 +47,7 @@ def compare_runs(runs: Sequence[Path], out: Path) -> str:
     facts = [run_facts(open_run_folder(Path(run))) for run in runs]
     csv_path, png_path = (out.with_name(f"{out.name}.{ending}") for ending in ("csv", "png"))
     for path in (csv_path, png_path):
-        if path.exists() and not path.is_file():
-            raise ValueError(f"{path} is no file; give --out another name")
+        check_place(path, "--out")
     out.parent.mkdir(parents=True, exist_ok=True)
     with csv_path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")

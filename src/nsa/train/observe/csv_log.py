@@ -197,7 +197,9 @@ def parse_cell(name: str, cell: str, where: str) -> float | int | None:
     """A cell as a number, None if it is empty; `where` names it in the `ValueError` for one that is no number."""
     kind = int if name in INTEGER_COLUMNS else float
     try:
-        return kind(cell[:MAX_CELL]) if cell else None
+        if len(cell) > MAX_CELL:
+            raise ValueError
+        return kind(cell) if cell else None
     except ValueError:
         what = "a whole number" if kind is int else "a number"
         raise ValueError(f"{where}: {name} is {printable(cell[:40])!r}, not {what}; {MEND_TABLE}") from None

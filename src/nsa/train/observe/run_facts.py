@@ -52,7 +52,9 @@ def run_facts(folder: RunFolder) -> RunFacts:
     if not folder.training_csv.is_file():
         raise ValueError(f"{folder.path} has no training.csv: its training has not begun; wait for the first step")
     curves = read_curves(folder)
-    settings = flat(read_yaml(folder.config_yaml)) if folder.config_yaml.is_file() else {}
+    if folder.config_yaml.exists() and not folder.config_yaml.is_file():
+        raise ValueError(f"{folder.config_yaml} is no file; move it away")
+    settings = flat(read_yaml(folder.config_yaml)) if folder.config_yaml.exists() else {}
     metrics, env = read_json(folder.metrics_json) or {}, read_json(folder.env_json) or {}
     parameters = metrics.get("num_parameters", env.get("num_parameters"))
     training = curves.training
