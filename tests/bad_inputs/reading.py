@@ -132,7 +132,7 @@ def smoke(name: str, says: tuple[str, ...], prepare: Prepare) -> BadInput:
 WATCH_OPTIONS = [
     BadInput("watch without a run", "watch", ("RUN must be given", "--help")),
     BadInput("watch two runs", "watch r r", ("'r'", "one word too many"), run()),
-    BadInput("watch with an unknown option", "watch r --intervall_s 3", ("intervall_s", "interval_s"), run()),
+    BadInput("watch with an unknown option", "watch r --intervals_s 3", ("intervals_s", "interval_s"), run()),
     BadInput("watch no folder", "watch absent --once", ("there is no absent", "runs/NAME")),
     BadInput("watch a file", "watch c.yaml --once", ("c.yaml is a file", "give the folder of a run")),
     BadInput("watch the folder of runs", "watch . --once", ("is no run folder", "runs/NAME"), run()),

@@ -120,9 +120,11 @@ def _state(folder: RunFolder) -> str:
 
 def _memory(folder: RunFolder) -> str:
     """The most that any rank of the run has held, by its heartbeats."""
-    beats = [beat for path in heartbeat_files(folder.path).values() for beat in read_heartbeats(path)]
-    on_device = max((beat.gpu_reserved_gib or 0.0 for beat in beats), default=0.0)
-    on_host = max((beat.host_rss_gib or 0.0 for beat in beats), default=0.0)
+    on_device = on_host = 0.0
+    for path in heartbeat_files(folder.path).values():
+        for beat in read_heartbeats(path):
+            on_device = max(on_device, beat.gpu_reserved_gib or 0.0)
+            on_host = max(on_host, beat.host_rss_gib or 0.0)
     if on_device:
         return f"{on_device:.2f} GiB a GPU"
     return f"{on_host:.2f} GiB on the host" if on_host else "-"
