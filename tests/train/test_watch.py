@@ -287,6 +287,17 @@ def test_an_endless_heartbeat_is_read_from_its_end(run: Path, clock: Clock, monk
     assert len(parsed) == 200  # two files share what is kept, each with no less than its least
 
 
+def test_a_process_that_ends_before_it_is_asked_does_not_end_the_watch(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gone(pid: int, number: int) -> None:
+        raise ProcessLookupError(3, "No such process")
+
+    monkeypatch.setattr(os, "kill", gone)
+    write_beats(run, [beat()])
+    assert ask_for_stacks(run, beat()).endswith("cannot be asked: No such process")
+
+
 def test_a_halt_that_cannot_be_written_is_told_and_the_watch_goes_on(
     run: Path, clock: Clock, signals: list, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -303,7 +303,10 @@ def ask_for_stacks(run: Path, beat: Beat) -> str:
     """Send SIGUSR1 to a rank's process, where that is the right one; returns what was done, in words."""
     state = process_of(run, beat)
     if state == "alive" and beat.phase != "ended":
-        os.kill(beat.pid, signal.SIGUSR1)
+        try:
+            os.kill(beat.pid, signal.SIGUSR1)
+        except OSError as error:  # it has just ended, or is not ours to signal
+            return f"rank {beat.rank}: process {beat.pid} cannot be asked: {error.strerror}"
         return f"rank {beat.rank} (process {beat.pid}) writes its stacks to {stacks_path(run, beat.rank)}"
     if state == "unknown":
         return f"rank {beat.rank}: ask on {beat.host} with `kill -USR1 {beat.pid}`; this is {socket.gethostname()}"
