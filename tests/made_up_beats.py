@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -64,6 +66,15 @@ def write_beats(run: Path, found: list[Beat]) -> None:
     """Append beats to the run folder's heartbeat file of their rank."""
     with heartbeat_path(run, found[0].rank).open("ab") as file:
         file.writelines(SCHEMA.dump_json(one) + b"\n" for one in found)
+
+
+@contextmanager
+def holding(run: Path, *ranks: int) -> Iterator[None]:
+    """This process holds the heartbeat files open, as one that trains does."""
+    with ExitStack() as stack:
+        for rank in ranks:
+            stack.enter_context(heartbeat_path(run, rank).open("ab"))
+        yield
 
 
 def of_rank(rank: int, found: list[Beat], world_size: int = 2) -> list[Beat]:

@@ -9,14 +9,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from nsa.bench import smoke
-from nsa.bench.smoke import Figures, SmokeCheck, compare, read_baseline, smoke_config, write_baseline
+from nsa.bench.calibration import Calibration, calibrate
+from nsa.bench.smoke import Figures, SmokeCheck, another_machine, compare, read_baseline, smoke_config, write_baseline
 from nsa.train.config import RunConfig
 from nsa.train.observe.csv_log import TRAINING_COLUMNS, CsvWriter
 
-HERE = {"device": "a CPU", "num_threads": 1, "torch": "2.13", "python": "3.11"}
-BEFORE = Figures(val_loss=3.0, train_loss=2.0, tokens_per_s=1000.0, machine=HERE)
+HERE = {"device": "a CPU", "num_cpus": 2, "num_threads": 1, "torch": "2.13", "python": "3.11"}
+FAST = Calibration(gflops=50.0, gib_per_s=10.0)
+BEFORE = Figures(val_loss=3.0, train_loss=2.0, tokens_per_s=1000.0, machine=HERE, calibration=FAST)
 
 
 def verdicts(now: Figures, tolerance_percent: float = 5.0) -> dict[str, str]:
@@ -41,12 +44,39 @@ def test_only_what_is_worse_beyond_the_tolerance_is_worse() -> None:
     assert verdicts(replace(BEFORE, val_loss=float("nan")))["val_loss"] == "worse"
 
 
-@pytest.mark.parametrize("change", [{"device": "another CPU"}, {"num_threads": 2}, {"torch": "2.12"}])
+@pytest.mark.parametrize("change", [{"device": "another CPU"}, {"num_cpus": 4}, {"num_threads": 2}, {"torch": "2.12"}])
 def test_speed_is_compared_on_the_same_machine_only(change: dict[str, object]) -> None:
     elsewhere = replace(BEFORE, tokens_per_s=10.0, machine=HERE | change)
     assert verdicts(elsewhere)["tokens_per_s"] == "not compared"
     assert verdicts(replace(elsewhere, val_loss=9.0))["val_loss"] == "worse"
     assert verdicts(replace(BEFORE, tokens_per_s=10.0, machine=HERE | {"python": "3.12"}))["tokens_per_s"] == "worse"
+
+
+@pytest.mark.parametrize(
+    "calibration", [None, Calibration(40.0, 10.0), Calibration(50.0, 8.0), Calibration(80.0, 16.0)]
+)
+def test_a_machine_of_the_same_name_that_is_not_as_fast_is_another_one(calibration: Calibration | None) -> None:
+    elsewhere = replace(BEFORE, tokens_per_s=500.0, calibration=calibration)
+    assert verdicts(elsewhere)["tokens_per_s"] == "not compared"
+    assert verdicts(replace(elsewhere, train_loss=9.0))["train_loss"] == "worse"
+    assert another_machine(elsewhere, BEFORE)
+
+
+def test_what_the_machine_itself_has_lost_is_no_fault_of_the_run() -> None:
+    slower = Calibration(gflops=46.0, gib_per_s=10.0)  # by 8%
+    assert verdicts(replace(BEFORE, tokens_per_s=880.0, calibration=slower))["tokens_per_s"] == "ok"
+    assert verdicts(replace(BEFORE, tokens_per_s=860.0, calibration=slower))["tokens_per_s"] == "worse"
+    faster = Calibration(gflops=54.0, gib_per_s=10.0)
+    assert verdicts(replace(BEFORE, tokens_per_s=940.0, calibration=faster))["tokens_per_s"] == "worse"
+
+
+def test_a_calibration_is_a_measure_of_this_machine() -> None:
+    before = torch.get_num_threads()
+    measured = calibrate(torch.device("cpu"), num_threads=1)
+    assert 0 < measured.gflops < 1e5
+    assert 0 < measured.gib_per_s < 1e4
+    assert torch.get_num_threads() == before
+    assert measured.differs_percent(measured) == measured.slower_percent(measured) == 0
 
 
 def test_without_a_baseline_nothing_is_compared() -> None:
@@ -102,11 +132,14 @@ def test_the_figures_leave_out_the_slow_first_steps(tmp_path: Path, monkeypatch:
     check = SmokeCheck(tmp_path, "cpu")
     check.run_path.mkdir()
     speeds = [1, 1, 100, 101, 102, 1, 1, 103, 104, 105]
-    write_rows(check, [{"step": i, "loss": i / 10, "tokens_per_s": speed} for i, speed in enumerate(speeds, start=1)])
+    rows = [{"step": i, "loss": i / 10, "step_s": smoke.BATCH_TOKENS / s} for i, s in enumerate(speeds, start=1)]
+    write_rows(check, rows)
     (check.run_path / "metrics.json").write_text('{"val_loss": 2.5}', encoding="utf-8")
     (check.run_path / "env.json").write_text('{"num_threads": 1}', encoding="utf-8")
     figures = check.figures()
-    assert (figures.val_loss, figures.tokens_per_s) == (2.5, 102.5)
+    assert figures.val_loss == 2.5
+    assert 102 < figures.tokens_per_s < 103
+    assert figures.calibration is not None
     assert figures.train_loss == pytest.approx(0.95)
 
 

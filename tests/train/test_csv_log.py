@@ -58,7 +58,9 @@ def test_a_file_that_is_no_such_table_is_named_with_its_line(tmp_path: Path) -> 
     with pytest.raises(ValueError, match=r"val\.csv is missing"):
         read_csv(path, VALIDATION_COLUMNS)
     path.write_text("step,loss\n")
-    with pytest.raises(ValueError, match="must begin with the header step,val_loss"):
+    with pytest.raises(
+        ValueError, match="begins with 'step,loss', which lacks val_loss; this table begins with step,val"
+    ):
         read_csv(path, VALIDATION_COLUMNS)
     header = ",".join(VALIDATION_COLUMNS) + "\n"
     path.write_text(header + "1,2.0,3.0,4.0\n1,two,3.0,4.0\n")
@@ -67,6 +69,19 @@ def test_a_file_that_is_no_such_table_is_named_with_its_line(tmp_path: Path) -> 
     path.write_text(header + "1,2.0\n")
     with pytest.raises(ValueError, match=r"line 2 has 2 cells, not 4"):
         read_csv(path, VALIDATION_COLUMNS)
+
+
+def test_a_table_of_another_version_is_read_as_far_as_it_goes(tmp_path: Path) -> None:
+    path = tmp_path / "training.csv"
+    path.write_text("step,new,tokens,loss\n1,9,100,2.5\n")
+    row = dict.fromkeys(TRAINING_COLUMNS) | {"step": 1, "tokens": 100, "loss": 2.5}
+    assert read_csv(path, TRAINING_COLUMNS) == [row]
+
+
+def test_reading_stops_where_a_line_has_no_end(tmp_path: Path) -> None:
+    path = tmp_path / "val.csv"
+    path.write_text(",".join(VALIDATION_COLUMNS) + "\n1,2.0,3.0,4.0\n" + "9" * 30_000 + "\n2,2.0,3.0,4.0\n")
+    assert [row["step"] for row in read_csv(path, VALIDATION_COLUMNS)] == [1]
 
 
 def test_a_table_goes_on_after_a_step_and_what_came_later_is_gone(tmp_path: Path) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 
 from made_up_beats import COLLAPSED_GATE, EVEN_GATE, NOW_S, beat, beats, of_rank, write_beats
+from made_up_runs import write_health
 from nsa.train.observe.health import judge, judge_run
 from nsa.train.observe.heartbeat import Beat
 from nsa.train.observe.thresholds import Thresholds
@@ -154,3 +155,38 @@ def test_a_run_is_judged_over_all_its_ranks(tmp_path: Path) -> None:
     write_beats(tmp_path, of_rank(0, [beat(phase="ended")]))
     write_beats(tmp_path, of_rank(1, [beat(phase="ended", loss=math.nan)]))
     assert [(finding.name, finding.rank) for finding in judge_run(tmp_path, LIMITS)] == [("nonfinite", 1)]
+
+
+OUTSIDE = {"gate_collapse_share": 0.3}
+
+
+def test_the_gates_of_a_run_that_went_on_from_a_checkpoint_are_those_of_its_table(tmp_path: Path) -> None:
+    earlier = beat(phase="ended", gate=COLLAPSED_GATE, pid=1)
+    write_beats(tmp_path, [earlier, beat(phase="ended", gate=None, worst_gate=None, worst_gate_layer=None)])
+    write_health(tmp_path, [{"step": 40, "layer": layer} for layer in (0, 1)])
+    assert judge_run(tmp_path, LIMITS) == []
+    write_health(tmp_path, [{"step": step, "layer": layer, **OUTSIDE} for step in (20, 40) for layer in (0, 1)])
+    (finding,) = judge_run(tmp_path, LIMITS)
+    assert (finding.name, finding.step) == ("gates", 40)
+    assert "30.0% of them collapsed" in finding.message
+    write_health(tmp_path, [{"step": 40, "layer": layer, **(OUTSIDE if layer == 7 else {})} for layer in range(8)])
+    (finding,) = judge_run(tmp_path, LIMITS)
+    assert finding.name == "gate layer"
+    assert "the gates of layer 7 have 30.0% of them collapsed" in finding.message
+
+
+def test_after_a_resume_the_last_measured_gates_and_the_lowest_loss_still_count() -> None:
+    earlier = [replace(one, gate=COLLAPSED_GATE) for one in beats(40, last_s=NOW_S - 200, loss=1.0, pid=1)]
+    steps = list(range(50, 90))
+    later = beats(40, loss=2.0, gate=None, worst_gate=None, worst_gate_layer=None, step=steps, start_step=40)
+    assert names(earlier + later) == ["loss", "gates"]
+
+
+@pytest.mark.parametrize("name", [field.name for field in fields(Thresholds)])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -1])
+def test_a_threshold_that_would_silence_its_alarm_is_refused(name: str, value: float) -> None:
+    with pytest.raises(ValueError, match=rf"thresholds\.{name} is {value:g}; it must be a finite number"):
+        Thresholds(**{name: value})
+    if "gate" in name or name == "throughput_drop":
+        with pytest.raises(ValueError, match=r"is 1\.5; it must be a finite number, from 0 to 1"):
+            Thresholds(**{name: 1.5})

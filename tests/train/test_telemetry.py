@@ -9,10 +9,11 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from nsa.train.observe import telemetry as telemetry_module
 from nsa.train.observe.csv_log import HEALTH_COLUMNS, TRAINING_COLUMNS, read_csv
 from nsa.train.observe.health import judge_run
 from nsa.train.observe.heartbeat import heartbeat_path, read_heartbeats
-from nsa.train.observe.recorder import StepRecord
+from nsa.train.observe.recorder import EvalRecord, StepRecord
 from nsa.train.observe.telemetry import Telemetry
 from nsa.train.observe.thresholds import Thresholds
 from nsa.train.parallel import Parallel
@@ -118,6 +119,21 @@ def test_only_rank_0_writes_shared_files_and_each_rank_its_own(tiny, tmp_path: P
         assert (last.rank, last.world_size, last.step, last.mfu, last.fetch_p95_ms) == (rank, 2, 4, 0.25, 100.0)
         assert last.counters == {"fallbacks": 0, "skipped_steps": rank}
         assert (tmp_path / f"stacks_rank{rank}.txt").is_file()
+
+
+def test_curves_are_drawn_anew_at_evaluations_and_a_damaged_table_does_not_end_the_run(
+    tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = RunFolder(tmp_path)
+    with Telemetry(folder, tiny(), Parallel(0, 0, 1, torch.device("cpu"), "none")) as telemetry:
+        telemetry.evaluation(EvalRecord(0, 5.0, 148.0, 7.2))
+        assert not folder.curves_png.exists()  # two minutes are not over
+        monkeypatch.setattr(telemetry_module, "REDRAW_AFTER_S", 0.0)
+        telemetry.evaluation(EvalRecord(1, 4.0, 54.0, 5.7))
+        assert folder.curves_png.stat().st_size > 10_000
+        folder.health_csv.write_text("damaged\n")
+        telemetry.evaluation(EvalRecord(2, 3.0, 20.0, 4.3))
+    assert "curves.png cannot be drawn" in capsys.readouterr().out
 
 
 TWO_RANKS = """

@@ -28,11 +28,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from nsa.bench.protocol import Steps, median_ms
+from nsa.bench import prefill_picture
+from nsa.bench.protocol import Steps, environment, median_ms
 from nsa.bench.settings import PrefillBench
 from nsa.geometry import BlockGeometry
 from nsa.ops.api import (
@@ -231,29 +231,8 @@ def _neighbours(x: Tensor, count: int) -> Tensor:
 
 
 def draw(rows: Sequence[PrefillRow], bench: PrefillBench, path: Path) -> None:
-    """Milliseconds of both kinds of attention over length, and their ratio; writes a PNG."""
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    times, ratios = figure.subplots(1, 2)
-    lengths = [row.length for row in rows]
-    for name, style in (("forward", "-"), ("backward", "--")):
-        nsa = [getattr(row, f"nsa_{name}_ms") for row in rows]
-        times.plot(lengths, nsa, f"o{style}", color="tab:blue", label=f"NSA, {name}")
-        if bench.dense:
-            dense = [getattr(row, f"dense_{name}_ms") for row in rows]
-            times.plot(lengths, dense, f"o{style}", color="tab:gray", label=f"dense, {name}")
-            quotients = [x / y for x, y in zip(dense, nsa, strict=True)]
-            ratios.plot(lengths, quotients, f"o{style}", color="tab:blue", label=name)
-    times.set(xscale="log", yscale="log", xlabel="tokens", ylabel="ms")
-    ratios.set(xscale="log", xlabel="tokens", ylabel="times faster than dense")
-    ratios.axhline(1, color="tab:gray", linewidth=1)
-    for axes in (times, ratios):
-        axes.set_xticks(lengths, [f"{length // 1024}k" if length >= 1024 else str(length) for length in lengths])
-        axes.minorticks_off()
-        axes.grid(alpha=0.3)
-        axes.legend()
-    heads = f"{bench.num_heads} query heads, {bench.num_kv_heads} KV heads, D {bench.head_dim}"
-    figure.suptitle(f"{heads}, {bench.dtype}, dense: {bench.dense_backend}, {choose_device(bench.device)}")
-    figure.savefig(path, dpi=120)
+    """Write the picture of what this machine has measured, as PNG."""
+    prefill_picture.draw(rows, bench, path, device=environment(choose_device(bench.device))["device"])
 
 
 def _random(bench: PrefillBench, *shape: int) -> Tensor:

@@ -24,19 +24,26 @@ from typing import Any, Literal
 import torch
 import yaml
 
+from nsa.bench.calibration import Calibration, calibrate
 from nsa.bench.protocol import environment
 from nsa.train.doctor import check_kernels, kernel_line
 from nsa.train.halt import ask_to_halt
 from nsa.train.observe.csv_log import TRAINING_COLUMNS, Row, column, read_csv
 from nsa.train.run_folder import RunFolder, write_json
 
+MAX_BASELINE_BYTES = 2**20
 STEPS = 120
 HALT_AFTER_STEPS = 50
+BATCH_TOKENS = 2048
 LAST_STEPS = 20  # whose mean is the training loss
 SLOW_STEPS = 5  # first ones, after the start and after resuming, that no speed is taken from
 TIMEOUT_S = 600.0
+NUM_THREADS = 1
+ANY_SPEED = ("--thresholds.throughput_drop", "1")  # a machine that others use too is healthy
 COMPARED = {"val_loss": False, "train_loss": False, "tokens_per_s": True}  # figure -> whether larger is better
-SAME_MACHINE = ("device", "num_threads", "torch")  # tokens per second are compared only where these agree
+SPEED = "tokens_per_s"  # the figure that is compared on the same machine only, which is one where these agree
+SAME_MACHINE = ("device", "num_cpus", "num_threads", "torch")
+CALIBRATION_PERCENT = 10.0  # and whose calibration differs by no more
 
 
 @dataclass(frozen=True)
@@ -63,12 +70,15 @@ class Figures:
         train_loss: mean of the last steps.
         tokens_per_s: median of the training steps.
         machine: device, threads and versions.
+        calibration: how fast the machine was when it did nothing else, before and after the run whichever was slower;
+            None in baselines of earlier versions.
     """
 
     val_loss: float
     train_loss: float
     tokens_per_s: float
     machine: dict[str, Any]
+    calibration: Calibration | None = None
 
 
 @dataclass(frozen=True)
@@ -94,10 +104,12 @@ class SmokeCheck:
         self.folder, self.device = folder, device
         self.config_path, self.run_path = folder / "smoke.yaml", folder / "smoke"
         self.run_folder = RunFolder(self.run_path)
+        self._calibration: Calibration | None = None
 
     def run(self) -> Iterator[StepResult]:
         """Every step in order; ends with the first that fails."""
         self.folder.mkdir(parents=True, exist_ok=True)
+        self._calibration = calibrate(torch.device(self.device), NUM_THREADS)
         self.config_path.write_text(yaml.safe_dump(smoke_config(self.folder, self.device)), encoding="utf-8")
         steps: dict[str, Callable[[], str | None]] = {
             "kernels against the reference": self._kernels,
@@ -106,7 +118,7 @@ class SmokeCheck:
             "resume to the end": lambda: self._command(0, "resume", str(self.run_path)),
             "every step once, no step lost": self._rows_are_whole,
             "generate": self._generate,
-            "health of the run": lambda: self._command(0, "watch", str(self.run_path), "--once"),
+            "health of the run": lambda: self._command(0, "watch", str(self.run_path), "--once", *ANY_SPEED),
         }
         for name, step in steps.items():
             start_s = time.perf_counter()
@@ -118,15 +130,17 @@ class SmokeCheck:
     def figures(self) -> Figures:
         """The figures of the finished run."""
         rows = self._rows()
-        speeds = column(rows, "tokens_per_s")
-        steady = speeds[SLOW_STEPS:HALT_AFTER_STEPS] + speeds[HALT_AFTER_STEPS + SLOW_STEPS :]
+        seconds = column(rows, "step_s")
+        steady = seconds[SLOW_STEPS:HALT_AFTER_STEPS] + seconds[HALT_AFTER_STEPS + SLOW_STEPS :]
+        after = calibrate(torch.device(self.device), NUM_THREADS)
         metrics = json.loads(self.run_folder.metrics_json.read_text(encoding="utf-8"))
         env = json.loads(self.run_folder.env_json.read_text(encoding="utf-8"))
         return Figures(
             val_loss=metrics["val_loss"],
             train_loss=mean(column(rows[-LAST_STEPS:], "loss")),
-            tokens_per_s=median(steady),
+            tokens_per_s=BATCH_TOKENS / median(steady),
             machine=environment(torch.device(self.device)) | {"num_threads": env["num_threads"]},
+            calibration=after.slowest(self._calibration or after),
         )
 
     def _kernels(self) -> str | None:
@@ -188,7 +202,7 @@ class SmokeCheck:
 def smoke_config(folder: Path, device: str) -> dict[str, Any]:
     """The config of the check's run, as a YAML file holds it."""
     return {
-        "run": {"name": "smoke", "folder": str(folder), "device": device, "num_threads": 1},
+        "run": {"name": "smoke", "folder": str(folder), "device": device, "num_threads": NUM_THREADS},
         "model": {
             "hidden_size": 64,
             "intermediate_size": 176,
@@ -206,7 +220,7 @@ def smoke_config(folder: Path, device: str) -> dict[str, Any]:
         "train": {
             "steps": STEPS,
             "sequence_length": 256,
-            "batch_tokens": 2048,
+            "batch_tokens": BATCH_TOKENS,
             "micro_batch_rows": 8,
             "precision": "bf16" if device == "cuda" else "fp32",
             "checkpoint_every_steps": 40,
@@ -219,24 +233,44 @@ def smoke_config(folder: Path, device: str) -> dict[str, Any]:
 
 
 def compare(now: Figures, baseline: Figures | None, tolerance_percent: float) -> list[ComparedRow]:
-    """Each figure beside the baseline's; speed only where the machine is the same."""
+    """Each figure beside the baseline's; speed is judged only where the machine is the same, and as fast as then."""
     rows = []
     for name, larger_is_better in COMPARED.items():
-        value = getattr(now, name)
-        comparable = baseline is not None and (name != "tokens_per_s" or same_machine(now, baseline))
-        before = getattr(baseline, name) if comparable else None
-        if before is None:
+        value, before = getattr(now, name), None if baseline is None else getattr(baseline, name)
+        if baseline is None or before is None:
             rows.append(ComparedRow(name, value, None, None, "not compared"))
             continue
         change = 100 * (value / before - 1)
-        worse = not (-change if larger_is_better else change) <= tolerance_percent  # NaN is worse
+        if name == SPEED and another_machine(now, baseline):
+            rows.append(ComparedRow(name, value, before, change, "not compared"))
+            continue
+        allowed = tolerance_percent + (_lost_percent(now, baseline) if name == SPEED else 0)
+        worse = not (-change if larger_is_better else change) <= allowed  # NaN is worse
         rows.append(ComparedRow(name, value, before, change, "worse" if worse else "ok"))
     return rows
 
 
-def same_machine(one: Figures, other: Figures) -> bool:
-    """Whether two speeds can be compared."""
-    return all(one.machine.get(name) == other.machine.get(name) for name in SAME_MACHINE)
+def another_machine(now: Figures, baseline: Figures) -> str | None:
+    """Why two speeds cannot be compared, or None: both are of one machine, which was as fast both times."""
+    for name in SAME_MACHINE:
+        if (here := now.machine.get(name)) != (there := baseline.machine.get(name)):
+            return f"{name} is {here} here and {there} there"
+    if now.calibration is None or baseline.calibration is None:
+        return "the baseline does not say how fast its machine was; --update_baseline writes one that does"
+    differ = now.calibration.differs_percent(baseline.calibration)
+    if differ <= CALIBRATION_PERCENT:
+        return None
+    here, there = (
+        f"{one.gflops:.3g} GFLOP/s and {one.gib_per_s:.3g} GiB/s" for one in (now.calibration, baseline.calibration)
+    )
+    return f"this machine does {here} with nothing else to do, the baseline's did {there}: another one, or a busy one"
+
+
+def _lost_percent(now: Figures, baseline: Figures) -> float:
+    """How much slower the machine itself is than it was."""
+    if now.calibration is None or baseline.calibration is None:
+        return 0.0
+    return max(0.0, now.calibration.slower_percent(baseline.calibration))
 
 
 def read_baseline(path: Path) -> Figures:
@@ -246,18 +280,25 @@ def read_baseline(path: Path) -> Figures:
         ValueError: it cannot be read or holds something else.
     """
     try:
-        figures = Figures(**json.loads(path.read_text(encoding="utf-8")))
+        if path.stat().st_size > MAX_BASELINE_BYTES or not path.is_file():
+            raise ValueError("it is no file of a few figures")
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            raise ValueError(f"it holds a {type(values).__name__}, not figures")
+        calibration = values.pop("calibration", None)
+        figures = Figures(**values, calibration=None if calibration is None else Calibration(**calibration))
         _check_values(figures)
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"the baseline {path} cannot be used: {error}; --update_baseline writes a new one") from error
     return figures
 
 
 def _check_values(figures: Figures) -> None:
     """A baseline that is wrong is found before a minute's work, and not compared as if it were right."""
-    for name in COMPARED:
-        value = getattr(figures, name)
-        if not isinstance(value, int | float) or not 0 < value < math.inf:
+    values = {name: getattr(figures, name) for name in COMPARED}
+    values |= {} if figures.calibration is None else asdict(figures.calibration)
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
             raise ValueError(f"{name} is {value!r}, not a positive number")
     if not isinstance(figures.machine, dict):
         raise ValueError(f"machine is {figures.machine!r}, not an object")

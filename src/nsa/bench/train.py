@@ -139,7 +139,8 @@ def _changed(config: RunConfig, **sections: dict[str, Any]) -> RunConfig:
 
 
 def _measure(bench: TrainBench, config: RunConfig, parallel: Parallel) -> list[TrainRow]:
-    num_steps = {"steps": bench.warmup + bench.steps + bench.profile}
+    # A utilisation is then of one step alone.
+    num_steps = {"steps": bench.warmup + bench.steps + bench.profile, "log_every_steps": 1}
     candidates = [
         _candidate(name, _changed(config, model={"layer_types": (name,)}, train=num_steps), bench, parallel)
         for name in bench.layer_types

@@ -10,11 +10,12 @@ import tyro
 
 from nsa.cli import EXIT_DONE, fail
 from nsa.cli.arguments import parse
+from nsa.terminal import printable
 
 
 @dataclass(frozen=True)
 class CompareArguments:
-    """Compare runs: writes OUT.csv and OUT.png and prints a Markdown table."""
+    """Show one run or compare several, also in progress or killed: OUT.csv, OUT.png and a Markdown table."""
 
     runs: tyro.conf.Positional[tuple[Path, ...]]
     """Run folders; differences are against the first."""
@@ -29,8 +30,8 @@ def main(arguments: Sequence[str]) -> int:
 
     try:
         table = compare_runs(given.runs, given.out)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         return fail("compare", error)
     print(table)
-    print(f"\nwrote {given.out.with_suffix('.csv')} and {given.out.with_suffix('.png')}")
+    print(printable(f"\nwrote {given.out}.csv and {given.out}.png"))
     return EXIT_DONE

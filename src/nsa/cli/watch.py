@@ -17,6 +17,8 @@ from rich.live import Live
 
 from nsa.cli import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, fail
 from nsa.cli.arguments import parse
+from nsa.terminal import printable
+from nsa.train.observe.folders import open_run_folder
 from nsa.train.observe.thresholds import Thresholds
 
 if TYPE_CHECKING:
@@ -54,8 +56,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         if not 0 < given.interval_s <= 86400:
             raise ValueError(f"--interval_s must be above 0 and at most 86400, not {given.interval_s:g}")
-        if not (given.run / "status.json").is_file():
-            raise ValueError(f"{given.run} is no run folder: it holds no status.json; give runs/NAME")
+        open_run_folder(given.run)
         return run(given)
     except (ValueError, OSError) as error:
         return fail("watch", error)
@@ -77,7 +78,7 @@ def run(given: WatchArguments) -> int:
     history: list[str] = []
     with live or nullcontext():
         while True:
-            look = watch.look()
+            look = watch.look_once() if given.once else watch.look()
             done = [] if given.once else watch.act(look)
             if (end := watch.gave_up(look)) is not None:
                 done.append(end)
@@ -103,9 +104,9 @@ def _show(
     if given.json:
         print(json.dumps(as_json(look, done)), flush=True)
     elif live is not None:
-        live.update(as_table(look, history[-SHOWN_NOTES:]), refresh=True)
+        live.update(as_table(look, history[-SHOWN_NOTES:], width=console.width), refresh=True)
     elif given.once or not look.running:
-        console.print(as_table(look, done))
+        console.print(as_table(look, done, width=console.width))
     else:
         for line in [as_line(look), *done]:
-            console.print(line, markup=False)
+            console.print(printable(line), markup=False)

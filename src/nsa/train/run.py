@@ -90,7 +90,7 @@ def prepare(
             config_yaml=dump_config(config),
             env=snapshot(trainer.device, command)
             | {"routing": routing_values(trainer), "kernels": kernel_values(trainer)}
-            | {"config": config.model_dump(mode="json")},
+            | {"num_parameters": trainer.model.num_parameters(), "config": config.model_dump(mode="json")},
             data_index=data_index(trainer),
             preflight=report.values(),
         )

@@ -38,6 +38,7 @@ from nsa.train.guards import StepGuard
 from nsa.train.load_config import dump_config
 from nsa.train.model import build_model, compile_layers, whole_model
 from nsa.train.observe.heartbeat import Phase
+from nsa.train.observe.pace import Pace
 from nsa.train.observe.probe import HealthProbe, ModelHealth
 from nsa.train.observe.recorder import EvalRecord, StepRecord
 from nsa.train.observe.summary import FINAL_LOSSES
@@ -56,6 +57,7 @@ class Trainer:
         tokens: input tokens of those steps, of all ranks.
         losses: training losses of those steps.
         train_s: seconds of those steps.
+        pace: tokens per second of the newest steps.
         evaluations: all held-out results so far.
         start_s: `time.perf_counter()` when the run began.
         batches: what training steps take their micro-batches from; the loader, unless put in its place.
@@ -81,6 +83,7 @@ class Trainer:
         self.flops = FlopCount(self.model.config, config.train.sequence_length)
         self.peak_flops = device_peak_flops(self.device, config.train.precision)
         self.step, self.tokens = 0, 0
+        self.pace = Pace(config.train.log_every_steps)
         self.evaluations: list[EvalRecord] = []
         self.losses: list[float] = []
         self.train_s = 0.0
@@ -308,14 +311,15 @@ class Trainer:
         self.tokens += tokens
         self.train_s += step_s
         self.losses.append(loss)
+        tokens_per_s, flops_per_s = self.pace.add(step_s=step_s, tokens=tokens, flops=num_flops)
         return StepRecord(
             step=self.step,
             tokens=self.tokens,
             loss=loss,
             lr=rate,
             grad_norm=grad_norm,
-            tokens_per_s=tokens / step_s,
-            mfu=None if peak is None else num_flops / step_s / peak / self.parallel.world_size,
+            tokens_per_s=tokens_per_s,
+            mfu=None if peak is None else flops_per_s / peak / self.parallel.world_size,
             step_s=step_s,
             fetch_s=sum(waits_s),
         )

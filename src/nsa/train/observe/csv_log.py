@@ -12,16 +12,23 @@ import csv
 import math
 import os
 import sys
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import IO
 
+import numpy as np
+from numpy.typing import NDArray
+
+from nsa.terminal import printable
 from nsa.train.run_files import append, open_to_append
 from nsa.train.run_folder import write_text
 
 TRAINING_COLUMNS = ("step", "tokens", "loss", "lr", "grad_norm", "tokens_per_s", "mfu", "step_s", "fetch_s")
-"""Optimizer step, tokens so far, mean loss in nats per token, learning rate, gradient norm before clipping, tokens per
-second, model FLOP utilisation (empty where it is not known), seconds of the step and of waiting for data in it."""
+"""Optimizer step, tokens so far, mean loss in nats per token, learning rate, gradient norm before clipping; tokens per
+second and model FLOP utilisation (empty where it is not known) of the newest `train.log_every_steps` steps; seconds of
+the step and of waiting for data in it."""
 
 VALIDATION_COLUMNS = ("step", "val_loss", "val_ppl", "val_bits_per_byte")
 """Optimizer step, held-out loss in nats per token, its exponential, and bits per byte of text."""
@@ -33,8 +40,14 @@ HEALTH_COLUMNS = (
 )
 """Optimizer step and decoder layer; the fields of `GateStatistics` and `SelectionStatistics` (`nsa.inspect`)."""
 
+ESSENTIAL_COLUMNS = frozenset({"step", "tokens", "layer", "loss", "val_loss"})
+"""Without these a table says nothing; others may be missing from one that another version wrote."""
+
 NEWLINE = b"\n"
 INTEGER_COLUMNS = frozenset({"step", "tokens", "layer", "max_selected_tokens"})
+
+MAX_LINE, MAX_CELL = 10_000, 40  # characters; no line and no number of a table comes near
+MEND_TABLE = "take the damaged lines out, or move the table away"
 
 Row = dict[str, float | int | None]
 
@@ -94,16 +107,51 @@ class CsvWriter:
 
 
 def read_csv(path: Path, columns: Sequence[str]) -> list[Row]:
-    """The rows of a table that `CsvWriter` wrote; an empty cell is None.
+    """All rows of a table, as `iter_csv` gives them."""
+    return list(iter_csv(path, columns))
 
-    A last line without its newline is one that an interrupted writer left behind, and is not counted.
+
+def iter_csv(path: Path, columns: Sequence[str]) -> Iterator[Row]:
+    """The rows of a table that `CsvWriter` wrote, one at a time; an empty cell is None.
+
+    A last line without its newline is one that a writer has only begun, and is not counted. Columns that another
+    version of the table lacks are None, those that it has more are left out.
 
     Raises:
-        ValueError: the file is missing, its header is not `columns`, or a cell is no number; file and line are named.
+        ValueError: the file is missing, its header lacks an essential column, or a cell is no number; file and line are
+            named.
     """
     if not path.is_file():
         raise ValueError(f"{path} is missing; is this a run folder?")
-    return [row for _, row in _read_lines(path, columns)]
+    with path.open(encoding="utf-8", errors="replace", newline="\n") as file:
+        whole = _whole_lines(file)
+        header = next(whole, "").strip().split(",")
+        if missing := [name for name in columns if name in ESSENTIAL_COLUMNS and name not in header]:
+            raise ValueError(
+                f"{path} begins with {','.join(header)[:100]!r}, which lacks {', '.join(missing)}; this table "
+                f"begins with {','.join(columns)}"
+            )
+        for number, line in enumerate(whole, start=2):
+            where = f"{path}, line {number}"
+            cells = line.rstrip("\r\n").split(",")
+            if len(cells) != len(header):
+                raise ValueError(f"{where} has {len(cells)} cells, not {len(header)} as the first line; {MEND_TABLE}")
+            found = dict(zip(header, cells, strict=True))
+            yield {name: parse_cell(name, found.get(name, ""), where) for name in columns}
+
+
+def read_columns(path: Path, columns: Sequence[str]) -> dict[str, NDArray[np.float64]]:
+    """The columns of a table as arrays, for one with a row for each of many steps; an empty cell is NaN."""
+    found = {name: array("d") for name in columns}
+    for row in iter_csv(path, columns):
+        for name, value in row.items():
+            found[name].append(math.nan if value is None else value)
+    return {name: np.array(values, dtype=np.float64) for name, values in found.items()}
+
+
+def _whole_lines(file: IO[str]) -> Iterator[str]:
+    while (line := file.readline(MAX_LINE)).endswith("\n"):
+        yield line
 
 
 def rows_until(path: Path, columns: Sequence[str], last_step: int) -> str:
@@ -142,11 +190,16 @@ def _cut(path: Path, columns: Sequence[str], last_step: int) -> None:
 def _parse(cells: Sequence[str], columns: Sequence[str], where: str) -> Row:
     if len(cells) != len(columns):
         raise ValueError(f"{where} has {len(cells)} cells, not {len(columns)}")
-    row: Row = {}
-    for name, cell in zip(columns, cells, strict=True):
-        kind = int if name in INTEGER_COLUMNS else float
-        try:
-            row[name] = kind(cell) if cell else None
-        except ValueError:
-            raise ValueError(f"{where}: {name} is {cell!r}, not a number") from None
-    return row
+    return {name: parse_cell(name, cell, where) for name, cell in zip(columns, cells, strict=True)}
+
+
+def parse_cell(name: str, cell: str, where: str) -> float | int | None:
+    """A cell as a number, None if it is empty; `where` names it in the `ValueError` for one that is no number."""
+    kind = int if name in INTEGER_COLUMNS else float
+    try:
+        if len(cell) > MAX_CELL:
+            raise ValueError
+        return kind(cell) if cell else None
+    except ValueError:
+        what = "a whole number" if kind is int else "a number"
+        raise ValueError(f"{where}: {name} is {printable(cell[:40])!r}, not {what}; {MEND_TABLE}") from None

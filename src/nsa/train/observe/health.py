@@ -9,13 +9,14 @@ The watch judges a living run, the report and the smoke check one that has ended
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Literal
 
-from nsa.inspect import GateStatistics
+from nsa.inspect import GateStatistics, pool_gates
+from nsa.train.observe.csv_log import HEALTH_COLUMNS, Row, iter_csv
 from nsa.train.observe.heartbeat import Beat, heartbeat_files, read_heartbeats
 from nsa.train.observe.thresholds import Thresholds
 
@@ -64,39 +65,68 @@ def judge(
     """What is wrong with one rank.
 
     Args:
-        beats: of one rank, oldest first; those of its newest process count.
+        beats: of one rank, oldest first; for speed, memory and liveness those of its newest process count.
         now_s: Unix time, to judge whether a living process makes progress; leave it out for one that has ended.
         process: whether the process is there, where that can be told; explains a silence.
     """
     if not beats:
         return []
     last = beats[-1]
-    beats = [beat for beat in beats if (beat.pid, beat.process_start_s) == (last.pid, last.process_start_s)]
+    newest = [beat for beat in beats if (beat.pid, beat.process_start_s) == (last.pid, last.process_start_s)]
+    # A process that has gone on from a checkpoint measures no gates at first; what was measured last holds till then.
+    measured = next((beat for beat in reversed(beats) if beat.gate is not None), last)
     findings = [] if now_s is None or last.phase == "ended" else [_liveness(last, thresholds, now_s, process)]
-    findings += [_nonfinite(last), _throughput(beats, thresholds), _memory(beats, thresholds), _loss(beats, thresholds)]
-    findings += [_gates(last, thresholds), _counters(last)]
+    findings += [_nonfinite(last), _throughput(newest, thresholds), _memory(newest, thresholds)]
+    findings += [_loss(beats, thresholds), _gates(measured, thresholds), _counters(last)]
     return [finding for finding in findings if finding is not None]
 
 
 def judge_run(run: Path, thresholds: Thresholds) -> list[Finding]:
-    """What was wrong with a run that has ended, over all its ranks.
+    """What was wrong with a run that has ended, over all its ranks; its gates as they stand at the end of health.csv.
 
     Raises:
-        ValueError: a heartbeat file cannot be read.
+        ValueError: a heartbeat file or the table cannot be read.
     """
-    return [found for path in heartbeat_files(run).values() for found in judge(read_heartbeats(path), thresholds)]
+    found = [found for path in heartbeat_files(run).values() for found in judge(read_heartbeats(path), thresholds)]
+    rows = [row for row in last_health(run / "health.csv") if row["gate_entropy_mean_nats"] is not None]
+    if not rows:
+        return found
+    judged = _gates_of_table(rows, thresholds)
+    return [finding for finding in found if finding.name not in ("gates", "gate layer")] + ([judged] if judged else [])
+
+
+def last_health(path: Path) -> list[Row]:
+    """The rows of the last measurement in a `health.csv`, one for each layer; none where there is none."""
+    last: list[Row] = []
+    for row in iter_csv(path, HEALTH_COLUMNS) if path.is_file() else ():
+        last = [row] if not last or row["step"] != last[0]["step"] else [*last, row]
+    return last
+
+
+def gate_of_row(row: Row) -> GateStatistics:
+    """The gates of a row of `health.csv`; an empty cell is NaN."""
+    names = ("entropy_mean_nats", "max_mean", "share_cmp", "share_slc", "share_win", "collapse_share")
+    cells = {name: row[f"gate_{name}"] for name in names}
+    return GateStatistics(1, **{name: math.nan if value is None else value for name, value in cells.items()})
 
 
 def judge_gate(gate: GateStatistics, thresholds: Thresholds) -> list[str]:
     """What of a gate is outside its thresholds, in words."""
-    found = []
+    return list(outside_columns(gate, thresholds).values())
+
+
+def outside_columns(gate: GateStatistics, thresholds: Thresholds) -> dict[str, str]:
+    """The columns of `health.csv` in which a gate is outside its thresholds, each in words."""
+    found = {}
     # Written so that NaN is outside.
     if not gate.entropy_mean_nats > thresholds.gate_entropy_mean_nats:
-        found.append(f"mean entropy {gate.entropy_mean_nats:.3f} nats, at least {thresholds.gate_entropy_mean_nats:g}")
+        words = f"mean entropy {gate.entropy_mean_nats:.3f} nats, at least {thresholds.gate_entropy_mean_nats:g}"
+        found["gate_entropy_mean_nats"] = words
     if not gate.max_mean < thresholds.gate_max_mean:
-        found.append(f"mean maximum {gate.max_mean:.3f}, at most {thresholds.gate_max_mean:g}")
+        found["gate_max_mean"] = f"mean maximum {gate.max_mean:.3f}, at most {thresholds.gate_max_mean:g}"
     if not gate.collapse_share <= thresholds.gate_collapse_share:
-        found.append(f"{gate.collapse_share:.1%} of them collapsed, at most {thresholds.gate_collapse_share:.1%}")
+        words = f"{gate.collapse_share:.1%} of them collapsed, at most {thresholds.gate_collapse_share:.1%}"
+        found["gate_collapse_share"] = words
     return found
 
 
@@ -191,19 +221,37 @@ def _loss(beats: Sequence[Beat], thresholds: Thresholds) -> Finding | None:
 
 
 def _gates(last: Beat, thresholds: Thresholds) -> Finding | None:
+    layers = {} if last.worst_gate is None else {last.worst_gate_layer: last.worst_gate}
+    return _gate_finding(last.rank, last.step, last.gate, layers, thresholds)
+
+
+def _gates_of_table(rows: Sequence[Row], thresholds: Thresholds) -> Finding | None:
+    layers: dict[int | None, GateStatistics] = {int(row["layer"] or 0): gate_of_row(row) for row in rows}
+    return _gate_finding(0, int(rows[0]["step"] or 0), pool_gates(list(layers.values())), layers, thresholds)
+
+
+def _gate_finding(
+    rank: int,
+    step: int,
+    pooled: GateStatistics | None,
+    layers: Mapping[int | None, GateStatistics],
+    thresholds: Thresholds,
+) -> Finding | None:
+    """All layers together outside the thresholds, or else the layers that are."""
     remedy = "Raise model.gate_temperature or lower optim.lr; health.csv has every layer"
-    if last.gate is not None and (found := judge_gate(last.gate, thresholds)):
-        shares = f"shares {last.gate.share_cmp:.2f} compressed, {last.gate.share_slc:.2f} selected, "
-        shares += f"{last.gate.share_win:.2f} window"
-        return Finding("gates", "halt", last.rank, last.step, f"the gates have {'; '.join(found)} ({shares})", remedy)
-    if last.worst_gate is not None and (found := judge_gate(last.worst_gate, thresholds)):
-        message = f"the gates of layer {last.worst_gate_layer} have {'; '.join(found)}"
-        return Finding("gate layer", "warn", last.rank, last.step, message, remedy)
-    return None
+    if pooled is not None and (found := judge_gate(pooled, thresholds)):
+        shares = f"shares {pooled.share_cmp:.2f} compressed, {pooled.share_slc:.2f} selected, "
+        shares += f"{pooled.share_win:.2f} window"
+        return Finding("gates", "halt", rank, step, f"the gates have {'; '.join(found)} ({shares})", remedy)
+    outside = {layer: found for layer, gate in layers.items() if (found := judge_gate(gate, thresholds))}
+    if not outside:
+        return None
+    message = "; ".join(f"the gates of layer {layer} have {', '.join(found)}" for layer, found in outside.items())
+    return Finding("gate layer", "warn", rank, step, message, remedy)
 
 
 def _counters(last: Beat) -> Finding | None:
-    found = ", ".join(f"{name.replace('_', ' ')} {total}" for name, total in last.counters.items() if total)
+    found = ", ".join(f"{name.replace('_', ' ')} {total}" for name, total in list(last.counters.items())[:8] if total)
     if not found:
         return None
     return Finding("counters", "warn", last.rank, last.step, found, "All of these are 0 in a healthy run; see its log")

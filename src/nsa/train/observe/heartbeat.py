@@ -13,6 +13,7 @@ comes, and the watch tells that by the silence.
 from __future__ import annotations
 
 import os
+import re
 import socket
 import sys
 import threading
@@ -22,13 +23,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import IO, Annotated, Any, Literal
 
 import psutil
 import torch
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from nsa.inspect import GateStatistics, SelectionStatistics
+from nsa.terminal import printable
+from nsa.train.observe.machine import this_machine
 from nsa.train.observe.progress import percentiles_ms
 from nsa.train.run_files import append, open_to_append
 
@@ -37,6 +40,14 @@ Phase = Literal["startup", "fetch", "step", "evaluate", "checkpoint", "sample", 
 
 GIB = 2**30
 NUM_WAITS = 256  # newest waits for data whose percentiles a beat holds
+LINE_BYTES = 2048  # more than a line has
+MAX_BEATS = 17_280  # newest beats of a file that are read: a day's at one in 5 s
+
+# What a line may hold, whoever wrote it: numbers that can be compared, shown and counted up to.
+Count = Annotated[int, Field(ge=0, lt=2**63)]
+Seconds = Annotated[float, Field(ge=0, le=1e12, allow_inf_nan=False)]
+Rate = Annotated[float, Field(ge=0, le=1e18, allow_inf_nan=False)]
+Name = Annotated[str, Field(max_length=300)]
 
 
 @dataclass(frozen=True)
@@ -47,6 +58,8 @@ class Beat:
         unix_time_s: when the line was written.
         rank, world_size: of the process, and how many there are.
         host, pid, process_start_s: where it runs, its number there, and the Unix time of its start.
+        machine: the running system, as `this_machine` names it, in which the number holds; None where it has no name.
+        every_s: seconds between two beats; None in beats of earlier versions.
         phase: what the main thread is at.
         progress_age_s: seconds since the main thread last reported anything.
         start_step, step, num_steps: optimizer steps done when the process began, done now, and to do in all.
@@ -66,36 +79,39 @@ class Beat:
 
     __pydantic_config__ = ConfigDict(ser_json_inf_nan="strings", extra="ignore")
 
-    unix_time_s: float
-    rank: int
-    world_size: int
-    host: str
-    pid: int
-    process_start_s: float
+    unix_time_s: Seconds
+    rank: Count
+    world_size: Annotated[int, Field(ge=1, le=2**20)]
+    host: Name
+    pid: Annotated[int, Field(ge=1, lt=2**31)]
+    process_start_s: Seconds
     phase: Phase
-    progress_age_s: float
-    start_step: int
-    step: int
-    num_steps: int
+    progress_age_s: Seconds
+    start_step: Count
+    step: Count
+    num_steps: Count
+    machine: Name | None = None
+    every_s: Seconds | None = None
     loss: float | None = None
     grad_norm: float | None = None
     lr: float | None = None
-    tokens_per_s: float | None = None
-    mfu: float | None = None
-    step_s: float | None = None
-    fetch_p50_ms: float | None = None
-    fetch_p95_ms: float | None = None
-    gpu_allocated_gib: float | None = None
-    gpu_reserved_gib: float | None = None
-    host_rss_gib: float | None = None
+    tokens_per_s: Rate | None = None
+    mfu: Rate | None = None
+    step_s: Seconds | None = None
+    fetch_p50_ms: Rate | None = None
+    fetch_p95_ms: Rate | None = None
+    gpu_allocated_gib: Rate | None = None
+    gpu_reserved_gib: Rate | None = None
+    host_rss_gib: Rate | None = None
     gate: GateStatistics | None = None
     selection: SelectionStatistics | None = None
     worst_gate_layer: int | None = None
     worst_gate: GateStatistics | None = None
-    counters: dict[str, int] = field(default_factory=dict)
+    counters: Annotated[dict[Name, Count], Field(max_length=100)] = field(default_factory=dict)
 
 
 SCHEMA = TypeAdapter(Beat)
+FILE_NAME = re.compile(r"heartbeat_rank(0|[1-9][0-9]{0,5})\.jsonl")
 REPORTED = frozenset(f.name for f in fields(Beat)) - {"unix_time_s", "progress_age_s", "counters"}
 
 
@@ -135,6 +151,8 @@ class Heartbeat:
             "host": socket.gethostname(),
             "pid": self._process.pid,
             "process_start_s": self._process.create_time(),
+            "machine": this_machine(),
+            "every_s": every_s,
             "phase": "startup",
             "start_step": start_step,
             "step": start_step,
@@ -213,52 +231,76 @@ class HeartbeatReader:
 
     Args:
         path: the file; it may appear later.
+        last: beats that a read returns at most, the newest ones; what lies before them is not even read.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._offset, self._line = 0, 0
+    def __init__(self, path: Path, *, last: int = MAX_BEATS) -> None:
+        self.path, self.last = path, last
+        self._offset = 0
+        self._line: int | None = 0  # whole lines before the offset; None once some were passed over
 
     def read(self) -> list[Beat]:
         """New beats, oldest first; a last line without its newline waits for the next read.
 
         Raises:
-            ValueError: a line is no beat; file, line and field are named.
+            ValueError: this is no file, or a line is no beat; file, line and field are named.
         """
-        if not self.path.is_file():
+        if not self.path.exists():
             return []
+        if not self.path.is_file():
+            raise ValueError(f"{self.path} is no file; remove it, or give the folder of another run")
         with self.path.open("rb") as file:
-            file.seek(self._offset)
-            text = file.read()
-        text = text[: text.rfind(b"\n") + 1]
-        self._offset += len(text)
-        return [self._parse(line) for line in text.splitlines()]
+            lines = self._whole_lines(file)
+        beats = []
+        for line in lines:
+            self._line = None if self._line is None else self._line + 1
+            beats.append(self._parse(line))
+        return beats
+
+    def _whole_lines(self, file: IO[bytes]) -> list[bytes]:
+        size, limit = os.fstat(file.fileno()).st_size, self.last * LINE_BYTES
+        if size < self._offset:  # another file took its place
+            self._offset, self._line = 0, 0
+        skipped = size - self._offset > limit
+        file.seek(size - limit if skipped else self._offset)
+        text = file.read(limit)
+        end = text.rfind(b"\n") + 1
+        begin = text.find(b"\n") + 1 if skipped else 0
+        if skipped and begin == end:
+            raise ValueError(f"{self.path} has no line within its last {limit:,} bytes; this is no heartbeat")
+        self._offset = file.tell() - len(text) + end
+        lines = text[begin:end].splitlines()
+        if skipped or len(lines) > self.last:
+            self._line = None
+        return lines[-self.last :]
 
     def _parse(self, line: bytes) -> Beat:
-        self._line += 1
         try:
             return SCHEMA.validate_json(line)
         except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(map(str, first["loc"])) or "the line"
-            raise ValueError(f"{self.path}, line {self._line}: {where}: {first['msg']}") from None
+            first = error.errors(include_input=False, include_url=False)[0]
+            number = f"line {self._line}" if self._line is not None else "near its end"
+            where = printable(".".join(map(str, first["loc"]))[:100]) or "the line"
+            raise ValueError(
+                f"{self.path}, {number}: {where}: {first['msg']}; take the damaged line out, or move the file away"
+            ) from None
 
 
 def read_heartbeats(path: Path) -> list[Beat]:
-    """All beats of a file, oldest first.
+    """The newest `MAX_BEATS` beats of a file, oldest first.
 
     Raises:
         ValueError: the file is missing, or a line is no beat.
     """
-    if not path.is_file():
+    if not path.exists():
         raise ValueError(f"{path} is missing; is this a run folder?")
     return HeartbeatReader(path).read()
 
 
 def heartbeat_files(run: Path) -> dict[int, Path]:
     """The heartbeat files of a run folder by rank."""
-    ranks = (int(path.stem.removeprefix("heartbeat_rank")) for path in run.glob("heartbeat_rank[0-9]*.jsonl"))
-    return {rank: heartbeat_path(run, rank) for rank in sorted(ranks)}
+    found = (FILE_NAME.fullmatch(path.name) for path in run.glob("heartbeat_rank*.jsonl"))
+    return {rank: heartbeat_path(run, rank) for rank in sorted(int(name[1]) for name in found if name)}
 
 
 def _cut_half_line(file: int) -> None:

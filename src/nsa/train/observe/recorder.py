@@ -26,8 +26,8 @@ class StepRecord:
         loss: mean nats per predicted token of the step.
         lr: learning rate.
         grad_norm: global norm before clipping.
-        tokens_per_s: input tokens of the step / `step_s`.
-        mfu: model FLOP utilisation in 0..1; None where it is not known.
+        tokens_per_s: input tokens of the newest `train.log_every_steps` steps / seconds of those steps.
+        mfu: model FLOP utilisation of the same steps in 0..1; None where it is not known.
         step_s: seconds of the whole step.
         fetch_s: those of them spent waiting for data.
     """

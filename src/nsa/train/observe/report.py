@@ -6,7 +6,10 @@ import json
 from typing import Any
 
 from nsa.train.config import RunConfig
-from nsa.train.observe.csv_log import HEALTH_COLUMNS, read_csv
+from nsa.train.observe.csv_log import HEALTH_COLUMNS
+from nsa.train.observe.health import gate_of_row, last_health, outside_columns
+from nsa.train.observe.text import cell, code_block, inline
+from nsa.train.observe.thresholds import Thresholds
 from nsa.train.run_folder import RunFolder, write_text
 
 UNTRAINED_TOLERANCE_NATS = 0.5  # an untrained model further from ln(vocabulary) than this is worth a look
@@ -17,10 +20,10 @@ def write_report(folder: RunFolder, config: RunConfig, metrics: dict[str, Any]) 
     """Write `report.md` from the contents of `metrics.json`, `env.json` and the samples."""
     env = json.loads(folder.env_json.read_text(encoding="utf-8"))
     index = json.loads(folder.data_index_json.read_text(encoding="utf-8"))
-    ended = f"was stopped by {metrics['stopped_by']}" if metrics["stopped_by"] else "finished"
+    ended = f"was stopped by {inline(metrics['stopped_by'])}" if metrics["stopped_by"] else "finished"
     sections = [
-        f"# Run {config.run.name}\n\nThis run {ended} after step {metrics['step']} of {config.train.steps}.",
-        f"**{index['description']}.**" if index["replaced_because"] else "",
+        f"# Run {inline(config.run.name)}\n\nThis run {ended} after step {metrics['step']} of {config.train.steps}.",
+        f"**{inline(index['description'])}.**" if index["replaced_because"] else "",
         _overridden(folder),
         "## Results\n\n" + table(results(metrics)),
         f"![Loss curves]({folder.curves_png.name})",
@@ -39,7 +42,7 @@ def write_report(folder: RunFolder, config: RunConfig, metrics: dict[str, Any]) 
 def _overridden(folder: RunFolder) -> str:
     """The errors of preflight that the config lets pass."""
     codes = folder.overridden()
-    return f"**Preflight was overridden: {', '.join(codes)}** (`preflight.json`)." if codes else ""
+    return f"**Preflight was overridden: {inline(', '.join(codes))}** (`preflight.json`)." if codes else ""
 
 
 def results(metrics: dict[str, Any]) -> dict[str, str]:
@@ -70,35 +73,40 @@ def untrained_warning(metrics: dict[str, Any]) -> str:
 
 def table(values: dict[str, str]) -> str:
     """Names and texts as a Markdown table."""
-    lines = [f"| {name} | {str(text).replace('|', '/')} |" for name, text in values.items()]
+    lines = [f"| {cell(name)} | {cell(str(text))} |" for name, text in values.items()]
     return "\n".join(["| | |", "|---|---|", *lines])
 
 
 def _health(folder: RunFolder, findings: list[str]) -> str:
     """What is outside the thresholds, and the last measurement of gates and selection."""
-    judged = "\n".join(f"- {finding}" for finding in findings) or "Nothing is outside the thresholds of a healthy run."
-    rows = read_csv(folder.health_csv, HEALTH_COLUMNS)
-    if not rows:
+    judged = "\n".join(f"- {inline(finding)}" for finding in findings)
+    judged = judged or "Nothing is outside the thresholds of a healthy run."
+    last = last_health(folder.health_csv)
+    if not last:
         return f"{judged}\n\nGates and selection were not measured."
-    last = [row for row in rows if row["step"] == rows[-1]["step"]]
     names = [name for name in HEALTH_COLUMNS if name != "step"]
     lines = [f"| {' | '.join(name.replace('_', ' ') for name in names)} |", "|---" * len(names) + "|"]
-    lines += [f"| {' | '.join(f'{row[name]:.4g}' for name in names)} |" for row in last]
-    return f"{judged}\n\nGates and selection at step {rows[-1]['step']}:\n\n" + "\n".join(lines)
+    for row in last:
+        outside = outside_columns(gate_of_row(row), Thresholds())
+        cells = [_shown(row[name], bold=name in outside) for name in names]
+        lines.append(f"| {' | '.join(cells)} |")
+    legend = "; bold: outside the thresholds of a healthy run" if any("**" in line for line in lines) else ""
+    return f"{judged}\n\nGates and selection at step {last[0]['step']}{legend}:\n\n" + "\n".join(lines)
+
+
+def _shown(value: float | None, *, bold: bool) -> str:
+    text = "-" if value is None else f"{value:.4g}"
+    return f"**{text}**" if bold and value is not None else text
 
 
 def _samples(folder: RunFolder) -> str:
     files = [path for name in ("before", "after") if (path := folder.samples / f"{name}.txt").is_file()]
-    # Indented code cannot be closed by what a model writes.
-    blocks = [
-        f"`samples/{path.name}`\n\n" + "\n".join(f"    {line}" for line in path.read_text(encoding="utf-8").split("\n"))
-        for path in files
-    ]
+    blocks = [f"`samples/{path.name}`\n\n" + code_block(path.read_text(encoding="utf-8")) for path in files]
     return "\n\n".join(block.rstrip() for block in blocks) or "None were asked for."
 
 
 def _held_out(names: list[str]) -> str:
-    shown = "; ".join(names[:SHOWN_DOCUMENTS])
+    shown = "; ".join(map(inline, names[:SHOWN_DOCUMENTS]))
     rest = f"; and {len(names) - SHOWN_DOCUMENTS} more" if len(names) > SHOWN_DOCUMENTS else ""
     return f"Never trained on: {shown}{rest}. `data_index.json` has them all."
 

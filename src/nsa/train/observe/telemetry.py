@@ -11,11 +11,13 @@ TensorBoard and the terminal.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from types import TracebackType
 
 from nsa.train.config import RunConfig
+from nsa.train.observe.curves import draw_curves
 from nsa.train.observe.heartbeat import Heartbeat, Phase, heartbeat_path
 from nsa.train.observe.probe import ModelHealth
 from nsa.train.observe.recorder import EvalRecord, Recorder, SilentRecorder, StepRecord
@@ -25,6 +27,7 @@ from nsa.train.observe.windows import StepWindows
 from nsa.train.parallel import Parallel
 from nsa.train.run_folder import RunFolder
 
+REDRAW_AFTER_S = 120.0  # since the curves were drawn last, as that takes a second or two
 IN_BEATS = ("step", "loss", "grad_norm", "lr", "tokens_per_s", "mfu", "step_s")
 
 
@@ -59,6 +62,7 @@ class Telemetry:
             memory_snapshot_steps=config.observe.memory_snapshot_steps,
         )
 
+        self._drawn_s = time.monotonic()
         found = routes(config.model, parallel.device, config.train.precision)
         self.heartbeat.count("fallbacks", sum(route.is_fallback for route in found))
 
@@ -93,8 +97,10 @@ class Telemetry:
         self.recorder.step(record, list(waits_s))
 
     def evaluation(self, record: EvalRecord) -> None:
-        """An evaluation is done."""
+        """An evaluation is done; now and then the curves are drawn up to here."""
         self.recorder.evaluation(record)
+        if self.parallel.is_main and time.monotonic() - self._drawn_s >= REDRAW_AFTER_S:
+            self._redraw()
 
     def health(self, health: ModelHealth | None) -> None:
         """Gates and selection were measured; None for a model that has none."""
@@ -118,6 +124,15 @@ class Telemetry:
         """The loop is over; what it reported last is in the file when this returns."""
         self.phase("finish")
         self.heartbeat.beat()
+
+    def _redraw(self) -> None:
+        """The curves so far; a run does not end because they cannot be drawn."""
+        try:
+            with self.dispensable(self.folder.curves_png):
+                draw_curves(self.folder, self.folder.curves_png)
+        except ValueError as error:
+            self.note(f"{self.folder.curves_png} cannot be drawn: {error}; the run goes on without it")
+        self._drawn_s = time.monotonic()
 
     def _recorder(self) -> Recorder | SilentRecorder:
         if not self.parallel.is_main:

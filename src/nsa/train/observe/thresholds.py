@@ -6,12 +6,25 @@ nsa watch runs/NAME --thresholds.stall_s 600
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+
+AT_MOST = {
+    "throughput_drop": 1.0,
+    "gate_entropy_mean_nats": math.log(3),  # that of a gate that weighs its three branches alike
+    "gate_max_mean": 1.0,
+    "gate_collapse_share": 1.0,
+}
+AT_LEAST = {"throughput_min_beats": 1, "memory_min_beats": 4, "loss_beats": 1}
 
 
 @dataclass(frozen=True)
 class Thresholds:
-    """Bounds of a healthy run; units are in the names."""
+    """Bounds of a healthy run; units are in the names.
+
+    Raises:
+        ValueError: a bound with which its alarm could never ring, or would always: not finite, negative, or a share
+            above 1.
+    """
 
     stall_s: float = 180.0
     """Seconds without progress in the phases "fetch" and "step" that are a stall."""
@@ -56,6 +69,8 @@ class Thresholds:
     """Seconds that a halted run may take to write its checkpoint and end, before the watch gives it up."""
 
     def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if not 0 <= value < math.inf:  # nan would switch an alarm off
-                raise ValueError(f"thresholds.{name} must be a finite number of at least 0, not {value}")
+        for name in (field.name for field in fields(self)):
+            value, least, most = getattr(self, name), AT_LEAST.get(name, 0), AT_MOST.get(name, math.inf)
+            if not (math.isfinite(value) and least <= value <= most):
+                bounds = f"at least {least}" if most == math.inf else f"from {least} to {most:.4g}"
+                raise ValueError(f"thresholds.{name} is {value:g}; it must be a finite number, {bounds}")
