@@ -11,12 +11,14 @@ rank 0 prints and writes the shared files of the run folder.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nsa.train.budget import fit_to_budget
 from nsa.train.checkpoint_save import Checkpointer
 from nsa.train.config import RunConfig
 from nsa.train.device import deterministic_algorithms
@@ -28,7 +30,7 @@ from nsa.train.observe.report import write_report
 from nsa.train.observe.summary import data_index, describe, final_metrics, kernel_values, routing_values
 from nsa.train.observe.telemetry import Telemetry
 from nsa.train.observe.thresholds import Thresholds
-from nsa.train.parallel import Parallel
+from nsa.train.parallel import Parallel, one_process
 from nsa.train.preflight.report import examine
 from nsa.train.run_folder import FailureStatus, RunFolder, check_unused, write_json
 from nsa.train.stop import Stop, StopRequest
@@ -55,6 +57,8 @@ def prepare(
 ) -> tuple[Trainer, RunFolder]:
     """Build and check everything, say what is about to run, and only then make the run folder.
 
+    With `train.max_minutes` its parts are timed first, and the run has as many steps as fit.
+
     Args:
         command: as typed, for `env.json`.
         parallel: this process among those of the run; the only one unless given.
@@ -63,11 +67,18 @@ def prepare(
         ValueError: preflight refuses the run, the config asks for something impossible, or the run folder exists;
             nothing was written.
     """
+    start_s, deadline = time.perf_counter(), None
     path = Path(config.run.folder) / config.run.name
     check_unused(path)
     report = examine(config, world_size=parallel.world_size if parallel else 1, thorough=False)
     report.raise_if_refused()
+    if config.train.max_minutes is not None:
+        parallel = parallel or one_process(config.run.device)
+        if parallel.is_main:
+            print(f"timing a few steps, to end within {config.train.max_minutes:g} minutes", flush=True)
+        config, deadline = fit_to_budget(config, parallel, start_s)
     trainer = Trainer(config, parallel)
+    trainer.deadline = deadline
     folder = RunFolder(path)
     trainer.parallel.barrier()  # all ranks have looked before one makes the folder
     if trainer.parallel.is_main:
@@ -104,7 +115,7 @@ def train(trainer: Trainer, folder: RunFolder, *, resumed: bool = False) -> Outc
         deterministic_algorithms(config.run.deterministic and trainer.device.type == "cpu"),
         FailureStatus(folder, parallel.rank) as status,
         StopRequest(folder.halt, parallel) as stop,
-        Telemetry(folder, config, parallel, resume_step=resume_step) as telemetry,
+        Telemetry(folder, config, parallel, resume_step=resume_step, deadline=trainer.deadline) as telemetry,
         trainer.checkpointer(folder) as checkpointer,
     ):
         trainer.on_phase = telemetry.phase
@@ -167,8 +178,7 @@ def finish(trainer: Trainer, folder: RunFolder, telemetry: Telemetry, asked: Sto
     """Samples, metrics, picture and report; then the final status."""
     telemetry.finish()
     stopped_by = asked.reason if asked else None
-    if stopped_by is None:
-        trainer.write_samples(folder, "after")
+    trainer.write_samples(folder, "after")
     metrics = final_metrics(trainer, stopped_by)
     if trainer.parallel.is_main:
         metrics["findings"] = [str(finding) for finding in judge_run(folder.path, Thresholds())]
