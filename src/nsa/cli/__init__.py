@@ -29,6 +29,7 @@ COMMANDS = {
     "inspect": ("nsa.cli.inspect", "show which blocks of a prompt each query selects"),
     "bench": ("nsa.cli.bench", "measure speed and memory on this machine"),
     "data": ("nsa.cli.data", "check a config's data: run its loader alone, with timings"),
+    "page": ("nsa.cli.page", "write the page of a run, with another run's losses beside its own"),
     "compare": ("nsa.cli.compare", "draw the loss curves of several runs into one picture and table"),
 }
 

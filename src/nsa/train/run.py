@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nsa.inspect.picture import draw_selection
 from nsa.train.budget import fit_to_budget
 from nsa.train.checkpoint_save import Checkpointer
 from nsa.train.config import RunConfig
@@ -26,6 +27,7 @@ from nsa.train.load_config import dump_config
 from nsa.train.observe.curves import draw_curves
 from nsa.train.observe.environment import snapshot
 from nsa.train.observe.health import judge_run
+from nsa.train.observe.page import write_page
 from nsa.train.observe.report import write_report
 from nsa.train.observe.summary import data_index, describe, final_metrics, kernel_values, routing_values
 from nsa.train.observe.telemetry import Telemetry
@@ -179,12 +181,17 @@ def finish(trainer: Trainer, folder: RunFolder, telemetry: Telemetry, asked: Sto
     telemetry.finish()
     stopped_by = asked.reason if asked else None
     trainer.write_samples(folder, "after")
+    selection = trainer.look_at_selection()
     metrics = final_metrics(trainer, stopped_by)
     if trainer.parallel.is_main:
         metrics["findings"] = [str(finding) for finding in judge_run(folder.path, Thresholds())]
         write_json(folder.metrics_json, metrics)
         draw_curves(folder, folder.curves_png)
         write_report(folder, trainer.config, metrics)
+        if selection is not None:
+            selection.save(folder.selection_json)
+            draw_selection(selection, folder.selection_png)
+        write_page(folder)
         state = "finished" if stopped_by is None else "stopped"
         reason, rank = stopped_by or trainer.early_stop, asked.rank if asked else None
         folder.write_status(state, step=trainer.step, reason=reason, rank=rank)

@@ -30,6 +30,7 @@ from nsa.eval.loss import IGNORED_LABEL, NextTokenLoss
 from nsa.eval.perplexity import TokenBatch, evaluate, to_device
 from nsa.eval.samples import SampleOptions, draw_samples, format_samples
 from nsa.hf import NSAForCausalLM
+from nsa.inspect.one_text import TextSelection, select_in_text
 from nsa.train.activation import checkpoint_activations
 from nsa.train.checkpoint_load import load_checkpoint, restore_random_state
 from nsa.train.checkpoint_save import Checkpointer
@@ -199,6 +200,17 @@ class Trainer:
         """Gates and selection on a held-out row, the same on all ranks; None for a model without NSA layers."""
         with self._precision():
             return self.probe.measure(self.step)
+
+    def look_at_selection(self) -> TextSelection | None:
+        """What the model selects in a held-out text, on rank 0; None there for a model without NSA layers.
+
+        All ranks must call it, as they may have to send their shards.
+        """
+        if not self.probe.layers or (model := self.whole_model()) is None:
+            return None
+        name, ids = self.held_out.longest_piece
+        with self._precision():
+            return select_in_text(model, ids, self.tokenizer.decode, name)
 
     @property
     def early_stop(self) -> str | None:
