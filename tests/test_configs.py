@@ -11,7 +11,8 @@ from nsa.train.preflight.report import examine
 CONFIGS = Path(__file__).parent.parent / "configs"
 # Name -> (machine, parameters in millions, rows of so many tokens, longest run in hours).
 EXPECTED = {
-    "train_showcase": (None, (0.5, 3), 2048, 1.0),
+    "train_showcase": (None, (0.5, 3), 1024, 1.0),
+    "nsa_vs_dense": (None, (0.5, 3), 512, 1.0),
     "train_copy": (None, (0.05, 0.5), 136, 1.0),
     "track_a": ("h200", (5, 15), 1024, 1.0),
     "track_b": ("h200", (20, 40), 8192, 2.0),

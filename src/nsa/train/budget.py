@@ -70,10 +70,16 @@ def fit_to_budget(config: RunConfig, parallel: Parallel, start_s: float) -> tupl
     Raises:
         ValueError: not even `MIN_STEPS` steps fit.
     """
+    minutes = config.train.max_minutes
+    assert minutes is not None
+    if 60 * minutes * (1 - RESERVED_SHARE) <= RESERVED_S:
+        raise ValueError(
+            f"train.max_minutes {minutes:g} are {60 * minutes:.3g} s: the report alone takes as long; give 1 or more"
+        )
     costs = parallel.broadcast(measure(config, parallel))
     spent_s = parallel.broadcast(time.perf_counter() - start_s)
     fitted = fit_steps(config, costs, spent_s)
-    return fitted, Deadline(start_s, 60 * (config.train.max_minutes or 0), costs.samples_s, costs.step_s)
+    return fitted, Deadline(start_s, 60 * minutes, costs.samples_s, costs.step_s)
 
 
 def fit_steps(config: RunConfig, costs: Costs, spent_s: float) -> RunConfig:

@@ -80,7 +80,7 @@ def prepare(
             print(f"timing a few steps, to end within {config.train.max_minutes:g} minutes", flush=True)
         config, deadline = fit_to_budget(config, parallel, start_s)
     trainer = Trainer(config, parallel)
-    trainer.deadline = deadline
+    trainer.start_s, trainer.deadline = start_s, deadline
     folder = RunFolder(path)
     trainer.parallel.barrier()  # all ranks have looked before one makes the folder
     if trainer.parallel.is_main:

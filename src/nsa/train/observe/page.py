@@ -53,6 +53,8 @@ HEAD = (
     "style-src 'unsafe-inline'\">"
     '<meta name="viewport" content="width=device-width, initial-scale=1">'
 )
+NUMBERS = ("step", "tokens", "num_parameters", "val_loss", "val_bits_per_byte", "wall_s")
+"""What the page needs of `metrics.json`."""
 SAME = ("run.seed", "data", "optim", "train.steps", "train.batch_tokens", "train.sequence_length")
 """What two runs must have in common for their losses to be compared."""
 
@@ -89,19 +91,24 @@ def _metrics(folder: RunFolder) -> dict[str, Any]:
             f"{folder.metrics_json} is missing or damaged: a run writes it when it ends; "
             f"wait for that, or `nsa resume {folder.path}`"
         )
+    if lacking := [name for name in NUMBERS if not isinstance(metrics.get(name), int | float)]:
+        raise ValueError(
+            f"{folder.metrics_json} is damaged: it has no number {', '.join(lacking)}; `nsa resume {folder.path}` "
+            f"writes it anew when the run ends"
+        )
     return metrics
 
 
 def _top(folder: RunFolder, config: RunConfig, metrics: dict[str, Any]) -> str:
     index = read_json(folder.data_index_json) or {}
-    stopped = metrics["stopped_by"]
+    stopped = metrics.get("stopped_by")
     ended = f"stopped by {stopped} after step {metrics['step']:,} of {config.train.steps:,}" if stopped else "finished"
     layers = ", ".join(config.model.layer_types)
     facts = (
         f"{ended} · {config.model.num_hidden_layers} layers of {layers} · rows of {config.train.sequence_length:,} "
         f"tokens · {index.get('description', config.data.source)}"
     )
-    rate = metrics["tokens_per_s"]
+    rate = metrics.get("tokens_per_s")
     tiles = {
         "held-out bits per byte": f"{metrics['val_bits_per_byte']:.4f}",
         "held-out loss, nats per token": f"{metrics['val_loss']:.4f}",
@@ -203,7 +210,7 @@ def _marked(selection: TextSelection, layer: int) -> str:
 
 
 def _health(folder: RunFolder, metrics: dict[str, Any]) -> str:
-    findings = "".join(f'<p class="bad">{_text(finding)}</p>' for finding in metrics["findings"])
+    findings = "".join(f'<p class="bad">{_text(finding)}</p>' for finding in metrics.get("findings", ()))
     judged = findings or "<p>Nothing is outside the thresholds of a healthy run.</p>"
     rows = read_csv(folder.health_csv, HEALTH_COLUMNS) if folder.health_csv.is_file() else []
     last = [row for row in rows if row["step"] == rows[-1]["step"]]
@@ -226,7 +233,7 @@ def _samples(folder: RunFolder) -> str:
 
 def _next(folder: RunFolder, metrics: dict[str, Any]) -> str:
     run = folder.path
-    commands = [f"nsa resume {run}"] if metrics["stopped_by"] else []
+    commands = [f"nsa resume {run}"] if metrics.get("stopped_by") else []
     commands += [
         f'nsa generate {run} --prompt "The state of the union is "',
         f'nsa inspect {run} --prompt "$(cat some.txt)" --ranges',
