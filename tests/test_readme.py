@@ -15,7 +15,8 @@ DOCUMENTS = ["README.md", "CONTRIBUTING.md", *sorted(str(p) for p in (ROOT / "do
 PYTHON = [text for language, text in BLOCKS if language == "python"]
 COMMANDS = [line[2:] for language, text in BLOCKS if language == "console" for line in text.splitlines()]
 
-# The showcase run takes minutes, also to be timed: the commands that use it get a run folder of the same name, made in seconds.
+# The showcase takes minutes, and times itself first: the commands that use it get a run folder of the same name, made
+# in seconds.
 TINY = {
     "model.hidden_size": 32,
     "model.intermediate_size": 64,

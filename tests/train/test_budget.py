@@ -141,7 +141,7 @@ def test_more_threads_are_tried_as_long_as_cores_are_idle_and_they_help(monkeypa
             return seconds[tried[-1]]
 
         monkeypatch.setattr(budget, "_step_s", step_s)
-        monkeypatch.setattr(budget, "usable_cores", lambda: 6)
+        monkeypatch.setattr(budget, "usable_cores", lambda: 7)
         monkeypatch.setattr(budget, "_idle_s", lambda: next(idle))
         monkeypatch.setattr(budget, "clock", lambda: next(now))
         tried.clear()

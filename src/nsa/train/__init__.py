@@ -1,9 +1,10 @@
 """The trainer: from a YAML config to a run folder.
 
-Reading order: `run.py` (the main path), `trainer.py` (one optimizer step) and `budget.py` (steps that fit into minutes);
+Reading order: `run.py` (the main path), `trainer.py` (one optimizer step), `budget.py` (steps that fit into minutes);
 `config.py` (every key) and `load_config.py`; `parallel.py` (the processes of a run) and `device.py`; `model.py`,
 `activation.py` (what backward computes again), `optim.py`, `guards.py`, `flops.py` (MFU); `run_folder.py` and
-`run_lock.py` (what lies where, and one writer); `stop.py`; `checkpoint.py` (the folders), `checkpoint_save.py`, `checkpoint_load.py`, `checkpoint_random.py`,
-`checkpoint_export.py` and `resume.py`. `observe/` is what a run tells of itself; `preflight/`, `estimate.py` and
-`doctor.py` look before it starts. The guides are docs/training.md, checkpoints.md, operations.md and before_a_run.md.
+`run_lock.py` (what lies where, and one writer); `stop.py`; `checkpoint.py` (the folders), `checkpoint_save.py`,
+`checkpoint_load.py`, `checkpoint_random.py`, `checkpoint_export.py` and `resume.py`. `observe/` is what a run tells of
+itself; `preflight/`, `estimate.py` and `doctor.py` look before it starts. The guides are docs/training.md,
+checkpoints.md, operations.md and before_a_run.md.
 """

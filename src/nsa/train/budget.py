@@ -145,7 +145,8 @@ def _choose_threads(trainer: Trainer) -> float:
     idle_s, start_s = _idle_s(), clock()
     best_s, best = _step_s(trainer), 1
     free = 1 + round((_idle_s() - idle_s) / (clock() - start_s))
-    for count in _thread_counts(min(free, usable_cores())):
+    # One core is left to everything else: threads wait for each other, so that one which is interrupted stops them all.
+    for count in _thread_counts(min(free, usable_cores() - 1)):
         torch.set_num_threads(count)
         trainer.train_step()
         step_s = _step_s(trainer)
