@@ -6,8 +6,8 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 CONFIG ?= configs/train_showcase.yaml
-RUN    := runs/showcase
-TWIN   := runs/showcase_dense
+RUN    ?= runs/showcase
+TWIN   := $(RUN)_dense
 READY  := $(VENV)/.installed-dev
 
 .PHONY: showcase showcase-dense test test-gpu lint clean

@@ -29,7 +29,9 @@ def draw_selection(selection: TextSelection, path: Path) -> None:
     for axes, layer in zip(panels, layers, strict=True):
         _draw_layer(axes, selection, layer)
     panels[0].set_ylabel("query, token of the text")
-    handles = [Patch(color=color, label=label) for label, color in COLORS.items()]
+    num_groups = len(selection.blocks[layers[0]][0])
+    names = list(COLORS) if num_groups > 1 else ["not read", "forced", "chosen"]
+    handles = [Patch(color=color, label=name) for name, color in zip(names, COLORS.values(), strict=False)]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize="small", frameon=False)
     figure.savefig(path, dpi=110)
 
