@@ -30,4 +30,4 @@ if __name__ == "__main__":
         vocab_size=VOCAB_SIZE, special_tokens=[END], initial_alphabet=alphabet, show_progress=False
     )
     tokenizer.train_from_iterator((source.text(document) for document in documents), trainer)
-    tokenizer.save(str(Path(sys.argv[1]) / "tokenizer.json"))
+    tokenizer.save(str(Path(sys.argv[1]) / "tokenizer.json"), pretty=False)
