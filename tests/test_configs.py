@@ -1,17 +1,21 @@
 """Every shipped config loads, has the size that it says, and passes preflight for its machine."""
 
+import re
 from pathlib import Path
 
 import pytest
 
+from nsa.train.estimate import num_parameters
 from nsa.train.load_config import load_config
 from nsa.train.preflight.machine import machine_named
 from nsa.train.preflight.report import examine
 
 CONFIGS = Path(__file__).parent.parent / "configs"
+MAKEFILE = (CONFIGS.parent / "Makefile").read_text(encoding="utf-8")
 # Name -> (machine, parameters in millions, rows of so many tokens, longest run in hours).
 EXPECTED = {
-    "train_showcase": (None, (0.5, 3), 512, 1.0),
+    "train_showcase": (None, (0.5, 3), 1024, 1.0),
+    "nsa_vs_dense": (None, (0.5, 3), 512, 1.0),
     "train_copy": (None, (0.05, 0.5), 136, 1.0),
     "track_a": ("h200", (5, 15), 1024, 1.0),
     "track_b": ("h200", (20, 40), 8192, 2.0),
@@ -58,3 +62,10 @@ def test_the_long_run_is_guarded():
 def test_the_configs_for_gpus_can_be_shared_among_four(name):
     train = load_config(CONFIGS / f"{name}.yaml").train
     assert train.batch_tokens % (4 * train.micro_batch_rows * train.sequence_length) == 0
+
+
+def test_the_dense_twin_of_the_showcase_has_as_many_parameters():
+    (words,) = re.findall(r"--model\.layer_types full_attention \\\n\s+(--model\.\w+ \d+)", MAKEFILE)
+    twin = load_config(CONFIGS / "train_showcase.yaml", ["--model.layer_types", "full_attention", *words.split()])
+    sizes = [num_parameters(config, 1024)[0] for config in (load_config(CONFIGS / "train_showcase.yaml"), twin)]
+    assert sizes[1] == pytest.approx(sizes[0], rel=1e-3)

@@ -15,12 +15,14 @@ DOCUMENTS = ["README.md", "CONTRIBUTING.md", *sorted(str(p) for p in (ROOT / "do
 PYTHON = [text for language, text in BLOCKS if language == "python"]
 COMMANDS = [line[2:] for language, text in BLOCKS if language == "console" for line in text.splitlines()]
 
-# The showcase run takes minutes: the commands that use it get a run folder of the same name, made in seconds.
+# The showcase takes minutes, and times itself first: the commands that use it get a run folder of the same name, made
+# in seconds.
 TINY = {
     "model.hidden_size": 32,
     "model.intermediate_size": 64,
     "model.num_hidden_layers": 1,
     "train.steps": 2,
+    "train.max_minutes": None,
     "train.sequence_length": 64,
     "train.batch_tokens": 128,
     "train.micro_batch_rows": 2,

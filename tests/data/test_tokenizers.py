@@ -215,3 +215,14 @@ def test_a_tokenizer_without_an_end_is_refused(bpe_folder: Path, tmp_path: Path)
 def test_half_a_surrogate_pair_is_refused_by_bpe(bpe_folder: Path) -> None:
     with pytest.raises(DataError, match="character 2 of the text is half of a surrogate pair"):
         load_tokenizer(bpe_folder).encode("ab\ud800")
+
+
+def test_the_tokenizer_in_the_package_is_small_exact_and_saved_like_any_other(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer("bpe1k")
+    ids = tokenizer.encode(TEXT)
+    assert (tokenizer.vocab_size, tokenizer.name, tokenizer.decode(ids)) == (1024, "bpe1k", TEXT)
+    assert tokenizer.eos_id not in ids
+    english = "The state of the Union is a report of the Congress to the people. "
+    assert len(tokenizer.encode(english)) < len(english) / 2.5
+    tokenizer.save(tmp_path)
+    assert load_tokenizer(tmp_path).encode(TEXT) == ids

@@ -17,10 +17,11 @@ from nsa.train.run_folder import RunFolder
 
 def test_the_log_line_says_everything_with_its_units() -> None:
     waits = [0.001 * k for k in range(21)]
-    line = log_line(step=20, num_steps=400, loss=2.5, lr=3e-3, tokens_per_s=12345.6, mfu=None, fetch_s=waits)
+    line = log_line(step=20, num_steps=400, loss=2.5, lr=3e-3, tokens_per_s=12345.6, mfu=None, fetch_s=waits, left_s=65)
     for part in ("20/400", "loss 2.5000", "lr 3.00e-03", "12,346 tokens/s", "mfu n/a", "p50 10.00 ms p95 19.00 ms"):
         assert part in line, line
-    assert "mfu 31.5%" in log_line(step=1, num_steps=2, loss=2.5, lr=3e-3, tokens_per_s=1.0, mfu=0.315, fetch_s=[0.001])
+    other = {"step": 1, "num_steps": 2, "loss": 2.5, "lr": 3e-3, "tokens_per_s": 1.0, "mfu": 0.315, "fetch_s": [0.001]}
+    assert "mfu 31.5%" in log_line(**other, left_s=1)
 
 
 def test_percentiles_of_a_single_wait_are_that_wait() -> None:

@@ -39,6 +39,7 @@ COMMANDS = {
     "bench": ("nsa.cli.bench", "measure speed and memory on this machine"),
     "configs": ("nsa.cli.configs", "list the configs of the package, or print one"),
     "data": ("nsa.cli.data", "check a config's data: run its loader alone, with timings"),
+    "page": ("nsa.cli.page", "write the page of a run, with another run's losses beside its own"),
     "compare": ("nsa.cli.compare", "draw the loss curves of several runs into one picture and table"),
 }
 

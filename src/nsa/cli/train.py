@@ -118,5 +118,7 @@ def closing(outcome: Outcome) -> str:
     parts = [path.read_text(encoding="utf-8") for path in samples if path.is_file()]
     parts += ["\n".join(f"{name:<28} {text}" for name, text in results(outcome.metrics).items()), ""]
     ended = f"stopped by {outcome.stopped_by}" if outcome.stopped_by else "finished"
-    parts += [f"{ended}; everything lies in {folder.path}: report.md, curves.png, training.csv, checkpoints/latest"]
+    parts += [f"{ended}; everything lies in {folder.path}: report.html, report.md, training.csv, checkpoints/latest"]
+    if outcome.stopped_by:
+        parts += [f"go on with: nsa resume {folder.path}"]
     return "\n".join(parts)

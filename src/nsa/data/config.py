@@ -125,7 +125,8 @@ class DataConfig(SourceConfig):
     written into every artifact of the run. Errors during the run always end it."""
 
     tokenizer: str = "byte"
-    """"byte", "gpt2", a folder with tokenizer files, or a name on the Hugging Face Hub."""
+    """"byte", "bpe1k" (1,024 tokens of English, in the package), "gpt2", a folder with tokenizer files, or a name on
+    the Hugging Face Hub."""
 
     heldout: float | tuple[str, ...] = 0.05
     """Documents kept for evaluation and never trained on: a fraction, chosen by a stable hash of each name, or a list

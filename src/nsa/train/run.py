@@ -11,13 +11,16 @@ rank 0 prints and writes the shared files of the run folder.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nsa.inspect.picture import draw_selection
 from nsa.terminal import printable
+from nsa.train.budget import fit_to_budget
 from nsa.train.checkpoint_save import Checkpointer
 from nsa.train.config import RunConfig
 from nsa.train.device import deterministic_algorithms
@@ -27,11 +30,12 @@ from nsa.train.observe.curves import draw_curves
 from nsa.train.observe.environment import snapshot
 from nsa.train.observe.health import judge_run
 from nsa.train.observe.output import lasting_output
+from nsa.train.observe.page import write_page
 from nsa.train.observe.report import write_report
 from nsa.train.observe.summary import data_index, describe, final_metrics, kernel_values, routing_values
 from nsa.train.observe.telemetry import Telemetry
 from nsa.train.observe.thresholds import Thresholds
-from nsa.train.parallel import Parallel, on_main
+from nsa.train.parallel import Parallel, on_main, one_process
 from nsa.train.preflight.report import examine, examine_corpus
 from nsa.train.run_folder import FailureStatus, RunFolder, check_unused, write_json
 from nsa.train.stop import Stop, StopRequest
@@ -62,6 +66,8 @@ def prepare(
 ) -> tuple[Trainer, RunFolder]:
     """Build and check everything, say what is about to run, and only then make the run folder.
 
+    With `train.max_minutes` its parts are timed first, and the run has as many steps as fit.
+
     Args:
         command: as typed, for `env.json`.
         parallel: this process among those of the run; the only one unless given.
@@ -70,11 +76,18 @@ def prepare(
         ValueError: preflight refuses the run, the config asks for something impossible, or the run folder exists;
             nothing was written.
     """
+    start_s, deadline = time.perf_counter(), None
     path = Path(config.run.folder) / config.run.name
     check_unused(path)
     report = examine(config, world_size=parallel.world_size if parallel else 1, thorough=False)
     report.raise_if_refused()
+    if config.train.max_minutes is not None:
+        parallel = parallel or one_process(config.run.device)
+        if parallel.is_main:
+            print(f"timing a few steps, to end within {config.train.max_minutes:g} minutes", flush=True)
+        config, deadline = fit_to_budget(config, parallel, start_s)
     trainer = Trainer(config, parallel)
+    trainer.start_s, trainer.deadline = start_s, deadline
     report = examine_corpus(report, trainer.corpus, trainer.tokenizer)
     report.raise_if_refused()
     folder = RunFolder(path)
@@ -120,7 +133,7 @@ def train(trainer: Trainer, folder: RunFolder, *, resumed: bool = False) -> Outc
         deterministic_algorithms(config.run.deterministic and trainer.device.type == "cpu"),
         FailureStatus(folder, parallel.rank) as status,
         StopRequest(folder.halt, parallel) as stop,
-        Telemetry(folder, config, parallel, resume_step=resume_step) as telemetry,
+        Telemetry(folder, config, parallel, resume_step=resume_step, deadline=trainer.deadline) as telemetry,
         trainer.checkpointer(folder) as checkpointer,
     ):
         trainer.on_phase = telemetry.phase
@@ -193,8 +206,8 @@ def finish(
         "rank": asked.rank if asked else None,
     }
     telemetry.finish()
-    if stopped_by is None:
-        trainer.write_samples(folder, "after")
+    trainer.write_samples(folder, "after")
+    selection = trainer.look_at_selection()
     metrics = final_metrics(trainer, stopped_by)
     if trainer.parallel.is_main:
         try:
@@ -202,6 +215,10 @@ def finish(
             write_json(folder.metrics_json, metrics)
             draw_curves(folder, folder.curves_png)
             write_report(folder, trainer.config, metrics)
+            if selection is not None:
+                selection.save(folder.selection_json)
+                draw_selection(selection, folder.selection_png)
+            write_page(folder)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ReportError(f"the report of {folder.path} could not be written: {error}") from error
         folder.write_status(**status.ended)

@@ -2,7 +2,7 @@
 
 runs/NAME/  config.yaml env.json preflight.json data_index.json status.json metrics.json
             training.csv val.csv health.csv tb/ heartbeat_rank0.jsonl stacks_rank0.txt profile/
-            curves.png report.md samples/before.txt samples/after.txt
+            curves.png report.md report.html selection.json selection.png samples/before.txt samples/after.txt
             checkpoints/step_000500/ ... checkpoints/latest -> step_000500
             run.lock, and HALT when someone asks the run to stop
 """
@@ -45,6 +45,9 @@ class RunFolder:
         self.status_json = path / "status.json"
         self.curves_png = path / "curves.png"
         self.report_md = path / "report.md"
+        self.report_html = path / "report.html"
+        self.selection_json = path / "selection.json"
+        self.selection_png = path / "selection.png"
         self.samples = path / "samples"
         self.tensorboard = path / "tb"
         self.checkpoints = path / "checkpoints"

@@ -10,10 +10,12 @@ several processes every rank has one and calls the same methods.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,6 +30,7 @@ from nsa.eval.loss import IGNORED_LABEL, NextTokenLoss
 from nsa.eval.perplexity import TokenBatch, evaluate, to_device
 from nsa.eval.samples import SampleOptions, draw_samples, format_samples
 from nsa.hf import NSAForCausalLM
+from nsa.inspect.one_text import TextSelection, select_in_text
 from nsa.train.activation import checkpoint_activations
 from nsa.train.checkpoint import TRAINER, CheckpointError
 from nsa.train.checkpoint_load import load_checkpoint, restore_random_state
@@ -37,6 +40,7 @@ from nsa.train.flops import FlopCount, device_peak_flops
 from nsa.train.guards import StepGuard
 from nsa.train.load_config import dump_config
 from nsa.train.model import build_model, compile_layers, whole_model
+from nsa.train.observe.eta import Deadline
 from nsa.train.observe.heartbeat import Phase
 from nsa.train.observe.pace import Pace
 from nsa.train.observe.probe import HealthProbe, ModelHealth
@@ -60,12 +64,14 @@ class Trainer:
         pace: tokens per second of the newest steps.
         evaluations: all held-out results so far.
         start_s: `time.perf_counter()` when the run began.
+        deadline: when it is to end, for a run with `train.max_minutes`.
         batches: what training steps take their micro-batches from; the loader, unless put in its place.
         on_phase: told "fetch" and "step" as a training step gets there.
     """
 
     def __init__(self, config: RunConfig, parallel: Parallel | None = None) -> None:
         self.start_s = time.perf_counter()
+        self.deadline: Deadline | None = None
         self.config = config
         self.parallel = parallel or one_process(config.run.device)
         self.device = self.parallel.device
@@ -185,10 +191,30 @@ class Trainer:
         self.evaluations.append(record)
         return record
 
+    def time_evaluation(self) -> float:
+        """Seconds that `evaluate` will take, from one batch of each rank."""
+        world_size, start_s = self.parallel.world_size, time.perf_counter()
+        with self._precision():
+            first = list(islice(self.held_out, world_size))
+            evaluate(self.loss, first, device=self.device, num_bytes=1, rank=self.parallel.rank, world_size=world_size)
+        release_gathered(self.loss)
+        return (time.perf_counter() - start_s) * math.ceil(len(self.held_out) / world_size)
+
     def measure_health(self) -> ModelHealth | None:
         """Gates and selection on a held-out row, the same on all ranks; None for a model without NSA layers."""
         with self._precision():
             return self.probe.measure(self.step)
+
+    def look_at_selection(self) -> TextSelection | None:
+        """What the model selects in a held-out text, on rank 0; None there for a model without NSA layers.
+
+        All ranks must call it, as they may have to send their shards.
+        """
+        if not self.probe.layers or (model := self.whole_model()) is None:
+            return None
+        name, ids = self.held_out.longest_piece
+        with self._precision():
+            return select_in_text(model, ids, self.tokenizer.decode, name)
 
     @property
     def early_stop(self) -> str | None:

@@ -162,3 +162,17 @@ def test_what_training_finds_by_itself_is_left_out_when_it_starts(tiny: Tiny, mo
     before = torch.get_rng_state()
     assert examine(tiny(), thorough=False).refused_by == []
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(("step_s", "fitted", "codes"), [(0.5, 104, []), (100.0, None, ["budget-too-small"])])
+def test_a_budget_of_minutes_bounds_the_time_and_is_refused_where_hardly_a_step_fits(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, step_s: float, fitted: int | None, codes: list[str]
+) -> None:
+    monkeypatch.setattr(subject, "_speed", lambda plan: Speed(step_s, "told"))
+    config = tiny(train={"steps": 10_000, "max_minutes": 1.0}, eval={"every_steps": 5000})
+    report = examine(config)
+    assert report.plan.fitted_steps == fitted
+    assert [finding.code for finding in report.findings if finding.code.startswith("budget")] == codes
+    if fitted:
+        assert report.plan.run_s == 60
+        assert f"about {fitted} of the 10,000 steps fit into train.max_minutes 1" in report.text()

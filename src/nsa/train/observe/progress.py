@@ -21,6 +21,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from nsa.train.observe.eta import duration
+
 
 class Progress:
     """A bar when the output is a terminal, plain lines always.
@@ -74,19 +76,21 @@ def log_line(
     tokens_per_s: float,
     mfu: float | None,
     fetch_s: Sequence[float],
+    left_s: float,
 ) -> str:
-    """The line of one log step: step, loss, learning rate, tokens/s, MFU and the waits for data since the last one.
+    """The line of one log step: step, loss, learning rate, tokens/s, MFU, the waits for data since the last one, ETA.
 
     Args:
         loss: nats per token.
         mfu: model FLOP utilisation in 0..1, or None where it is not known.
         fetch_s: seconds of each wait for a batch since the last line; at least one.
+        left_s: seconds to the last step.
     """
     p50, p95 = percentiles_ms(fetch_s)
     utilisation = "n/a" if mfu is None else f"{mfu:.1%}"
     return (
         f"step {step:>{len(str(num_steps))}}/{num_steps}  loss {loss:.4f}  lr {lr:.2e}  {tokens_per_s:>9,.0f} tokens/s"
-        f"  mfu {utilisation}  fetch p50 {p50:.2f} ms p95 {p95:.2f} ms"
+        f"  mfu {utilisation}  fetch p50 {p50:.2f} ms p95 {p95:.2f} ms  eta {duration(left_s)}"
     )
 
 

@@ -11,6 +11,7 @@ from types import TracebackType
 from torch.utils.tensorboard import SummaryWriter
 
 from nsa.train.observe.csv_log import HEALTH_COLUMNS, TRAINING_COLUMNS, VALIDATION_COLUMNS, CsvWriter
+from nsa.train.observe.eta import Deadline, Eta
 from nsa.train.observe.probe import ModelHealth
 from nsa.train.observe.progress import Progress, log_line
 from nsa.train.run_folder import RunFolder
@@ -62,12 +63,20 @@ class Recorder:
         log_every_steps: optimizer steps between lines on the terminal.
         resume_step: continue the tables after this step, the checkpoint's: what came later is taken out of them. A new
             run unless given.
+        deadline: when the run is to end; none unless given.
     """
 
     def __init__(
-        self, folder: RunFolder, *, num_steps: int, log_every_steps: int, resume_step: int | None = None
+        self,
+        folder: RunFolder,
+        *,
+        num_steps: int,
+        log_every_steps: int,
+        resume_step: int | None = None,
+        deadline: Deadline | None = None,
     ) -> None:
         self.num_steps, self.log_every_steps = num_steps, log_every_steps
+        self._eta = Eta(num_steps, deadline)
         self._waits_s: list[float] = []
         purge_step = None if resume_step is None else resume_step + 1
         with ExitStack() as stack:
@@ -88,10 +97,14 @@ class Recorder:
         self._training.write(**values)
         self._to_board("train", values, record.step)
         self._waits_s += waits_s
+        self._eta.step(record.step, record.step_s)
         self.progress.advance(loss=record.loss, tokens_per_s=record.tokens_per_s)
         if record.step % self.log_every_steps == 0 or record.step in (1, self.num_steps):
             shown = {name: values[name] for name in ("step", "loss", "lr", "tokens_per_s", "mfu")}
-            self.note(log_line(**shown, num_steps=self.num_steps, fetch_s=self._waits_s))
+            line = log_line(**shown, num_steps=self.num_steps, fetch_s=self._waits_s, left_s=self._eta.left_s)
+            self.note(line)
+            if late := self._eta.late():
+                self.note(late)
             self._waits_s = []
 
     def evaluation(self, record: EvalRecord) -> None:

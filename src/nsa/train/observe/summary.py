@@ -35,6 +35,8 @@ def describe(trainer: Trainer) -> str:
         f"({config.num_micro_batches} x {config.train.micro_batch_rows} rows of "
         f"{config.train.sequence_length}), {total:,} in all",
     }
+    if config.train.fitted:
+        lines["time"] = config.train.fitted
     return "\n".join(f"{name:<7} {text}" for name, text in lines.items())
 
 

@@ -18,6 +18,7 @@ from types import TracebackType
 
 from nsa.train.config import RunConfig
 from nsa.train.observe.curves import draw_curves
+from nsa.train.observe.eta import Deadline
 from nsa.train.observe.heartbeat import Heartbeat, Phase, heartbeat_path
 from nsa.train.observe.probe import ModelHealth
 from nsa.train.observe.recorder import EvalRecord, Recorder, SilentRecorder, StepRecord
@@ -39,12 +40,20 @@ class Telemetry:
         config: of the run.
         parallel: this process among those of the run.
         resume_step: step of the checkpoint that the run goes on from; None for a new run.
+        deadline: when the run is to end; none unless given.
     """
 
     def __init__(
-        self, folder: RunFolder, config: RunConfig, parallel: Parallel, *, resume_step: int | None = None
+        self,
+        folder: RunFolder,
+        config: RunConfig,
+        parallel: Parallel,
+        *,
+        resume_step: int | None = None,
+        deadline: Deadline | None = None,
     ) -> None:
         self.folder, self.config, self.parallel, self.resume_step = folder, config, parallel, resume_step
+        self.deadline = deadline
         self.heartbeat = Heartbeat(
             heartbeat_path(folder.path, parallel.rank),
             rank=parallel.rank,
@@ -139,4 +148,4 @@ class Telemetry:
             return SilentRecorder()
         train = self.config.train
         options = {"num_steps": train.steps, "log_every_steps": train.log_every_steps}
-        return Recorder(self.folder, **options, resume_step=self.resume_step)
+        return Recorder(self.folder, **options, resume_step=self.resume_step, deadline=self.deadline)

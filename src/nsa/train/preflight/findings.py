@@ -18,6 +18,7 @@ CODES = {
     "backend-missing": "the NSA backend that is asked for cannot run on the device",
     "batch-not-divisible": "batch_tokens cannot be shared evenly among the processes",
     "bf16-on-cpu": "the CPU has no fast bf16",
+    "budget-too-small": "hardly a step fits into train.max_minutes",
     "checkpoints-too-rare": "a crash would lose more than an hour of work",
     "data-replaced": "synthetic data stand in for a source that cannot be opened",
     "data-repeats": "the run reads the training documents many times",
@@ -44,7 +45,16 @@ CODES = {
 
 # What the trainer refuses by itself, whatever preflight is told.
 NOT_OVERRIDABLE = frozenset(
-    {"backend-missing", "batch-not-divisible", "data-source", "device-missing", "model", "run-folder-used", "tokenizer"}
+    {
+        "backend-missing",
+        "batch-not-divisible",
+        "budget-too-small",
+        "data-source",
+        "device-missing",
+        "model",
+        "run-folder-used",
+        "tokenizer",
+    }
 )
 
 

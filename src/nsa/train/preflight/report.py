@@ -19,8 +19,9 @@ import torch
 from nsa.data.corpus import Corpus
 from nsa.data.errors import DataError
 from nsa.data.mix import MixedCorpus
-from nsa.data.tokenizers import GPT2_VOCAB_SIZE, ByteTokenizer, Tokenizer, load_tokenizer
+from nsa.data.tokenizers import BPE1K_VOCAB_SIZE, GPT2_VOCAB_SIZE, ByteTokenizer, Tokenizer, load_tokenizer
 from nsa.train import estimate
+from nsa.train.budget import Costs, fit_steps
 from nsa.train.config import RunConfig
 from nsa.train.device import choose_device
 from nsa.train.estimate import Speed
@@ -30,7 +31,7 @@ from nsa.train.preflight.leak import find_leaks, probe_length
 from nsa.train.preflight.machine import Machine, machine_here
 from nsa.train.preflight.rules import Plan, check
 
-KNOWN_VOCAB_SIZES = {"byte": ByteTokenizer.vocab_size, "gpt2": GPT2_VOCAB_SIZE}
+KNOWN_VOCAB_SIZES = {"byte": ByteTokenizer.vocab_size, "bpe1k": BPE1K_VOCAB_SIZE, "gpt2": GPT2_VOCAB_SIZE}
 LEVELS = ("error", "warning", "info")
 MEASURE_LIMIT_S = 15.0
 ASSUMED_MFU = 0.3  # of a GPU's bf16 peak, where no step can be timed, for models of ASSUMED_WIDTH and wider
@@ -204,6 +205,11 @@ def describe(plan: Plan) -> dict[str, str]:
         rate = train.batch_tokens / plan.speed.step_s
         lines["time"] = f"{_duration(plan.run_s)}; {plan.speed.step_s:.3g} s a step, {rate:,.0f} tokens/s"
         lines["time"] += f" ({plan.speed.how})"
+    if plan.fitted_steps is not None:
+        lines["budget"] = (
+            f"about {plan.fitted_steps:,} of the {train.steps:,} steps fit into train.max_minutes "
+            f"{train.max_minutes:g}; the run times them by itself"
+        )
     if plan.disk_needed_gib is not None:
         free = "" if plan.disk_free_gib is None else f" of {plan.disk_free_gib:,.1f} GiB free"
         lines["disk"] = f"{plan.disk_needed_gib:.2f} GiB for checkpoints{free}"
@@ -287,7 +293,16 @@ def _add_time(plan: Plan, findings: list[Finding]) -> Plan:
     num_evaluations = train.steps // plan.config.eval.every_steps + 2
     eval_tokens = plan.config.data.max_eval_tokens or 0
     evaluation_s = eval_tokens / train.batch_tokens * speed.step_s / 3  # a forward pass is a third of a step
-    return replace(plan, speed=speed, run_s=train.steps * speed.step_s + num_evaluations * evaluation_s)
+    run_s = train.steps * speed.step_s + num_evaluations * evaluation_s
+    if train.max_minutes is None or run_s <= 60 * train.max_minutes:
+        return replace(plan, speed=speed, run_s=run_s)
+    costs = Costs(speed.step_s, evaluation_s, health_s=0.0, samples_s=0.0, build_s=0.0, num_threads=1)
+    try:
+        steps = fit_steps(plan.config, costs, spent_s=0.0).train.steps
+    except ValueError as error:
+        findings.append(Finding("budget-too-small", "error", str(error), "or leave train.max_minutes out"))
+        return replace(plan, speed=speed, run_s=run_s)
+    return replace(plan, speed=speed, run_s=60 * train.max_minutes, fitted_steps=steps)
 
 
 def _speed(plan: Plan) -> Speed | None:

@@ -37,6 +37,7 @@ class Plan:
         memory: at the peak of a step.
         speed: of a step.
         run_s: seconds of the whole run.
+        fitted_steps: about so many of the steps fit into `train.max_minutes`; None where all do.
         disk_needed_gib: of its checkpoints.
         disk_free_gib: where the run folder will be; None when the run is meant for another machine.
     """
@@ -50,6 +51,7 @@ class Plan:
     memory: Memory | None = None
     speed: Speed | None = None
     run_s: float | None = None
+    fitted_steps: int | None = None
     disk_needed_gib: float | None = None
     disk_free_gib: float | None = None
 
