@@ -38,7 +38,8 @@ TINY_ARGUMENTS = [word for key, value in TINY.items() for word in (f"--{key}", s
 def workplace(tmp_path_factory):
     """A folder with the configs and a tiny `runs/showcase`, the working directory of the module's tests."""
     folder = tmp_path_factory.mktemp("readme")
-    (folder / "configs").symlink_to(ROOT / "configs")
+    for name in ("configs", "LICENSE"):
+        (folder / name).symlink_to(ROOT / name)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         assert main(["train", "configs/train_showcase.yaml", *TINY_ARGUMENTS]) == 0

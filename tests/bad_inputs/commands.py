@@ -154,8 +154,8 @@ WATCH = [
     BadInput(f"watch {text}", f"watch {text}", says, run_folder)
     for text, says in [
         ("", ("RUN must be given", "nsa watch --help")),
-        ("runs/gone", ("runs/gone", "no run folder")),
-        ("c.yaml", ("c.yaml", "no run folder")),
+        ("runs/gone", ("runs/gone", "give the folder of a run")),
+        ("c.yaml", ("c.yaml", "give the folder of a run")),
         ("runs/a runs/b", ("'runs/b'", "one word too many")),
         ("runs/a --interval_s 0", ("--interval_s", "0")),
         ("runs/a --interval_s nan", ("--interval_s", "finite")),

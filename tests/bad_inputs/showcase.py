@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from bad_inputs.case import TINY, BadInput, tiny
+from bad_inputs.case import BadInput, tiny
+from nsa.train.load_config import dump_config, load_config
 
 
 def minutes(value: str) -> object:
@@ -14,7 +15,7 @@ def minutes(value: str) -> object:
 def run_folder(here: Path, **files: str) -> None:
     folder = here / "runs" / "tiny"
     folder.mkdir(parents=True)
-    for name, text in {"config": TINY, **files}.items():
+    for name, text in {"config": dump_config(load_config(here / "c.yaml")), **files}.items():
         (folder / {"config": "config.yaml"}.get(name, f"{name}.json")).write_text(text, encoding="utf-8")
 
 
@@ -53,5 +54,5 @@ CASES = [
         lambda here: run_folder(here, metrics='{"step": 1}'),
     ),
     BadInput("page beside no run", "page runs/tiny --beside nowhere", ("metrics.json", "nsa resume"), run_folder),
-    BadInput("page of nothing", "page", ("run",)),
+    BadInput("page of nothing", "page", ("RUN must be given",)),
 ]

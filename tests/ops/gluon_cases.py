@@ -306,11 +306,11 @@ class Case:
         self.reported = {f"{name}_kernel" for stage in stages for name in stage.kernels.split(", ")}
 
 
-def main(word: str = "", seed: str = "") -> None:
+def main(word: str = "", seed: str = "", part: str = "0", num_parts: str = "1") -> None:
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)  # fills what is allocated with NaN
     common.is_hopper = lambda x: True
-    for name, case in CASES.items():
+    for name, case in list(CASES.items())[int(part) :: int(num_parts)]:
         for number in [int(seed)] if seed else SEEDS:
             if word in name:
                 with emulate(number) as emulator:

@@ -13,6 +13,7 @@ from nsa.cli.train import closing
 from nsa.train import budget
 from nsa.train.budget import MIN_STEPS, RESERVED_S, RESERVED_SHARE, Costs, fit_steps, measure, usable_cores
 from nsa.train.config import RunConfig
+from nsa.train.halt import ask_to_halt
 from nsa.train.load_config import load_config
 from nsa.train.observe import eta
 from nsa.train.observe.csv_log import TRAINING_COLUMNS, VALIDATION_COLUMNS, read_csv
@@ -20,7 +21,6 @@ from nsa.train.observe.eta import Deadline, Eta, duration
 from nsa.train.parallel import Parallel
 from nsa.train.resume import prepare_resume
 from nsa.train.run import prepare, train
-from nsa.train.stop import ask_to_halt
 from ranks import run_ranks
 
 COSTS = Costs(step_s=0.5, evaluation_s=2.0, health_s=1.0, samples_s=4.0, build_s=3.0, num_threads=1)

@@ -77,18 +77,15 @@ def load_model(
 
 
 def _model_folder(folder: Path) -> Path:
-    try:
-        if not folder.is_dir():
-            raise ValueError(f"there is no folder {folder}; give a transformers model folder or a run folder")
-        if (folder / "config.json").is_file():
-            return folder
-        if not (folder / "checkpoints").is_dir() and not (folder / "config.yaml").is_file():
-            raise ValueError(
-                f"{folder} is neither a transformers model folder (no config.json) nor a run folder (no checkpoints)"
-            )
-        return newest_checkpoint(folder)
-    except PermissionError as error:
-        raise ValueError(f"{error.filename} may not be read: {error.strerror}; change its permissions") from error
+    if not folder.is_dir():
+        raise ValueError(f"there is no folder {folder}; give a transformers model folder or a run folder")
+    if (folder / "config.json").is_file():
+        return folder
+    if not (folder / "checkpoints").is_dir() and not (folder / "config.yaml").is_file():
+        raise ValueError(
+            f"{folder} is neither a transformers model folder (no config.json) nor a run folder (no checkpoints)"
+        )
+    return newest_checkpoint(folder)
 
 
 def _read_object(path: Path) -> dict[str, Any]:

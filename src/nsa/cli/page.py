@@ -9,7 +9,8 @@ from pathlib import Path
 import tyro
 
 from nsa.cli import EXIT_DONE, fail
-from nsa.train.observe.page import write_page
+from nsa.cli.arguments import parse
+from nsa.terminal import printable
 from nsa.train.run_folder import RunFolder
 
 
@@ -25,11 +26,13 @@ class PageArguments:
 
 def main(arguments: Sequence[str]) -> int:
     """Run the command and return its exit code."""
-    given = tyro.cli(PageArguments, prog="nsa page", args=list(arguments), use_underscores=True)
+    given = parse(PageArguments, "page", arguments)
+    from nsa.train.observe.page import write_page  # takes seconds
+
     folder = RunFolder(given.run)
     try:
         write_page(folder, RunFolder(given.beside) if given.beside else None)
     except (ValueError, OSError) as error:
         return fail("page", error)
-    print(f"wrote {folder.report_html}")
+    print(printable(f"wrote {folder.report_html}"))
     return EXIT_DONE

@@ -17,7 +17,6 @@ from nsa.train.config import RunConfig
 from nsa.train.guards import TrainingError
 from nsa.train.load_config import dump_config, load_config
 from nsa.train.observe.output import lasting_output
-from nsa.train.observe.report import results
 from nsa.train.run_folder import RunFolder, check_unused
 
 # What needs torch is imported behind the config, so that a mistake in it is told at once.
@@ -113,6 +112,8 @@ def _begin(
 
 def closing(outcome: Outcome) -> str:
     """The samples, the results and where everything lies."""
+    from nsa.train.observe.report import results  # it takes torch, which is there by now
+
     folder = outcome.folder
     samples = [folder.samples / f"{name}.txt" for name in ("before", "after")]
     parts = [path.read_text(encoding="utf-8") for path in samples if path.is_file()]

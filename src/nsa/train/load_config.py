@@ -173,7 +173,7 @@ def _nearest(name: str, keys: Sequence[str]) -> str | None:
 
 def _short(value: Any) -> str:
     """A value in a message: all of it where that is short, and never what it unfolds to."""
-    return _cut(reprlib.repr(value))
+    return _cut(reprlib.repr(list(value) if isinstance(value, tuple) else value))
 
 
 def _cut(text: str) -> str:
