@@ -12,6 +12,7 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
 DOCUMENTS = ["README.md", "CONTRIBUTING.md", *sorted(str(p) for p in (ROOT / "docs").glob("*.md"))]
+CONFIGS = [text for language, text in BLOCKS if language == "yaml"]
 PYTHON = [text for language, text in BLOCKS if language == "python"]
 COMMANDS = [line[2:] for language, text in BLOCKS if language == "console" for line in text.splitlines()]
 
@@ -51,6 +52,18 @@ def test_python_block_runs(code, workplace):
     exec(compile(code, "README.md", "exec"), {})
 
 
+@pytest.mark.parametrize("text", CONFIGS)
+def test_a_config_trains(text, workplace, capsys):
+    (workplace / "my_texts").mkdir(exist_ok=True)
+    for index in range(20):
+        (workplace / "my_texts" / f"{index}.md").write_text(f"Text {index}. " * 200)
+    (workplace / "mine.yaml").write_text(text)
+    small = {"train.steps": 2, "train.max_minutes": None, "train.sequence_length": 64, "train.batch_tokens": 1024}
+    words = [word for key, value in small.items() for word in (f"--{key}", str(value))]
+    assert main(["train", "mine.yaml", *words, "--optim.warmup_steps", "1", "--sample.max_new_tokens", "0"]) == 0
+    assert "held-out documents after step 2" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_command_runs(command, workplace, capsys):
     words = shlex.split(command)
@@ -62,6 +75,7 @@ def test_command_runs(command, workplace, capsys):
 
 def test_the_readme_has_blocks_to_run():
     assert len(PYTHON) >= 3
+    assert len(CONFIGS) == 1
     assert len(COMMANDS) >= 3
 
 
