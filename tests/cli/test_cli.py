@@ -68,12 +68,13 @@ from nsa.cli.bench import KINDS
 
 assert "torch" not in sys.modules, "by a config"
 open("c.yaml", "w").write("train: {steps: 0}")
+open("data.yaml", "w").write("data: {source: text, paths: [absent.txt]}")
 commands = [["--help"], ["nope"], *([name, "--help"] for name in COMMANDS)]
 commands += [["bench", kind, "--help"] for kind in KINDS]
 commands += [[name, "absent"] for name in ("train", "resume", "halt", "preflight", "watch")]
 commands += [["train", "c.yaml"], ["train", "train_copy", "--train.stepz", "3"], ["preflight", "c.yaml"], ["configs"]]
 commands += [["generate", "absent", "--prompt", "x"], ["inspect", "absent", "--prompt", "x"]]
-commands += [["data", "check", "absent"]]
+commands += [["data", "check", "absent"], ["train", "absent.yaml"], ["train", "data.yaml"]]
 commands += [["bench", "train", "absent"], ["bench", "prefill", "--longths", "3"], ["doctor", "--folder", "absent"]]
 for command in commands:
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from nsa.cli import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, EXIT_USAGE, explained, fail
 from nsa.cli.arguments import asks_for_help, show_help
 from nsa.data.errors import DataError
+from nsa.data.files import check_present
 from nsa.terminal import printable, redacted
 from nsa.train.checkpoint import CheckpointError
 from nsa.train.config import RunConfig
@@ -47,7 +48,10 @@ def main(arguments: Sequence[str]) -> int:
 
 def _read(path: str, overrides: Sequence[str]) -> RunConfig:
     config = load_config(path, overrides)
-    check_unused(Path(config.run.folder) / config.run.name)  # `prepare` looks again; here torch is not yet imported
+    # `prepare` looks again at both; here torch is not yet imported.
+    check_unused(Path(config.run.folder) / config.run.name)
+    for data in (config.data, *config.data.mix):
+        check_present(data.paths)
     return config
 
 

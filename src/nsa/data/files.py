@@ -78,6 +78,18 @@ def find_files(paths: Sequence[str], *kinds: tuple[str, ...]) -> list[NamedFile]
     return found
 
 
+def check_present(paths: Sequence[str]) -> None:
+    """Look that every entry of `data.paths` leads to something, before anything that takes long is done.
+
+    Raises:
+        DataError: an entry leads to nothing.
+    """
+    for entry in paths:
+        path = Path(os.path.expanduser(entry))
+        if _status(path) is None and not glob.glob(str(path), recursive=True):
+            raise DataError(_absent(entry, path))
+
+
 def check_regular(path: Path) -> os.stat_result:
     """What the system says of a file.
 

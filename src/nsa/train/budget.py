@@ -29,10 +29,8 @@ from nsa.train.parallel import Parallel
 from nsa.train.trainer import Trainer
 
 MIN_STEPS = 10  # fewer teach nothing; a run of fewer by its config is left as it is
-RESERVED_SHARE, RESERVED_S = (
-    0.08,
-    3.0,
-)  # of the budget: imports, checkpoint, pictures, report, slower moments
+# Of the budget, for imports, checkpoint, pictures, report and slower moments.
+RESERVED_SHARE, RESERVED_S = 0.08, 3.0
 TIMED_STEPS = 3
 TIMED_TOKENS = 8  # of a sample
 GAIN = 1.15  # more threads must make a step so many times as fast: they suffer more from other work on the cores
