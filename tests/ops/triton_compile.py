@@ -20,16 +20,10 @@ from triton.runtime.jit import JITFunction
 from nsa.geometry import BlockGeometry
 from nsa.ops import triton as backend
 from nsa.ops.paged import PagedView
-from nsa.ops.triton import (
-    common,
-    dense_bwd,
-    dense_fwd,
-    forced,
-    score_topk,
-    select_bwd,
-    select_fwd,
-    select_union,
-)
+from nsa.ops.triton import gpu
+from nsa.ops.triton.dense import backward as dense_backward, forced, forward as dense_forward
+from nsa.ops.triton.selected import backward as selected_backward, forward as selected_forward, union as unions
+from nsa.ops.triton.topk import choice
 
 
 class NoGpuDriver:
@@ -61,9 +55,9 @@ def compile_only(architecture: int) -> list[tuple[str, Any]]:
         kernels.append((self.__name__, launch(self, *args, grid=grid, warmup=True, **options)))
 
     JITFunction.run = run
-    for module in (dense_fwd, dense_bwd, forced, score_topk, select_fwd, select_bwd, select_union):
+    for module in (dense_forward, dense_backward, forced, choice, selected_forward, selected_backward, unions):
         module.has_large_shared_memory = lambda x: architecture >= 90
-    common.is_hopper = lambda x: architecture == 90
+    gpu.is_hopper = lambda x: architecture == 90
     return kernels
 
 
@@ -80,7 +74,7 @@ def launch_all(dtype: torch.dtype, group_size: int, head_dim: int, packed: bool)
     out, lse = backend.compressed_attention_forward(q, k_cmp, v_cmp, *tail, 0, 1.0)
     backend.compressed_attention_backward(out, lse, q, k_cmp, v_cmp, out, lse, *tail, 0, 1.0)
     blocks = backend.select_blocks_forward(q, k_cmp, lse, *tail, 0, 1.0)
-    score_topk.choice_tile = partial(score_topk.choice_tile, whole=0)  # as for more blocks
+    choice.choice_tile = partial(choice.choice_tile, whole=0)  # as for more blocks
     backend.select_blocks_forward(q, k_cmp, lse, *tail, 0, 1.0)
     out, lse = backend.selected_attention_forward(q, k, v, blocks, *tail, 0, 1.0)
     backend.selected_attention_backward(out, lse, q, k, v, out, lse, blocks, *tail, 0, 1.0)
