@@ -29,7 +29,7 @@ HOPPER_KERNELS = {
     "hopper_union_query_kernel",
 }  # fmt: skip
 DECODE_KERNELS = {
-    "decode_compressed_kernel", "decode_score_window_kernel", "decode_choice_kernel", "decode_selected_kernel",
+    "decode_compressed_kernel", "decode_importance_kernel", "decode_choice_window_kernel", "decode_selected_kernel",
     "decode_merge_kernel",
 }  # fmt: skip
 LAYOUT_KERNELS = {"_compressed_bounds", "_spread"}
