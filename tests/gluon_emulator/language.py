@@ -16,8 +16,8 @@ import triton.language as tl
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import ampere, hopper
 
-from ops.gluon_machine import Barrier, BarrierArray, Buffer, Program, Range
-from ops.gluon_values import (
+from gluon_emulator.machine import Barrier, BarrierArray, Buffer, Program, Range
+from gluon_emulator.values import (
     POISON,
     Anything,
     EmulationError,

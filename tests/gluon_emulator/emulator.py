@@ -27,9 +27,9 @@ import torch
 import triton.language as tl
 from triton.runtime.jit import JITFunction
 
-from ops.gluon_language import REPLACEMENTS, Descriptor, run_in
-from ops.gluon_machine import Program, Schedule
-from ops.gluon_values import EmulationError, Memory, Pointer, Scalar, emulated_range
+from gluon_emulator.language import REPLACEMENTS, Descriptor, run_in
+from gluon_emulator.machine import Program, Schedule
+from gluon_emulator.values import EmulationError, Memory, Pointer, Scalar, emulated_range
 
 
 class Emulator:
