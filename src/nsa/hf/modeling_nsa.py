@@ -214,6 +214,7 @@ class NSAModel(NSAPreTrainedModel):
             use_cache: return a cache; the config's value unless given, and never where gradients are needed.
             cu_seqlens: int32 `[documents + 1]`, bounds of documents packed into one row (also `cu_seq_lens_q`, as
                 transformers' collators call it); they do not see each other.
+            max_length_q: the longest document's length, or a bound on it; dense layers on a GPU waste less by it.
 
         Returns:
             `last_hidden_state` `[B, T, C]`, zero at padding; `past_key_values`; `hidden_states` when
@@ -246,6 +247,8 @@ class NSAModel(NSAPreTrainedModel):
             held = {"cache": caches[index].state, "num_new": rows.num_new} if caches else {}
             if prefix is not None:
                 held["prefix"] = prefix[index]
+            if isinstance(layer.self_attn, DenseAttention):
+                held["max_seqlen"] = kwargs.get("max_length_q")
             x = layer(x, **shared, **held)
             if keep_hidden:
                 hidden.append(rows.restore(x))
