@@ -16,6 +16,8 @@ from torch import Tensor
 from nsa.geometry import BlockGeometry
 
 BACKENDS = ("reference", "torch", "triton")
+FUSED_BACKENDS = ("triton",)  # compute a whole call by one operator; the others stage by stage
+STEP_BACKENDS = ("torch",)  # decode single tokens by a function of their own; the others as a chunk of one
 TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_TRITON_HEAD_SIZE = 256
 HAS_TRITON = importlib.util.find_spec("triton") is not None  # looked up, not imported
