@@ -26,21 +26,18 @@ from torch.nn.attention.varlen import varlen_attn
 
 from nsa.bench.protocol import median_ms
 from nsa.geometry import BlockGeometry
-from nsa.ops.triton import (
-    common,
-    compress,
-    dense_bwd,
-    dense_fwd,
-    forced,
-    hopper_select_fwd,
-    score_topk,
-    select_bwd,
-    select_fwd,
-    select_union,
+from nsa.ops.triton import compress, gpu
+from nsa.ops.triton.dense import backward as dense_backward, forced, forward as dense_forward
+from nsa.ops.triton.selected import (
+    backward as selected_backward,
+    forward as selected_forward,
+    forward_sm90 as selected_forward_sm90,
+    union as unions,
 )
+from nsa.ops.triton.topk import choice
 
 Patch = tuple[Any, str, Any]
-PLAIN: tuple[Patch, ...] = ((common, "is_hopper", lambda x: False),)
+PLAIN: tuple[Patch, ...] = ((gpu, "is_hopper", lambda x: False),)
 
 
 @contextmanager
@@ -89,36 +86,36 @@ class Stages:
             self.slc = self.selected()
         self.flash: Tensor | None = None
 
-    def rows(self, result: tuple[Tensor, ...]) -> dense_bwd.Rows:
-        return dense_bwd.Rows(result[1], dense_bwd.make_delta(result[0], self.dout, None))
+    def rows(self, result: tuple[Tensor, ...]) -> dense_backward.Rows:
+        return dense_backward.Rows(result[1], dense_backward.make_delta(result[0], self.dout, None))
 
     def compressed(self) -> tuple[Tensor, ...]:
         what = (self.q, self.k_cmp, self.v_cmp, self.geometry, None, 0, 0, 0, self.scale)
-        return dense_fwd.dense_forward(*what)
+        return dense_forward.dense_forward(*what)
 
     def windowed(self) -> tuple[Tensor, ...]:
-        return dense_fwd.dense_forward(self.q, self.k, self.v, self.geometry, None, self.window, 0, 0, self.scale)
+        return dense_forward.dense_forward(self.q, self.k, self.v, self.geometry, None, self.window, 0, 0, self.scale)
 
     def choose(self, **options: Any) -> tuple[Tensor, ...]:
         what = (self.q, self.k_cmp, self.cmp[1], self.geometry, None, 0, self.scale)
-        return (score_topk.select_blocks(*what, **options),)
+        return (choice.select_blocks(*what, **options),)
 
     def selected(self, union: bool = False, **options: Any) -> tuple[Tensor, ...]:
         what = (self.q, self.k, self.v)
         tail = (self.geometry, None, 0, self.scale)
         if union:
-            return select_union.union_forward(*what, self.blocks, *tail)
-        return select_fwd.select_forward(
+            return unions.union_forward(*what, self.blocks, *tail)
+        return selected_forward.select_forward(
             *what, self.blocks, *tail, forced=forced.forced_forward(*what, *tail), **options
         )
 
     def compressed_backward(self) -> tuple[Tensor, ...]:
         what = (self.geometry, None, 0, 0, 0, self.scale)
-        return dense_bwd.dense_backward(self.dout, self.q, self.k_cmp, self.v_cmp, self.rows(self.cmp), *what)
+        return dense_backward.dense_backward(self.dout, self.q, self.k_cmp, self.v_cmp, self.rows(self.cmp), *what)
 
     def window_backward(self) -> tuple[Tensor, ...]:
         what = (self.geometry, None, self.window, 0, 0, self.scale)
-        return dense_bwd.dense_backward(self.dout, self.q, self.k, self.v, self.rows(self.win), *what)
+        return dense_backward.dense_backward(self.dout, self.q, self.k, self.v, self.rows(self.win), *what)
 
     def flash_window(self) -> tuple[Tensor, ...]:
         """The window by PyTorch's own FlashAttention."""
@@ -138,10 +135,10 @@ class Stages:
     def selected_backward(self, union: bool = False, **options: Any) -> tuple[Tensor, ...]:
         what = (self.dout, self.q, self.k, self.v, self.rows(self.slc), self.blocks, self.geometry, None, 0, self.scale)
         if not union:
-            return select_bwd.select_backward(*what, **options)
+            return selected_backward.select_backward(*what, **options)
         dq = torch.zeros_like(self.q)
-        select_union.union_query_backward(*what, dq)
-        return select_bwd.select_backward(*what, dq, queries=False, **options)
+        unions.union_query_backward(*what, dq)
+        return selected_backward.select_backward(*what, dq, queries=False, **options)
 
     def variants(self) -> dict[str, dict[str, tuple[tuple[Patch, ...], Callable[[], tuple[Tensor, ...]]]]]:
         """stage -> variant -> constants and function; the first variant is the plain one."""
@@ -160,15 +157,15 @@ class Stages:
             found["choice"][str(tile)] = ((), lambda tile=tile: self.choose(tile=tile))
         num_blocks = self.geometry.num_select_blocks(self.q.shape[1])
         for what in ({"max_chunk": 512}, {"whole": 128}, {"whole": 512}, {"slack": 0}, {"slack": 4}, {"registers": 72}):
-            choice = score_topk.choice_tile(self.geometry, num_blocks, **what)
-            found["choice"][str(what)] = ((), lambda choice=choice: self.choose(choice=choice))
+            how = choice.choice_tile(self.geometry, num_blocks, **what)
+            found["choice"][str(what)] = ((), lambda how=how: self.choose(choice=how))
         for stages, elements in ((2, 1024), (4, 1024), (4, 2048), (6, 512), (6, 1024), (6, 2048)):
-            patch = ((select_fwd, "REDUCE_STAGES", stages), (select_fwd, "REDUCE_ELEMENTS", elements))
+            patch = ((selected_forward, "REDUCE_STAGES", stages), (selected_forward, "REDUCE_ELEMENTS", elements))
             name = f"{stages} slots on their way, {elements} elements a program of the sum"
             found["selected forward"][name] = (patch, self.selected)
         for rows in (16, 64):
             found["selected forward"][f"ranges of {rows} rows a block"] = (
-                ((hopper_select_fwd, "RANGE_ROWS", rows),),
+                ((selected_forward_sm90, "RANGE_ROWS", rows),),
                 self.selected,
             )
         for mib in (512, 1024):
@@ -178,7 +175,7 @@ class Stages:
             run = lambda mib=mib: self.selected_backward(scratch_bytes=mib * 2**20)  # noqa: E731
             found["selected backward"][f"{mib} MiB of scratch"] = ((), run)
         for keys, deep in product((4, 8, 16), (1, 3, 4, 6)):
-            patch = ((select_bwd, "KEYS_OF_SUM", keys), (select_bwd, "STAGES_OF_SUM", deep))
+            patch = ((selected_backward, "KEYS_OF_SUM", keys), (selected_backward, "STAGES_OF_SUM", deep))
             found["selected backward"][f"{keys} keys of {deep} items a program of the sum"] = (
                 patch,
                 self.selected_backward,

@@ -12,8 +12,8 @@ from typing import Any
 
 import psutil
 
-from nsa.inspect import GateStatistics
-from nsa.train.observe.heartbeat import SCHEMA, Beat, heartbeat_path
+from nsa.inspect.statistics import GateStatistics
+from nsa.runs.heartbeat import SCHEMA, Beat, heartbeat_path
 
 NOW_S = 1_800_000_000.0
 EVEN_GATE = GateStatistics(100, 1.09, 0.34, 0.34, 0.33, 0.33, 0.0)

@@ -7,8 +7,8 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from nsa.train.observe.csv_log import HEALTH_COLUMNS, TRAINING_COLUMNS, VALIDATION_COLUMNS, CsvWriter
-from nsa.train.run_folder import RunFolder, State, write_json
+from nsa.runs.folder import RunFolder, State, write_json
+from nsa.runs.tables import HEALTH_COLUMNS, TRAINING_COLUMNS, VALIDATION_COLUMNS, CsvWriter
 
 GATES = {"gate_entropy_mean_nats": 1.0, "gate_max_mean": 0.5, "gate_collapse_share": 0.0}
 

@@ -8,8 +8,8 @@ import torch
 
 from nsa.data.tokenizers import ByteTokenizer
 from nsa.hf import NSAForCausalLM
-from nsa.train.checkpoint import FileSum, commit, prune, step_folder, temporary_folder
-from nsa.train.checkpoint_save import Checkpointer
+from nsa.runs.checkpoints import FileSum, commit, prune, step_folder, temporary_folder
+from nsa.train.checkpoint.save import Checkpointer
 from nsa.train.parallel import Parallel
 
 ONE_PROCESS = Parallel(0, 0, 1, torch.device("cpu"), "none")

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from nsa.train.estimate import num_parameters
-from nsa.train.load_config import load_config
-from nsa.train.preflight.machine import machine_named
-from nsa.train.preflight.report import examine
+from nsa.config.load import load_config
+from nsa.machine import machine_named
+from nsa.preflight.estimate import num_parameters
+from nsa.preflight.examine import examine
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 MAKEFILE = (CONFIGS.parent / "Makefile").read_text(encoding="utf-8")

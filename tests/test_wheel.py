@@ -46,7 +46,7 @@ def test_configs_go_by_name_where_the_wheel_is_installed(wheel: zipfile.ZipFile,
     wheel.extractall(installed)
     elsewhere.mkdir()
     code = (
-        "import sys; sys.path.insert(0, sys.argv[1]); import nsa.cli; from nsa.train.load_config import load_config;"
+        "import sys; sys.path.insert(0, sys.argv[1]); import nsa.cli; from nsa.config.load import load_config;"
         "assert nsa.cli.__file__.startswith(sys.argv[1]), nsa.cli.__file__;"
         "nsa.cli.main(['configs']); print(load_config('train_showcase').run.name)"
     )

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from nsa.train.config import RunConfig
+from nsa.config.run import RunConfig
 
 TEXT = "the state of our union is strong and the people are many in all the land by the sea"
 MODEL = {

@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from bad_inputs.case import TINY, BadInput, tiny, yaml
-from nsa.train.checkpoint import COMPLETE, FileSum
-from nsa.train.load_config import load_config
-from nsa.train.run import prepare, train
+from nsa.config.load import load_config
+from nsa.launch.start import prepare
+from nsa.runs.checkpoints import COMPLETE, FileSum
+from nsa.train.loop import train
 
 RUN = "runs/tiny"
 MORE = f"resume {RUN} --train.steps 4"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from bad_inputs.case import BadInput, tiny
-from nsa.train.load_config import dump_config, load_config
+from nsa.config.load import dump_config, load_config
 
 
 def minutes(value: str) -> object:

@@ -23,9 +23,9 @@ from torch import Tensor
 
 import nsa
 from nsa.cli import main
-from nsa.train.checkpoint import newest_checkpoint
-from nsa.train.observe.csv_log import TRAINING_COLUMNS, VALIDATION_COLUMNS, read_csv
-from nsa.train.observe.heartbeat import heartbeat_path, read_heartbeats
+from nsa.runs.checkpoints import newest_checkpoint
+from nsa.runs.heartbeat import heartbeat_path, read_heartbeats
+from nsa.runs.tables import TRAINING_COLUMNS, VALIDATION_COLUMNS, read_csv
 from nsa.train.trainer import Trainer
 
 LONG = ["--train.steps", "100000", "--train.checkpoint_every_steps", "4", "--observe.heartbeat_s", "0.1"]

@@ -9,7 +9,7 @@ import pytest
 import tyro
 
 from nsa.cli.arguments import parse, parse_with_overrides
-from nsa.train.options import OptionError
+from nsa.config.options import OptionError
 
 
 @dataclass(frozen=True)

@@ -62,7 +62,7 @@ def test_an_interrupted_command_says_so_without_a_traceback(
 
 LIGHT = """
 import contextlib, io, sys
-import nsa.data.config, nsa.train.config, nsa.train.load_config
+import nsa.data.config, nsa.config.run, nsa.config.load
 from nsa.cli import COMMANDS, main
 from nsa.cli.bench import KINDS
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from nsa.cli import main
-from nsa.train import doctor
+from nsa.preflight import doctor
 
 QUICK = ["--hub_timeout_s", "0.2"]
 

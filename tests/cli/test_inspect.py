@@ -7,7 +7,7 @@ import torch
 
 from nsa.cli import main
 from nsa.data import ByteTokenizer
-from nsa.inspect import record_selection
+from nsa.inspect.selection import record_selection
 from tiny_models import tiny_model
 
 PROMPT = "the long road " * 8

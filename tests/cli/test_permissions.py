@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from nsa.cli import main
-from nsa.train.checkpoint import check_readable
+from nsa.runs.checkpoints import check_readable
 
 SOURCE = Path(__file__).parents[2] / "src"
 NOBODY = 65534

@@ -13,9 +13,9 @@ from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
 from nsa.cli import main
 from nsa.data.errors import DataError
-from nsa.train.checkpoint import complete_checkpoints, newest_checkpoint
-from nsa.train.observe.csv_log import TRAINING_COLUMNS, read_csv
-from nsa.train.run_folder import RunFolder
+from nsa.runs.checkpoints import complete_checkpoints, newest_checkpoint
+from nsa.runs.folder import RunFolder
+from nsa.runs.tables import TRAINING_COLUMNS, read_csv
 from nsa.train.trainer import Trainer
 
 EVERY_2 = ("--train.checkpoint_every_steps", "2", "--train.keep_checkpoints", "9")

@@ -1,4 +1,4 @@
-"""`nsa smoke`: exit codes, and what it leaves; the check itself is in tests/bench/test_smoke.py."""
+"""`nsa smoke`: exit codes, and what it leaves; the check itself is in tests/preflight/test_smoke.py."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from nsa.bench.smoke import Figures, SmokeCheck, StepResult, read_baseline, write_baseline
 from nsa.cli import main
+from nsa.preflight.smoke import Figures, SmokeCheck, StepResult, read_baseline, write_baseline
 
 FIGURES = Figures(val_loss=3.0, train_loss=2.0, tokens_per_s=1000.0, machine={"device": "a CPU"})
 

@@ -14,7 +14,7 @@ import yaml
 
 import nsa
 from nsa.cli import main
-from nsa.train.checkpoint import newest_checkpoint
+from nsa.runs.checkpoints import newest_checkpoint
 
 
 def test_a_run_prints_config_progress_samples_and_where_it_lies(

@@ -14,10 +14,10 @@ from rich.console import Console
 
 from made_up_beats import COLLAPSED_GATE, beat, holding, of_rank, write_beats
 from nsa.cli import main
-from nsa.train.observe.thresholds import Thresholds
-from nsa.train.observe.watch import Watch
-from nsa.train.observe.watch_view import as_table
-from nsa.train.run_folder import RunFolder
+from nsa.runs.folder import RunFolder
+from nsa.runs.thresholds import Thresholds
+from nsa.runs.watch import Watch
+from nsa.runs.watch_view import as_table
 
 
 @pytest.fixture

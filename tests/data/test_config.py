@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 from pydantic import ValidationError
 
+from nsa.config.load import override_config
+from nsa.config.run import RunConfig
 from nsa.data import DataConfig
-from nsa.train.config import RunConfig
-from nsa.train.load_config import override_config
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,8 @@ import pytest
 
 from corpus_files import NAMES, TEXTS, write_jsonl, write_parquet
 from nsa.data import ByteTokenizer, DataConfig, DataError, build_eval_batches, build_train_loader, open_corpus
-from nsa.data.blocks import BlockSource
 from nsa.data.heldout import name_hash
+from nsa.data.sources.chunked import BlockSource
 
 SIZES = {"tokenizer": ByteTokenizer(), "sequence_length": 32, "rows_per_batch": 2}
 

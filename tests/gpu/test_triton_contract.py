@@ -10,21 +10,17 @@ from nsa import BlockGeometry, mean_pool, nsa_attention
 from nsa.ops import triton as backend
 from nsa.ops.call import Call
 from nsa.ops.routing import choose_backend, explain_backend
-from nsa.ops.triton import (
-    dense_fwd,
-    hopper_bwd_keys,
-    hopper_bwd_queries,
-    hopper_fwd,
-    hopper_score,
-    hopper_select_bwd,
-    hopper_select_fwd,
-    hopper_union,
-    hopper_union_queries,
-    score_topk,
-    select_bwd,
-    select_fwd,
-    select_union,
+from nsa.ops.triton.dense import dkdv_sm90, dq_sm90, forward as dense_forward, forward_sm90 as dense_forward_sm90
+from nsa.ops.triton.selected import (
+    backward as selected_backward,
+    backward_sm90 as selected_backward_sm90,
+    forward as selected_forward,
+    forward_sm90 as selected_forward_sm90,
+    union as unions,
+    union_dq_sm90,
+    union_sm90,
 )
+from nsa.ops.triton.topk import choice, scores_sm90
 
 SMALL = BlockGeometry(8, 4, 16, 4, 1, 2, 24)
 
@@ -183,12 +179,12 @@ def test_new_lengths_do_not_compile_new_kernels(monkeypatch):
 
     run((300, 301, 333))
     kernels = (
-        dense_fwd.dense_forward_kernel, hopper_fwd.hopper_forward_kernel, hopper_bwd_keys.hopper_key_kernel,
-        hopper_bwd_queries.hopper_query_kernel, select_fwd.select_forward_kernel, select_fwd.select_reduce_kernel,
-        select_bwd.select_backward_kernel, score_topk.score_kernel, score_topk.choice_kernel, select_union.union_kernel,
-        hopper_union.hopper_union_forward_kernel, hopper_union_queries.hopper_union_query_kernel,
-        hopper_score.hopper_score_kernel, hopper_select_fwd.hopper_select_forward_kernel,
-        hopper_select_bwd.hopper_select_backward_kernel,
+        dense_forward.dense_forward_kernel, dense_forward_sm90.hopper_forward_kernel, dkdv_sm90.hopper_key_kernel,
+        dq_sm90.hopper_query_kernel, selected_forward.select_forward_kernel, selected_forward.select_reduce_kernel,
+        selected_backward.select_backward_kernel, choice.score_kernel, choice.choice_kernel, unions.union_kernel,
+        union_sm90.hopper_union_forward_kernel, union_dq_sm90.hopper_union_query_kernel,
+        scores_sm90.hopper_score_kernel, selected_forward_sm90.hopper_select_forward_kernel,
+        selected_backward_sm90.hopper_select_backward_kernel,
     )  # fmt: skip
     before = [sum(len(cache[0]) for cache in kernel.device_caches.values()) for kernel in kernels]
     run((310, 350, 384, 401, 512, 517))

@@ -16,7 +16,7 @@ from torch import Tensor
 from nsa import BlockGeometry
 from nsa.ops import reference, triton as backend
 from nsa.ops.call import Call
-from nsa.ops.triton import common
+from nsa.ops.triton import gpu
 
 PAPER = BlockGeometry()
 SMALL = BlockGeometry(8, 4, 16, 4, 1, 2, 24)
@@ -181,7 +181,7 @@ def test_the_whole_operator_is_as_exact_as_plain_mathematics(arguments, union, m
 
 @pytest.mark.parametrize("arguments", [c for c in CASES if c[4] in (64, 128) and c[7] is not None], ids=str)
 def test_what_other_devices_run_is_as_exact_on_hopper(arguments, monkeypatch):
-    monkeypatch.setattr(common, "is_hopper", lambda x: False)
+    monkeypatch.setattr(gpu, "is_hopper", lambda x: False)
     test_every_stage_is_as_exact_as_plain_mathematics(arguments)
 
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from nsa import NSAAttention
-from nsa.inspect import gate_statistics, pool_gates, record_gates
+from nsa.inspect.gates import gate_statistics, record_gates
+from nsa.inspect.statistics import pool_gates
 from tiny_models import tiny_model
 
 IDS = torch.arange(50)[None] * 7 % 61

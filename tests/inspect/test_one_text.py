@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from nsa.inspect import record_selection
-from nsa.inspect.one_text import MAX_QUERIES, load_text_selection, select_in_text
+from nsa.inspect.one_text import MAX_QUERIES, select_in_text
 from nsa.inspect.picture import draw_selection
+from nsa.inspect.selection import record_selection
+from nsa.inspect.text_selection import load_text_selection
 from tiny_models import tiny_model
 
 IDS = [7 * k % 61 for k in range(300)]

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from nsa import BlockGeometry, NSAAttention
-from nsa.inspect import pool_selection, record_selection, selected_tokens, selection_record, selection_statistics
+from nsa.inspect.selection import record_selection, selected_tokens, selection_statistics
+from nsa.inspect.statistics import pool_selection, selection_record
 from tiny_models import tiny_model
 
 GEOMETRY = BlockGeometry(8, 4, 16, 4, window_size=20)

@@ -19,16 +19,16 @@ from torch import Tensor
 from nsa.geometry import BlockGeometry
 from nsa.ops import reference, triton as backend
 from nsa.ops.call import AttentionInputs, Call
-from nsa.ops.triton import (
-    common,
-    dense_bwd,
-    hopper_select_fwd,
-    report,
-    score_topk,
-    select_bwd,
-    select_fwd,
-    select_union,
+from nsa.ops.triton import gpu, report
+from nsa.ops.triton.dense import backward as dense_backward
+from nsa.ops.triton.layout import make_layout
+from nsa.ops.triton.selected import (
+    backward as selected_backward,
+    forward as selected_forward,
+    forward_sm90 as selected_forward_sm90,
+    union as unions,
 )
+from nsa.ops.triton.topk import choice
 from ops.gluon_emulator import emulate
 
 SMALL = BlockGeometry(8, 4, 16, 4, 1, 2, 24)
@@ -92,7 +92,7 @@ CASES = {
     "unions, a tile partly beyond the tokens": (1, 70, 16, 1, 128, FEW, None, 500, 0, "bfloat16", 5, "s"),
 }  # fmt: skip
 SEEDS = range(3)
-RANGES = hopper_select_fwd.RANGE_ROWS, hopper_select_fwd.RANGE_BYTES
+RANGES = selected_forward_sm90.RANGE_ROWS, selected_forward_sm90.RANGE_BYTES
 NAMES = ("q", "k", "v", "k_cmp", "v_cmp", "k_win", "v_win", "gates")
 MODULES = [module for name, module in sorted(sys.modules.items()) if name.startswith("nsa.ops.triton.")]
 
@@ -135,7 +135,7 @@ class Case:
         for module in MODULES:
             if hasattr(module, "num_multiprocessors"):
                 module.num_multiprocessors = lambda x: multiprocessors
-        select_union.union_pays = lambda *_: "u" in branches
+        unions.union_pays = lambda *_: "u" in branches
 
     def draw(self, *shape: int) -> Tensor:
         return torch.randn(*shape).to(self.dtype)
@@ -183,12 +183,12 @@ class Case:
     ) -> None:
         """Compare a given dQ that is added to."""
         window = self.geometry.window_size if name == "window_attention" else 0
-        layout = common.make_layout(self.cu, self.geometry, self.q.shape[1], inputs[1].shape[1])
-        rows = dense_bwd.Rows(lse, dense_bwd.make_delta(out, dout, dlse))
+        layout = make_layout(self.cu, self.geometry, self.q.shape[1], inputs[1].shape[1])
+        rows = dense_backward.Rows(lse, dense_backward.make_delta(out, dout, dlse))
         before = self.draw(*dq.shape)
         expected = before.double() + dq.double()
         numbers = (self.q_start, self.k_start if window else 0, self.scale)
-        mine = dense_bwd.dense_backward(dout, *inputs, rows, self.geometry, layout, window, *numbers, before)[0]
+        mine = dense_backward.dense_backward(dout, *inputs, rows, self.geometry, layout, window, *numbers, before)[0]
         self.errors[f"{name} dq on top"] = row_error(mine, expected)
 
     def lists(self) -> Tensor:
@@ -218,7 +218,7 @@ class Case:
         B, S, Hkv, _N = self.numbers
         k, v = self.draw(B, S, Hkv, self.q.shape[3]), self.draw(B, S, Hkv, self.value_size)
         lists, used = self.lists(), self.used
-        layout = common.make_layout(self.cu, self.geometry, self.q.shape[1], 0)
+        layout = make_layout(self.cu, self.geometry, self.q.shape[1], 0)
         shape = (*self.q.shape[:3], self.value_size)
         cmp, win, gates = self.draw(*shape), self.draw(*shape), self.draw(*shape[:3], 3)
         cut = [self.q[:, :used], *(x if self.cu is None else x[:, :used] for x in (k, v))]
@@ -226,10 +226,10 @@ class Case:
         q.requires_grad_()
         what = (lists[:, :used], self.geometry, self.cu, self.q_start, self.scale)
         expected, expected_lse = reference.selected_attention(q, *exact, *what)
-        gated = select_fwd.Gated(cmp, win, gates, torch.empty_like(cmp))
+        gated = selected_forward.Gated(cmp, win, gates, torch.empty_like(cmp))
         for name, given in (("", None), ("gated ", gated)):
             what = (lists, self.geometry, layout, self.q_start, self.scale, given)
-            out, lse = select_union.union_forward(self.q, k, v, *what)
+            out, lse = unions.union_forward(self.q, k, v, *what)
             self.errors[f"unions {name}out"] = row_error(out[:, :used], expected)
             self.errors[f"unions {name}lse"] = row_error(lse[:, :used], expected_lse)
             outside = out[:, used:].abs().sum() + torch.isfinite(lse[:, used:]).sum()
@@ -243,11 +243,11 @@ class Case:
         loss = (expected * dout[:, :used]).sum() + (finite * dlse[:, :used]).sum()
         wanted = torch.zeros(self.q.shape, dtype=torch.float64)
         wanted[:, :used] = torch.autograd.grad(loss, q)[0]
-        rows = dense_bwd.Rows(lse, dense_bwd.make_delta(out, dout, dlse))
+        rows = dense_backward.Rows(lse, dense_backward.make_delta(out, dout, dlse))
         what = (dout, self.q, k, v, rows, lists, self.geometry, layout, self.q_start, self.scale)
-        self.errors["unions dq"] = row_error(select_union.union_query_backward(*what), wanted)
+        self.errors["unions dq"] = row_error(unions.union_query_backward(*what), wanted)
         on_top = before.double() + wanted
-        self.errors["unions dq on top"] = row_error(select_union.union_query_backward(*what, before), on_top)
+        self.errors["unions dq on top"] = row_error(unions.union_query_backward(*what, before), on_top)
 
     def later(self) -> None:
         """The selected branch alone, whose lists may hold blocks that a token does not see yet."""
@@ -268,11 +268,11 @@ class Case:
 
     def whole(self, small_scratch: bool, short_ranges: bool) -> None:
         """Compare the whole operator with its branches by the reference, for the blocks that it chose."""
-        hopper_select_fwd.RANGE_ROWS, hopper_select_fwd.RANGE_BYTES = (1, 1) if short_ranges else RANGES
+        selected_forward_sm90.RANGE_ROWS, selected_forward_sm90.RANGE_BYTES = (1, 1) if short_ranges else RANGES
         if small_scratch:
-            select_fwd.select_forward = partial(select_fwd.select_forward, scratch_bytes=2**18)
-            select_bwd.select_backward = partial(select_bwd.select_backward, scratch_bytes=2**18)
-            score_topk.select_blocks = partial(score_topk.select_blocks, scratch_bytes=1)
+            selected_forward.select_forward = partial(selected_forward.select_forward, scratch_bytes=2**18)
+            selected_backward.select_backward = partial(selected_backward.select_backward, scratch_bytes=2**18)
+            choice.select_blocks = partial(choice.select_blocks, scratch_bytes=1)
         B, S, Hkv, N = self.numbers
         D, used = self.q.shape[3], self.used
         k, v = self.draw(B, S, Hkv, D), self.draw(B, S, Hkv, self.value_size)
@@ -308,7 +308,7 @@ class Case:
 def main(word: str = "", seed: str = "", part: str = "0", num_parts: str = "1") -> None:
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)  # fills what is allocated with NaN
-    common.is_hopper = lambda x: True
+    gpu.is_hopper = lambda x: True
     for name, case in list(CASES.items())[int(part) :: int(num_parts)]:
         for number in [int(seed)] if seed else SEEDS:
             if word in name:

@@ -26,7 +26,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from nsa.ops.triton.hopper_fwd import make_barriers
+from nsa.ops.triton.sm90 import make_barriers
 from ops.gluon_emulator import emulate
 from ops.gluon_values import EmulationError
 

@@ -21,16 +21,10 @@ from nsa.geometry import BlockGeometry
 from nsa.ops import triton as backend
 from nsa.ops.cache_view import PagedView
 from nsa.ops.call import AttentionInputs, Call
-from nsa.ops.triton import (
-    common,
-    dense_bwd,
-    dense_fwd,
-    forced,
-    score_topk,
-    select_bwd,
-    select_fwd,
-    select_union,
-)
+from nsa.ops.triton import gpu
+from nsa.ops.triton.dense import backward as dense_backward, forced, forward as dense_forward
+from nsa.ops.triton.selected import backward as selected_backward, forward as selected_forward, union as unions
+from nsa.ops.triton.topk import choice
 
 
 class NoGpuDriver:
@@ -62,9 +56,9 @@ def compile_only(architecture: int) -> list[tuple[str, Any]]:
         kernels.append((self.__name__, launch(self, *args, grid=grid, warmup=True, **options)))
 
     JITFunction.run = run
-    for module in (dense_fwd, dense_bwd, forced, score_topk, select_fwd, select_bwd, select_union):
+    for module in (dense_forward, dense_backward, forced, choice, selected_forward, selected_backward, unions):
         module.has_large_shared_memory = lambda x: architecture >= 90
-    common.is_hopper = lambda x: architecture == 90
+    gpu.is_hopper = lambda x: architecture == 90
     return kernels
 
 
@@ -81,7 +75,7 @@ def launch_all(dtype: torch.dtype, group_size: int, head_dim: int, packed: bool)
     out, lse = backend.compressed_attention_forward(q, k_cmp, v_cmp, call)
     backend.compressed_attention_backward(out, lse, q, k_cmp, v_cmp, out, lse, call)
     blocks = backend.select_blocks_forward(q, k_cmp, lse, call)
-    score_topk.choice_tile = partial(score_topk.choice_tile, whole=0)  # as for more blocks
+    choice.choice_tile = partial(choice.choice_tile, whole=0)  # as for more blocks
     backend.select_blocks_forward(q, k_cmp, lse, call)
     out, lse = backend.selected_attention_forward(q, k, v, blocks, call)
     backend.selected_attention_backward(out, lse, q, k, v, out, lse, blocks, call)

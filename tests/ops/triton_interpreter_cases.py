@@ -18,7 +18,8 @@ from torch import Tensor
 from nsa.geometry import BlockGeometry
 from nsa.ops import reference, triton as backend
 from nsa.ops.call import AttentionInputs, Call
-from nsa.ops.triton import score_topk, select_bwd, select_fwd
+from nsa.ops.triton.selected import backward as selected_backward, forward as selected_forward
+from nsa.ops.triton.topk import choice
 
 SMALL = BlockGeometry(8, 4, 16, 4, 1, 2, 24)
 NAMES = ("q", "k", "v", "k_cmp", "v_cmp", "k_win", "v_win", "gates")
@@ -129,8 +130,8 @@ class Case:
             self.choice(limit="t" in stages)
         if "s" in stages:
             if "k" in stages:
-                select_fwd.select_forward = partial(select_fwd.select_forward, scratch_bytes=1)
-                select_bwd.select_backward = partial(select_bwd.select_backward, scratch_bytes=1)
+                selected_forward.select_forward = partial(selected_forward.select_forward, scratch_bytes=1)
+                selected_backward.select_backward = partial(selected_backward.select_backward, scratch_bytes=1)
             self.attention("selected_attention", (self.q, self.k, self.v), (self.blocks,), (self.q_start, self.scale))
         if "a" in stages:
             self.whole("whole", union=False)
@@ -172,12 +173,12 @@ class Case:
         """Compare the chosen blocks; with `limit`, in chunks of few candidates and of few tokens."""
         tail = (self.q_start, self.scale)
         _, lse = backend.compressed_attention_forward(self.q, self.k_cmp, self.v_cmp, self.call)
-        before = score_topk.select_blocks, score_topk.choice_tile
+        before = choice.select_blocks, choice.choice_tile
         if limit:
-            score_topk.select_blocks = partial(before[0], scratch_bytes=1)
-            score_topk.choice_tile = lambda *args, **_: before[1](*args, max_chunk=128, whole=0)
+            choice.select_blocks = partial(before[0], scratch_bytes=1)
+            choice.choice_tile = lambda *args, **_: before[1](*args, max_chunk=128, whole=0)
         self.blocks = backend.select_blocks_forward(self.q, self.k_cmp, lse, self.call)
-        score_topk.select_blocks, score_topk.choice_tile = before
+        choice.select_blocks, choice.choice_tile = before
         q, lse = self.q[:, : self.used], lse[:, : self.used]
         if "e" in self.stages:  # the reference's sums round apart what is equal
             scores = reference.importance_scores(q, self.k_cmp, lse, self.geometry, *tail)
@@ -289,25 +290,25 @@ def choose_given(geometry: BlockGeometry, last: int, kind: str, options: dict, p
             scores[written:] = 0.0
             scores[1 : written + 1] += before[: num - 1]
         expected.append(best_blocks(scores, geometry))
-    tile = score_topk.choice_tile(geometry, last + 1, **options)
+    tile = choice.choice_tile(geometry, last + 1, **options)
     out = torch.full([1, 3, 1, geometry.num_selected_blocks], -7, dtype=torch.int32)
     lists = torch.full([3 * tile["QUADS"] + 1], 4, dtype=torch.int32)
     calls = dict.fromkeys(("_append", "_read_quads", "_best"), 0)
-    functions = {name: getattr(score_topk, name) for name in calls}
+    functions = {name: getattr(choice, name) for name in calls}
 
     def counted(name: str, *args, **kwargs):
         calls[name] += 1
         return functions[name](*args, **kwargs)
 
     for name in calls:
-        setattr(score_topk, name, partial(counted, name))
-    score_topk.choice_kernel[(3, 1)](
+        setattr(choice, name, partial(counted, name))
+    choice.choice_kernel[(3, 1)](
         mass, lists, out, lists, 3, start, 0, 0, 3, width, HKV=1, SIZE=size, STRIDE=stride, BLOCK=block,
         COUNT=geometry.num_selected_blocks, INIT=geometry.num_init_blocks, LOCAL=geometry.num_local_blocks,
         PACKED=False, POOLED=True, **tile,
     )  # fmt: skip
     for name, function in functions.items():
-        setattr(score_topk, name, function)
+        setattr(choice, name, function)
     final = 3 * (calls["_best"] > 0)
     kept = calls["_read_quads"] - final * (tile["QUADS"] > 0)
     found = (calls["_append"] - kept, kept, calls["_best"] - final - kept)

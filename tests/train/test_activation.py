@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from nsa.eval.loss import NextTokenLoss
 from nsa.hf import NSAForCausalLM
+from nsa.loss import NextTokenLoss
 from nsa.ops import torch_native
 from nsa.train.activation import checkpoint_activations
 from nsa.train.model import compile_layers

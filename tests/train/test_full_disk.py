@@ -10,13 +10,15 @@ from typing import Any
 
 import pytest
 
-from nsa.train import run as run_module, run_files
-from nsa.train.config import RunConfig
-from nsa.train.observe import recorder
-from nsa.train.observe.csv_log import TRAINING_COLUMNS, VALIDATION_COLUMNS, CsvWriter, read_csv
-from nsa.train.resume import prepare_resume
-from nsa.train.run import ReportError, prepare, train
-from nsa.train.run_folder import RunFolder
+from nsa.config.run import RunConfig
+from nsa.launch.resume import prepare_resume
+from nsa.launch.start import prepare
+from nsa.runs import files
+from nsa.runs.folder import RunFolder
+from nsa.runs.tables import TRAINING_COLUMNS, VALIDATION_COLUMNS, CsvWriter, read_csv
+from nsa.train import loop as run_module
+from nsa.train.loop import ReportError, train
+from nsa.train.telemetry import recorder
 
 ROW = {"val_loss": 1.0, "val_ppl": 2.0, "val_bits_per_byte": 3.0}
 
@@ -41,7 +43,7 @@ def test_rows_wait_for_room_and_come_in_order(
     with CsvWriter(path, VALIDATION_COLUMNS) as writer:
         writer.write(step=0, **ROW)
         with monkeypatch.context() as patch:
-            patch.setattr(run_files.os, "write", write)
+            patch.setattr(files.os, "write", write)
             writer.write(step=3, **ROW)
             writer.write(step=6, **ROW)
         assert [row["step"] for row in read_csv(path, VALIDATION_COLUMNS)] == [0]
@@ -55,7 +57,7 @@ def test_rows_for_which_no_room_came_are_counted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with CsvWriter(tmp_path / "val.csv", VALIDATION_COLUMNS) as writer:
-        monkeypatch.setattr(run_files.os, "write", full)
+        monkeypatch.setattr(files.os, "write", full)
         writer.write(step=3, **ROW)
         writer.write(step=6, **ROW)
     assert "val.csv: 2 rows are lost: No space left on device" in capsys.readouterr().err
@@ -112,7 +114,7 @@ def test_a_run_folder_is_made_whole_or_not_at_all(
     tiny: Callable[..., RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(f"nsa.train.run_folder.{place}", full)
+        patch.setattr(f"nsa.runs.folder.{place}", full)
         with pytest.raises(OSError, match="No space left"):
             prepare(tiny())
     assert list((tmp_path / "runs").iterdir()) == []

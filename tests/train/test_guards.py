@@ -6,8 +6,9 @@ import math
 
 import pytest
 
-from nsa.train.config import GuardSection
-from nsa.train.guards import SPIKE_HISTORY, StepGuard, TrainingError
+from nsa.config.run import GuardSection
+from nsa.runs.errors import TrainingError
+from nsa.train.guards import SPIKE_HISTORY, StepGuard
 
 
 @pytest.mark.parametrize(("loss", "grad_norm"), [(math.nan, 1.0), (math.inf, 1.0), (2.0, math.nan), (2.0, math.inf)])

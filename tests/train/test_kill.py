@@ -15,11 +15,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from nsa.train.checkpoint import complete_checkpoints, damage, newest_checkpoint
-from nsa.train.config import RunConfig
-from nsa.train.observe.csv_log import TRAINING_COLUMNS, read_csv
-from nsa.train.resume import prepare_resume
-from nsa.train.run import prepare, train
+from nsa.config.run import RunConfig
+from nsa.launch.resume import prepare_resume
+from nsa.launch.start import prepare
+from nsa.runs.checkpoints import complete_checkpoints, damage, newest_checkpoint
+from nsa.runs.tables import TRAINING_COLUMNS, read_csv
+from nsa.train.loop import train
 
 TRAIN = {"steps": 6, "checkpoint_every_steps": 2, "keep_checkpoints": 1}
 TIMEOUT_S = 120
@@ -29,11 +30,11 @@ STAGES = {
     "a step": ("nsa.train.trainer.Trainer", "_backward", 2),
     "staging": ("torch.distributed.checkpoint.staging.BlockingAsyncStager", "stage", 2),
     "writing the parts": ("torch.distributed.checkpoint.filesystem", "_write_item", 2),
-    "adding checksums": ("nsa.train.checkpoint_save.FileSum", "of", 2),
-    "writing the model": ("nsa.train.checkpoint_save", "_read_weights", 2),
-    "renaming": ("nsa.train.checkpoint.os", "replace", 2),
-    "pointing": ("nsa.train.checkpoint", "_point", 4),
-    "removing old ones": ("nsa.train.checkpoint.shutil", "rmtree", 4),
+    "adding checksums": ("nsa.train.checkpoint.save.FileSum", "of", 2),
+    "writing the model": ("nsa.train.checkpoint.save", "_read_weights", 2),
+    "renaming": ("nsa.runs.checkpoints.os", "replace", 2),
+    "pointing": ("nsa.runs.checkpoints", "_point", 4),
+    "removing old ones": ("nsa.runs.checkpoints.shutil", "rmtree", 4),
 }
 
 
@@ -66,7 +67,7 @@ def train_until_killed(values: dict[str, Any], place: str, name: str) -> None:
 def processes() -> ForkServerContext:
     """Processes that begin with the imports done, and no threads."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["nsa.train.run"])
+    context.set_forkserver_preload(["nsa.train.loop"])
     return context
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from nsa.train.config import OptimSection
+from nsa.config.run import OptimSection
 from nsa.train.model import build_model
 from nsa.train.optim import build_optimizer, decays, learning_rate, set_learning_rate
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from nsa.train.device import choose_device
+from nsa.device import choose_device
 from nsa.train.parallel import one_process, setup_parallel
 from ranks import RankFailure, run_ranks
 

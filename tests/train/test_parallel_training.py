@@ -18,8 +18,8 @@ import pytest
 import torch
 import yaml
 
-from nsa.train.config import RunConfig
-from nsa.train.observe.csv_log import TRAINING_COLUMNS, read_csv
+from nsa.config.run import RunConfig
+from nsa.runs.tables import TRAINING_COLUMNS, read_csv
 from nsa.train.parallel import Parallel
 from nsa.train.trainer import Trainer
 from ranks import RankFailure, environment_of_rank, run_ranks
@@ -30,9 +30,9 @@ ACTIONS = {"ddp": "stop", "fsdp2": "skip"}
 BODY = """
 import functools
 import nsa.train.trainer as trainer_module
-from nsa.eval.loss import NextTokenLoss
+from nsa.loss import NextTokenLoss
 from nsa.eval.perplexity import DeviceBatch
-from nsa.train.config import RunConfig
+from nsa.config.run import RunConfig
 from nsa.train.guards import TrainingError
 from nsa.train.model import compile_layers
 from nsa.train.trainer import Trainer

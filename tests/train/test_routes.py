@@ -7,10 +7,10 @@ import json
 import pytest
 import torch
 
-from nsa.train.config import ModelSection
-from nsa.train.observe import routes as module
-from nsa.train.observe.routes import describe_routes, routes
-from nsa.train.run import prepare
+from nsa.config.run import ModelSection
+from nsa.launch.start import prepare
+from nsa.train import routes as module
+from nsa.train.routes import describe_routes, routes
 
 CPU = torch.device("cpu")
 

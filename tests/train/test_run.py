@@ -17,15 +17,16 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
+from nsa.config.load import load_config
 from nsa.data import open_source
 from nsa.data.heldout import split_documents
-from nsa.train.checkpoint import newest_checkpoint
-from nsa.train.device import choose_device
-from nsa.train.guards import TrainingError
-from nsa.train.load_config import load_config
-from nsa.train.observe.csv_log import TRAINING_COLUMNS, VALIDATION_COLUMNS, column, read_csv
+from nsa.device import choose_device
+from nsa.launch.start import prepare
+from nsa.runs.checkpoints import newest_checkpoint
+from nsa.runs.errors import TrainingError
+from nsa.runs.tables import TRAINING_COLUMNS, VALIDATION_COLUMNS, column, read_csv
+from nsa.train.loop import Outcome, train
 from nsa.train.optim import learning_rate
-from nsa.train.run import Outcome, prepare, train
 from nsa.train.trainer import Trainer
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from nsa.train.halt import ask_to_halt, clear_stale_halt
-from nsa.train.run_lock import RunLock
+from nsa.runs.halt import ask_to_halt, clear_stale_halt
+from nsa.runs.lock import RunLock
 from nsa.train.stop import SIGNALS, Stop, StopRequest
 from ranks import run_ranks
 from saved_runs import ONE_PROCESS

@@ -1,4 +1,4 @@
-"""Measurements: `protocol.py` is how, every other file one benchmark of `nsa bench`, and `smoke.py` is `nsa smoke`.
+"""Measurements: `protocol.py` is how, every other file one benchmark of `nsa bench`.
 
-`settings.py` is what each can be told, `prefill_picture.py` draws one, `calibration.py` tells machines apart.
+`settings.py` is what each can be told, `prefill_picture.py` draws one.
 """

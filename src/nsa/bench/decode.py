@@ -24,10 +24,10 @@ from transformers import DynamicCache
 from nsa.bench.protocol import Steps, median_ms
 from nsa.bench.settings import DecodeBench
 from nsa.cache import NSACache
+from nsa.device import choose_device
 from nsa.hf import NSACacheLayer, NSAConfig, NSAForCausalLM
 from nsa.ops.api import mean_pool
 from nsa.ops.torch_native import decode
-from nsa.train.device import choose_device
 
 STAGES = ("cmp", "choose", "slc", "win")
 

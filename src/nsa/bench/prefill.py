@@ -32,9 +32,11 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nsa.bench import prefill_picture
-from nsa.bench.protocol import Steps, environment, median_ms
+from nsa.bench.protocol import Steps, median_ms
 from nsa.bench.settings import PrefillBench
+from nsa.device import choose_device
 from nsa.geometry import BlockGeometry
+from nsa.machine import environment
 from nsa.ops.api import (
     compressed_attention,
     mean_pool,
@@ -43,7 +45,6 @@ from nsa.ops.api import (
     selected_attention,
     window_attention,
 )
-from nsa.train.device import choose_device
 
 DENSE_BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,

@@ -13,7 +13,6 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
-import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -24,8 +23,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from nsa import __version__
-from nsa.train.observe.environment import cpu_name, num_cpus
+from nsa.machine import environment
 
 Steps = Mapping[str, Callable[[], object]]
 
@@ -86,21 +84,6 @@ def median_ms(
             for step, value in (*taken.items(), ("total", sum(taken.values()))):
                 seconds.setdefault(f"{name}_{step}", []).append(value)
     return {name: 1000 * statistics.median(values[warmup:]) for name, values in seconds.items()}
-
-
-def environment(device: torch.device) -> dict[str, Any]:
-    """Device, threads and versions of this process."""
-    facts: dict[str, Any] = {
-        "device": cpu_name() if device.type == "cpu" else torch.cuda.get_device_name(device),
-        "num_cpus": num_cpus(),
-        "num_threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "nsa": __version__,
-    }
-    if device.type == "cuda":
-        facts["cuda"] = torch.version.cuda
-    return facts
 
 
 def write_results(rows: Sequence[Any], path: Path, settings: Any, command: str, device: torch.device) -> None:

@@ -20,10 +20,10 @@ from pathlib import Path
 from nsa.bench.protocol import median_ms
 from nsa.bench.settings import TelemetryBench, TrainBench
 from nsa.bench.train import bench_config
-from nsa.train.observe.recorder import StepRecord
-from nsa.train.observe.telemetry import Telemetry
+from nsa.runs.folder import RunFolder
+from nsa.runs.tables import StepRecord
 from nsa.train.parallel import one_process
-from nsa.train.run_folder import RunFolder
+from nsa.train.telemetry.telemetry import Telemetry
 from nsa.train.trainer import Trainer
 
 

@@ -27,9 +27,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nsa.bench.protocol import median_ms, timed_s
 from nsa.bench.settings import TrainBench
+from nsa.config.load import load_config, override_config
+from nsa.config.run import RunConfig
 from nsa.eval.perplexity import DeviceBatch, TokenBatch
-from nsa.train.config import RunConfig
-from nsa.train.load_config import load_config, override_config
 from nsa.train.parallel import Parallel, setup_parallel
 from nsa.train.trainer import Trainer
 

@@ -17,8 +17,8 @@ import sys
 from collections.abc import Collection, Sequence
 
 from nsa import __version__
+from nsa.config.options import OptionError
 from nsa.terminal import printable, redacted
-from nsa.train.options import OptionError
 
 # The interpreter's last search for garbage among the libraries' objects takes seconds on a slow machine.
 atexit.register(gc.freeze)

@@ -15,7 +15,7 @@ from typing import Any, TypeVar, get_args, get_type_hints
 
 import tyro
 
-from nsa.train.options import OptionError, option_value, split_options
+from nsa.config.options import OptionError, option_value, split_options
 
 T = TypeVar("T")
 
@@ -34,7 +34,7 @@ def parse_with_overrides(kind: type[T], command: str, arguments: Sequence[str]) 
     """As `parse`, and the options that are keys of a config, with their values, for `load_config`."""
     if asks_for_help(arguments):
         return _parse(kind, command, arguments, {})
-    from nsa.train.load_config import config_kinds  # not for --help
+    from nsa.config.load import config_kinds  # not for --help
 
     return _parse(kind, command, arguments, config_kinds())
 

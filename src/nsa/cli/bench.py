@@ -19,8 +19,8 @@ import tyro
 from nsa.bench import settings
 from nsa.cli import EXIT_DONE, EXIT_USAGE, fail, unknown
 from nsa.cli.arguments import asks_for_help, parse, parse_with_overrides
-from nsa.train.device_name import check_device_name
-from nsa.train.options import OptionError
+from nsa.config.device_name import check_device_name
+from nsa.config.options import OptionError
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def main(arguments: Sequence[str]) -> int:
         _check_config(bench)
 
     from nsa.bench.protocol import print_table, write_results
-    from nsa.train.device import choose_device
+    from nsa.device import choose_device
 
     try:
         device = choose_device(bench.device)
@@ -117,7 +117,7 @@ def _check(out: Path, *, overwrite: bool) -> None:
 
 
 def _check_config(bench: Any) -> None:
-    from nsa.train.load_config import load_config
+    from nsa.config.load import load_config
 
     try:
         load_config(bench.config, bench.overrides)

@@ -26,7 +26,7 @@ class CompareArguments:
 def main(arguments: Sequence[str]) -> int:
     """Run the command and return its exit code."""
     given = parse(CompareArguments, "compare", arguments)
-    from nsa.train.observe.compare import compare_runs  # takes seconds
+    from nsa.runs.compare import compare_runs  # takes seconds
 
     try:
         table = compare_runs(given.runs, given.out)

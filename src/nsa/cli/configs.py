@@ -9,8 +9,8 @@ import tyro
 
 from nsa.cli import EXIT_DONE
 from nsa.cli.arguments import parse
-from nsa.train.options import OptionError
-from nsa.train.packaged_configs import FOLDER, config_names
+from nsa.config.options import OptionError
+from nsa.config.packaged import FOLDER, config_names
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,12 @@ import tyro
 
 from nsa.cli import EXIT_DONE, fail
 from nsa.cli.arguments import asks_for_help, parse_with_overrides
+from nsa.config.options import OptionError
 from nsa.terminal import printable
-from nsa.train.options import OptionError
 
 if TYPE_CHECKING:
+    from nsa.config.run import RunConfig
     from nsa.data.check import DataCheck
-    from nsa.train.config import RunConfig
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str]) -> int:
     if not 1 <= given.batches <= 10**9:
         raise OptionError(f"--batches must be from 1 to {10**9:,}, not {given.batches}")
     try:
-        from nsa.train.load_config import load_config
+        from nsa.config.load import load_config
 
         result = _check(load_config(given.config, overrides), given.batches)
     except (ValueError, OSError) as error:

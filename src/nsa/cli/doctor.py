@@ -10,7 +10,7 @@ import tyro
 
 from nsa.cli import EXIT_DONE, EXIT_USAGE
 from nsa.cli.arguments import parse
-from nsa.train.options import OptionError
+from nsa.config.options import OptionError
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ def main(arguments: Sequence[str]) -> int:
     if not 0 < given.hub_timeout_s <= 3600:
         raise OptionError(f"--hub_timeout_s must be above 0 and at most 3600, not {given.hub_timeout_s:g}")
 
-    from nsa.train.doctor import diagnose  # takes seconds
+    from nsa.preflight.doctor import diagnose  # takes seconds
 
     diagnosis = diagnose(given.folder, hub_timeout_s=given.hub_timeout_s)
     print(diagnosis.json() if given.json else diagnosis.text())

@@ -17,8 +17,8 @@ import tyro
 from nsa.cli import EXIT_DONE, fail
 from nsa.cli.arguments import parse
 from nsa.cli.model_inputs import choose_num_threads, read_prompt
+from nsa.config.device_name import check_device_name
 from nsa.terminal import printable
-from nsa.train.device_name import check_device_name
 
 # torch and transformers are imported when the arguments are checked.
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def run(given: GenerateArguments, out: TextIO | None = None) -> int:
 
     import torch
 
-    from nsa.cli.models import encode_prompt, load_model
+    from nsa.eval.open_model import encode_prompt, load_model
 
     torch.set_num_threads(num_threads)
     model, tokenizer = load_model(given.model, given.device, trust_remote_code=given.trust_remote_code)

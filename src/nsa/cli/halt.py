@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nsa.cli import EXIT_DONE, EXIT_USAGE, fail
-from nsa.train.halt import ask_to_halt
-from nsa.train.run_folder import RunFolder
+from nsa.runs.folder import RunFolder
+from nsa.runs.halt import ask_to_halt
 
 USAGE = "usage: nsa halt RUN [REASON ...]; RUN is the folder of a run, such as runs/NAME"
 

@@ -16,7 +16,7 @@ import tyro
 from nsa.cli import EXIT_DONE, fail
 from nsa.cli.arguments import parse
 from nsa.cli.model_inputs import choose_num_threads, read_prompt
-from nsa.train.device_name import check_device_name
+from nsa.config.device_name import check_device_name
 
 # torch and transformers are imported when the arguments are checked.
 if TYPE_CHECKING:
@@ -76,8 +76,8 @@ def run(given: InspectArguments) -> int:
 
     import torch
 
-    from nsa.cli.models import encode_prompt, load_model
-    from nsa.inspect import record_selection
+    from nsa.eval.open_model import encode_prompt, load_model
+    from nsa.inspect.selection import record_selection
 
     torch.set_num_threads(num_threads)
     model, tokenizer = load_model(given.model, given.device, trust_remote_code=given.trust_remote_code)
@@ -99,7 +99,8 @@ def run(given: InspectArguments) -> int:
 def _lines(selections: dict[int, torch.Tensor], positions: Sequence[int], geometry: Any) -> Iterator[dict[str, Any]]:
     import torch
 
-    from nsa.inspect import selection_record, selection_statistics
+    from nsa.inspect.selection import selection_statistics
+    from nsa.inspect.statistics import selection_record
 
     for layer, blocks in selections.items():
         for position in positions:

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from nsa.train.yaml_file import ConfigError, read_yaml
+from nsa.config.yaml_file import ConfigError, read_yaml
 
 MAX_PROMPT_BYTES = 2**26
 MAX_THREADS = 4096

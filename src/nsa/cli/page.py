@@ -10,8 +10,8 @@ import tyro
 
 from nsa.cli import EXIT_DONE, fail
 from nsa.cli.arguments import parse
+from nsa.runs.folder import RunFolder
 from nsa.terminal import printable
-from nsa.train.run_folder import RunFolder
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class PageArguments:
 def main(arguments: Sequence[str]) -> int:
     """Run the command and return its exit code."""
     given = parse(PageArguments, "page", arguments)
-    from nsa.train.observe.page import write_page  # takes seconds
+    from nsa.runs.page import write_page  # takes seconds
 
     folder = RunFolder(given.run)
     try:

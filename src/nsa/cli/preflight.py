@@ -10,8 +10,8 @@ import tyro
 
 from nsa.cli import EXIT_DONE, EXIT_USAGE, fail
 from nsa.cli.arguments import parse_with_overrides
+from nsa.config.options import OptionError
 from nsa.terminal import printable
-from nsa.train.options import OptionError
 
 
 @dataclass(frozen=True)
@@ -38,14 +38,14 @@ def main(arguments: Sequence[str]) -> int:
     if not 1 <= given.world_size <= 2**20:
         raise OptionError(f"--world_size must be from 1 to {2**20:,}, not {given.world_size}")
     try:
-        from nsa.train.load_config import load_config
+        from nsa.config.load import load_config
 
         config = load_config(given.config, overrides)
 
         from transformers.utils import logging
 
-        from nsa.train.preflight.machine import machine_named
-        from nsa.train.preflight.report import examine
+        from nsa.machine import machine_named
+        from nsa.preflight.examine import examine
 
         logging.disable_progress_bar()
         machine = None if given.for_ is None else machine_named(given.for_)

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 from nsa.cli import EXIT_DONE, EXIT_USAGE, fail
 from nsa.cli.arguments import asks_for_help
 from nsa.cli.train import run_training
-from nsa.train.load_config import ConfigError, read_overrides
-from nsa.train.options import OptionError
-from nsa.train.resume_keys import ALLOWED, ALLOWED_SECTIONS
+from nsa.config.load import ConfigError, read_overrides
+from nsa.config.options import OptionError
+from nsa.config.resume_keys import ALLOWED, ALLOWED_SECTIONS
 
 if TYPE_CHECKING:
-    from nsa.train.config import RunConfig
+    from nsa.config.run import RunConfig
 
 USAGE = "usage: nsa resume RUN [--section.key value ...]; RUN is the folder of a run, such as runs/NAME"
 
@@ -37,7 +37,7 @@ def main(arguments: Sequence[str]) -> int:
     if not is_folder:
         raise OptionError(f"{run} is no run folder; give the folder of a run, such as runs/NAME")
 
-    from nsa.train.resume import prepare_resume, resumed_config
+    from nsa.launch.resume import prepare_resume, resumed_config
 
     def read() -> RunConfig:
         return resumed_config(Path(run), overrides)[1]

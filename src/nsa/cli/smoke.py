@@ -17,13 +17,13 @@ from rich.text import Text
 
 from nsa.cli import EXIT_DONE, EXIT_FAILED, fail
 from nsa.cli.arguments import parse
+from nsa.config.device_name import check_device_name
+from nsa.runs.places import check_place
 from nsa.terminal import printable
-from nsa.train.device_name import check_device_name
-from nsa.train.observe.folders import check_place
 
 # What needs torch is imported when the arguments are read.
 if TYPE_CHECKING:
-    from nsa.bench.smoke import ComparedRow, Figures, SmokeCheck
+    from nsa.preflight.smoke import ComparedRow, Figures, SmokeCheck
 
 
 @dataclass(frozen=True)
@@ -65,8 +65,8 @@ def run(given: SmokeArguments) -> int:
         raise ValueError(f"--tolerance_percent must be a finite number of at least 0, not {given.tolerance_percent}")
     check_device_name(given.device)
 
-    from nsa.bench.smoke import SmokeCheck, read_baseline
-    from nsa.train.device import choose_device
+    from nsa.device import choose_device
+    from nsa.preflight.smoke import SmokeCheck, read_baseline
 
     device = choose_device(given.device).type
     path = given.baseline or Path(f"benchmarks/results/smoke_{device}.json")
@@ -103,7 +103,7 @@ def _all_steps_pass(check: SmokeCheck) -> bool:
 
 
 def _judge(figures: Figures, baseline: Figures | None, path: Path, given: SmokeArguments) -> int:
-    from nsa.bench.smoke import another_machine, compare, write_baseline
+    from nsa.preflight.smoke import another_machine, compare, write_baseline
 
     rows = compare(figures, baseline, given.tolerance_percent)
     Console(highlight=False).print(_table(rows, f"against {path}" if baseline else "no baseline"))

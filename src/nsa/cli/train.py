@@ -10,20 +10,19 @@ from typing import TYPE_CHECKING
 
 from nsa.cli import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, EXIT_USAGE, explained, fail
 from nsa.cli.arguments import asks_for_help, show_help
+from nsa.config.load import dump_config, load_config
+from nsa.config.run import RunConfig
 from nsa.data.errors import DataError
-from nsa.data.files import check_present
+from nsa.data.sources.files import check_present
+from nsa.runs.errors import CheckpointError, TrainingError
+from nsa.runs.folder import RunFolder, check_unused
 from nsa.terminal import printable, redacted
-from nsa.train.checkpoint import CheckpointError
-from nsa.train.config import RunConfig
-from nsa.train.guards import TrainingError
-from nsa.train.load_config import dump_config, load_config
-from nsa.train.observe.output import lasting_output
-from nsa.train.run_folder import RunFolder, check_unused
+from nsa.train.telemetry.output import lasting_output
 
 # What needs torch is imported behind the config, so that a mistake in it is told at once.
 if TYPE_CHECKING:
+    from nsa.train.loop import Outcome
     from nsa.train.parallel import Parallel
-    from nsa.train.run import Outcome
     from nsa.train.trainer import Trainer
 
 
@@ -37,7 +36,7 @@ def main(arguments: Sequence[str]) -> int:
     path, *overrides = arguments
 
     def begin(config: RunConfig, parallel: Parallel) -> tuple[Trainer, RunFolder]:
-        from nsa.train.run import prepare
+        from nsa.launch.start import prepare
 
         if parallel.is_main:
             print(dump_config(config))
@@ -75,7 +74,7 @@ def run_training(
         with lasting_output(), ExitStack() as stack:
             trainer, folder = _begin(read, begin, stack)
 
-            from nsa.train.run import train
+            from nsa.train.loop import train
 
             outcome = train(trainer, folder, resumed=resumed)
             if trainer.parallel.is_main:
@@ -116,7 +115,7 @@ def _begin(
 
 def closing(outcome: Outcome) -> str:
     """The samples, the results and where everything lies."""
-    from nsa.train.observe.report import results  # it takes torch, which is there by now
+    from nsa.runs.report import results  # it takes torch, which is there by now
 
     folder = outcome.folder
     samples = [folder.samples / f"{name}.txt" for name in ("before", "after")]

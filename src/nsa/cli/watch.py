@@ -17,12 +17,12 @@ from rich.live import Live
 
 from nsa.cli import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, fail
 from nsa.cli.arguments import parse
+from nsa.runs.places import open_run_folder
+from nsa.runs.thresholds import Thresholds
 from nsa.terminal import printable
-from nsa.train.observe.folders import open_run_folder
-from nsa.train.observe.thresholds import Thresholds
 
 if TYPE_CHECKING:
-    from nsa.train.observe.watch import Look
+    from nsa.runs.watch import Look
 
 SHOWN_NOTES = 10  # the watch's last notes under the table
 LOG_WIDTH = 200  # columns of a table in a file
@@ -70,7 +70,7 @@ def run(given: WatchArguments) -> int:
     Raises:
         ValueError: this is no run folder, or a file in it is damaged.
     """
-    from nsa.train.observe.watch import Watch  # takes seconds
+    from nsa.runs.watch import Watch  # takes seconds
 
     watch = Watch(given.run, given.thresholds, halt=given.halt)
     console = Console(highlight=False, width=None if sys.stdout.isatty() else LOG_WIDTH)
@@ -99,7 +99,7 @@ def exit_code(look: Look, *, gave_up: bool) -> int:
 def _show(
     given: WatchArguments, console: Console, live: Live | None, look: Look, done: list[str], history: list[str]
 ) -> None:
-    from nsa.train.observe.watch_view import as_json, as_line, as_table
+    from nsa.runs.watch_view import as_json, as_line, as_table
 
     if given.json:
         print(json.dumps(as_json(look, done)), flush=True)

@@ -1,10 +1,8 @@
 """Text to packed training rows and exact evaluation batches.
 
-Reading order: `config.py` (what can be set), `sources.py` (documents: in memory, `documents.py`, or by `blocks.py`;
-from `files.py`, `contents.py`, `unpack.py`, `jsonl.py`, `parquet.py`, `hub.py` or `synthetic.py`), `heldout.py` and
-`corpus.py` (which of them are trained on), `mix.py` (several sources as one), `tokenizers.py`, `packing.py`,
-`windows.py` and `rows.py` (documents to rows), `loader.py` (the stream), `prefetch.py` (the stream made ahead, by
-`background.py`), `eval_batches.py`; `check.py` runs the loader alone. `errors.py` and `progress.py` are what it says.
+Reading order: `config.py` (what can be set), `sources/` (documents), `heldout.py` and `corpus.py` (which of them are
+trained on), `mix.py` (several sources as one), `tokenizers.py`, `stream/` (rows and batches); `check.py` runs the
+loader alone. `errors.py` and `progress.py` are what it says.
 docs/data.md is the guide.
 """
 
@@ -16,45 +14,45 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from nsa.data.config import DataConfig as DataConfig
     from nsa.data.corpus import Corpus as Corpus, open_corpus as open_corpus
-    from nsa.data.documents import Documents as Documents, Source as Source
     from nsa.data.errors import DataError as DataError, DataTimeoutError as DataTimeoutError
-    from nsa.data.eval_batches import EvalBatches as EvalBatches
-    from nsa.data.loader import (
+    from nsa.data.sources.base import Documents as Documents, Source as Source
+    from nsa.data.sources.open import open_source as open_source
+    from nsa.data.stream.eval_batches import EvalBatches as EvalBatches
+    from nsa.data.stream.loader import (
         TrainLoader as TrainLoader,
         build_eval_batches as build_eval_batches,
         build_train_loader as build_train_loader,
     )
-    from nsa.data.packing import Batch as Batch
-    from nsa.data.prefetch import Prefetcher as Prefetcher, build_prefetcher as build_prefetcher
-    from nsa.data.sources import open_source as open_source
+    from nsa.data.stream.packing import Batch as Batch
+    from nsa.data.stream.prefetch import Prefetcher as Prefetcher, build_prefetcher as build_prefetcher
+    from nsa.data.stream.shuffle import ChosenDocuments as ChosenDocuments
     from nsa.data.tokenizers import (
         ByteTokenizer as ByteTokenizer,
         Tokenizer as Tokenizer,
         load_tokenizer as load_tokenizer,
     )
-    from nsa.data.windows import ChosenDocuments as ChosenDocuments
 
 # Imported when first used, so that reading a config needs no torch.
 _MODULES = {
-    "Batch": "packing",
+    "Batch": "stream.packing",
     "ByteTokenizer": "tokenizers",
-    "ChosenDocuments": "windows",
+    "ChosenDocuments": "stream.shuffle",
     "Corpus": "corpus",
     "DataConfig": "config",
     "DataError": "errors",
     "DataTimeoutError": "errors",
-    "Documents": "documents",
-    "EvalBatches": "eval_batches",
-    "Prefetcher": "prefetch",
-    "Source": "documents",
+    "Documents": "sources.base",
+    "EvalBatches": "stream.eval_batches",
+    "Prefetcher": "stream.prefetch",
+    "Source": "sources.base",
     "Tokenizer": "tokenizers",
-    "TrainLoader": "loader",
-    "build_eval_batches": "loader",
-    "build_prefetcher": "prefetch",
-    "build_train_loader": "loader",
+    "TrainLoader": "stream.loader",
+    "build_eval_batches": "stream.loader",
+    "build_prefetcher": "stream.prefetch",
+    "build_train_loader": "stream.loader",
     "load_tokenizer": "tokenizers",
     "open_corpus": "corpus",
-    "open_source": "sources",
+    "open_source": "sources.open",
 }
 
 __all__ = list(_MODULES)  # pyright: ignore[reportUnsupportedDunderAll]

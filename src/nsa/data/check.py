@@ -19,9 +19,9 @@ import numpy as np
 
 from nsa.data.config import DataConfig
 from nsa.data.corpus import open_corpus
-from nsa.data.loader import build_eval_batches
-from nsa.data.packing import IGNORED_LABEL
-from nsa.data.prefetch import Prefetcher, build_prefetcher
+from nsa.data.stream.loader import build_eval_batches
+from nsa.data.stream.packing import IGNORED_LABEL
+from nsa.data.stream.prefetch import Prefetcher, build_prefetcher
 from nsa.data.tokenizers import load_tokenizer
 
 

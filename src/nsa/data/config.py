@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from nsa.data.errors import printable
-from nsa.data.synthetic import NUM_KEYS
+from nsa.data.sources.synthetic import NUM_KEYS
 from nsa.section import Section
 
 OneSource = Literal["sotu", "tinyshakespeare", "text", "jsonl", "parquet", "fineweb_edu", "synthetic"]

@@ -15,17 +15,17 @@ from typing import Any
 
 import numpy as np
 
-from nsa.data.blocks import BlockSource
 from nsa.data.config import DataConfig, MixedSource
-from nsa.data.documents import Documents, Source
 from nsa.data.errors import DataError, printable
 from nsa.data.heldout import heldout_rule, split_documents, with_end_apart
 from nsa.data.mix import MixedCorpus
 from nsa.data.progress import Progress, say
-from nsa.data.sources import open_source
-from nsa.data.synthetic import SyntheticDocuments
+from nsa.data.sources.base import Documents, Source
+from nsa.data.sources.chunked import BlockSource
+from nsa.data.sources.open import open_source
+from nsa.data.sources.synthetic import SyntheticDocuments
+from nsa.data.stream.shuffle import BlocksToTrainOn, ChosenDocuments, TrainingDocuments
 from nsa.data.tokenizers import ByteTokenizer, Tokenizer
-from nsa.data.windows import BlocksToTrainOn, ChosenDocuments, TrainingDocuments
 
 EVAL_SEED = 0  # of the order in which blocks are searched for held-out documents, the same in every run
 EVAL_TOKENS = 2**20

@@ -13,10 +13,10 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatchcase
 
-from nsa.data.blocks import BlockSource
-from nsa.data.documents import Documents, Source
 from nsa.data.errors import DataError
 from nsa.data.progress import Progress
+from nsa.data.sources.base import Documents, Source
+from nsa.data.sources.chunked import BlockSource
 
 SAMPLED_NAMES = 10_000  # names that a pattern which matches nothing is compared with
 

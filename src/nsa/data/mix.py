@@ -17,9 +17,9 @@ from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 from nsa.data.config import DataConfig
-from nsa.data.documents import Source
+from nsa.data.sources.base import Source
+from nsa.data.stream.shuffle import TrainingDocuments
 from nsa.data.tokenizers import Tokenizer
-from nsa.data.windows import TrainingDocuments
 
 if TYPE_CHECKING:
     from nsa.data.corpus import Corpus

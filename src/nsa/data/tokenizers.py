@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from nsa.data.errors import DataError
-from nsa.data.hub import check_hub
+from nsa.data.sources.hub import check_hub
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -1,1 +1,1 @@
-"""How good a model is: `loss.py` (what training lowers too), `perplexity.py` on held-out documents, `samples.py`."""
+"""How good a model is: `perplexity.py` on held-out documents, `samples.py`; `open_model.py` (a folder to a model)."""

@@ -16,7 +16,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from nsa.eval.loss import IGNORED_LABEL, NextTokenLoss
+from nsa.loss import IGNORED_LABEL, NextTokenLoss
 
 
 class TokenBatch(Protocol):

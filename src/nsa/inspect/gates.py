@@ -9,44 +9,15 @@ Recording registers forward hooks and takes them out again; outside the `with` n
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from nsa.inspect.selection import nsa_layers
-
-COLLAPSED_WEIGHT = 0.95  # a gate that gives one branch more than this share of its weight has collapsed onto it
-
-
-@dataclass(frozen=True)
-class GateStatistics:
-    """How the gates of a layer, or of several together, weigh the branches; a row is one gate of one token and head.
-
-    Weights are shares of the three weights' sum, so that sigmoid gates are judged like softmax gates.
-
-    Attributes:
-        num_rows: rows counted.
-        entropy_mean_nats: mean entropy of a row; ln 3 = 1.099 for equal weights, 0 for one branch alone.
-        max_mean: mean of a row's largest weight; 1/3 to 1.
-        share_cmp, share_slc, share_win: mean weight of the compressed, selected and window branch.
-        collapse_share: share of rows whose largest weight exceeds `COLLAPSED_WEIGHT`.
-    """
-
-    num_rows: int
-    entropy_mean_nats: float
-    max_mean: float
-    share_cmp: float
-    share_slc: float
-    share_win: float
-    collapse_share: float
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return asdict(self)
+from nsa.inspect.statistics import COLLAPSED_WEIGHT, GateStatistics
 
 
 @contextmanager
@@ -93,17 +64,6 @@ def gate_statistics(gates: Tensor) -> GateStatistics:
     if gates.numel() == 0 or gates.shape[-1] != 3:
         raise ValueError(f"statistics need at least one gate of 3 weights, not {list(gates.shape)}")
     return _statistics(_sums(gates))
-
-
-def pool_gates(layers: Sequence[GateStatistics]) -> GateStatistics:
-    """Statistics of several layers together, each weighed by its rows."""
-    total = sum(layer.num_rows for layer in layers)
-    means = {
-        field.name: sum(getattr(layer, field.name) * layer.num_rows for layer in layers) / total
-        for field in fields(GateStatistics)
-        if field.name != "num_rows"
-    }
-    return GateStatistics(num_rows=total, **means)
 
 
 def _sums(gates: Tensor) -> Tensor:

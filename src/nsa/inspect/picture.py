@@ -14,8 +14,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from nsa.geometry import BlockGeometry
-from nsa.inspect.one_text import TextSelection
-from nsa.inspect.selection import is_forced
+from nsa.inspect.statistics import is_forced
+from nsa.inspect.text_selection import TextSelection
 
 COLORS = {"not read": "#f3f3f3", "forced": "#9aa7b5", "chosen by one group": "#f2a541", "by several": "#d1495b"}
 MAX_PANELS = 4  # layers drawn side by side, the first and the last among them

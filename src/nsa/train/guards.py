@@ -12,14 +12,11 @@ from collections.abc import Mapping
 from statistics import median
 from typing import Any
 
-from nsa.train.config import GuardSection
+from nsa.config.run import GuardSection
+from nsa.runs.errors import TrainingError
 
 SPIKE_HISTORY = 50  # losses whose median a spike is measured against
 FLOOR_TOLERANCE = 0.01  # share of the floor that chance may take a mean loss below it
-
-
-class TrainingError(RuntimeError):
-    """A run that must not go on; the message names the step and the remedy."""
 
 
 class StepGuard:

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from nsa.attention import NSAAttention
+from nsa.config.run import RunConfig
 from nsa.hf import NSAConfig, NSAForCausalLM
-from nsa.train.config import RunConfig
 from nsa.train.parallel import Parallel
 
 

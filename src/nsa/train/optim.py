@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from nsa.config.run import OptimSection
 from nsa.gate import Gate
-from nsa.train.config import OptimSection
 
 
 def build_optimizer(model: nn.Module, config: OptimSection) -> torch.optim.AdamW:

@@ -27,8 +27,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from nsa.eval.loss import NextTokenLoss
-from nsa.train.device import choose_device
+from nsa.device import choose_device
+from nsa.loss import NextTokenLoss
 
 Mode = Literal["none", "ddp", "fsdp2"]
 T = TypeVar("T")

@@ -19,7 +19,7 @@ from types import FrameType, TracebackType
 
 import torch
 
-from nsa.train.halt import is_asked, take_halt
+from nsa.runs.halt import is_asked, take_halt
 from nsa.train.parallel import Parallel
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)

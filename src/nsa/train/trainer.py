@@ -22,34 +22,36 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from nsa.config.load import dump_config
+from nsa.config.run import GuardSection, RunConfig
 from nsa.data.corpus import open_corpus
-from nsa.data.loader import build_eval_batches
-from nsa.data.prefetch import build_prefetcher
+from nsa.data.stream.loader import build_eval_batches
+from nsa.data.stream.prefetch import build_prefetcher
 from nsa.data.tokenizers import load_tokenizer
-from nsa.eval.loss import IGNORED_LABEL, NextTokenLoss
 from nsa.eval.perplexity import TokenBatch, evaluate, to_device
 from nsa.eval.samples import SampleOptions, draw_samples, format_samples
+from nsa.flops import FlopCount
 from nsa.hf import NSAForCausalLM
-from nsa.inspect.one_text import TextSelection, select_in_text
+from nsa.inspect.one_text import select_in_text
+from nsa.inspect.text_selection import TextSelection
+from nsa.loss import IGNORED_LABEL, NextTokenLoss
+from nsa.machine import device_peak_flops
+from nsa.runs.checkpoints import TRAINER
+from nsa.runs.errors import CheckpointError
+from nsa.runs.folder import RunFolder, write_text
+from nsa.runs.heartbeat import Phase
+from nsa.runs.tables import EvalRecord, StepRecord
 from nsa.train.activation import checkpoint_activations
-from nsa.train.checkpoint import TRAINER, CheckpointError
-from nsa.train.checkpoint_load import load_checkpoint, restore_random_state
-from nsa.train.checkpoint_save import Checkpointer
-from nsa.train.config import GuardSection, RunConfig
-from nsa.train.flops import FlopCount, device_peak_flops
+from nsa.train.checkpoint.load import load_checkpoint, restore_random_state
+from nsa.train.checkpoint.save import Checkpointer
 from nsa.train.guards import StepGuard
-from nsa.train.load_config import dump_config
 from nsa.train.model import build_model, compile_layers, whole_model
-from nsa.train.observe.eta import Deadline
-from nsa.train.observe.heartbeat import Phase
-from nsa.train.observe.pace import Pace
-from nsa.train.observe.probe import HealthProbe, ModelHealth
-from nsa.train.observe.recorder import EvalRecord, StepRecord
-from nsa.train.observe.summary import FINAL_LOSSES
-from nsa.train.observe.windows import check_windows
 from nsa.train.optim import build_optimizer, clip_gradients, learning_rate, set_learning_rate
 from nsa.train.parallel import Parallel, distribute, gradient_sync, one_process, release_gathered
-from nsa.train.run_folder import RunFolder, write_text
+from nsa.train.telemetry.eta import Deadline
+from nsa.train.telemetry.health_probe import HealthProbe, ModelHealth
+from nsa.train.telemetry.pace import Pace
+from nsa.train.telemetry.profiler import check_windows
 
 
 class Trainer:
@@ -355,3 +357,6 @@ def _document_lengths(batch: TokenBatch) -> Tensor:
     """Tokens of each packed document of a batch."""
     rows, length = batch.input_ids.shape
     return torch.full((rows,), length) if batch.cu_seqlens is None else batch.cu_seqlens.diff()
+
+
+FINAL_LOSSES = 20  # training losses whose mean stands for the end of training

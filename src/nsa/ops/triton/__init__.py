@@ -1,12 +1,9 @@
 """The Triton backend: the functions that `nsa.ops.registry` calls, `<stage>_forward` and `<stage>_backward`.
 
-Reading order: common (which keys a query sees), dense_fwd and dense_bwd (compressed and window branch), score_topk (the
-choice of blocks), invert (its inversion), select_fwd and select_bwd (selected branch), forced (its forced blocks),
-select_union (the same branch where neighbours choose from few blocks), combine (gates), compress (mean pooling), report
-(which of them run). Hopper has its own for the compressed and window branch: hopper_fwd (with hopper_forced for the
-forced blocks), hopper_bwd_keys and hopper_bwd_queries; for scores: hopper_score; for the selected branch:
-hopper_select_bwd and hopper_select_fwd; and for unions: hopper_union and hopper_union_queries. decode/ has the step of
-a paged cache.
+Reading order: `layout.py` (which keys a query sees, packed documents) and `gpu.py` (devices, tensors fit for kernels);
+`compress.py` (mean pooling) and `gates.py` (the gated sum); `dense/` (compressed and window branch), `topk/` (the
+choice of blocks), `selected/` (the selected branch), each with the kernels for every GPU and, in `*_sm90.py`, those in
+Gluon for Hopper, which share `sm90.py`; `decode/` (one step of a paged cache); `report.py` (which of them run).
 
 The functions and their arguments are those of `nsa.ops.registry.FusedBackend`, shapes those of `nsa.ops.api`. Nothing
 here waits for the device, keeps state between calls, or depends on the order in which programs run.
@@ -22,19 +19,13 @@ from torch import Tensor
 from nsa.geometry import BlockGeometry
 from nsa.ops.cache_view import PagedView
 from nsa.ops.call import AttentionInputs, BranchResults, Call
-from nsa.ops.triton import (
-    combine,
-    compress,
-    decode,
-    dense_bwd,
-    dense_fwd,
-    forced,
-    score_topk,
-    select_bwd,
-    select_fwd,
-    select_union,
-)
-from nsa.ops.triton.common import KEY_SIZES, Layout, fit, make_layout
+from nsa.ops.triton import compress, decode
+from nsa.ops.triton.dense import backward as dense_backward, forced, forward as dense_forward
+from nsa.ops.triton.gates import Gated, gate_backward
+from nsa.ops.triton.gpu import KEY_SIZES, fit
+from nsa.ops.triton.layout import Layout, make_layout
+from nsa.ops.triton.selected import backward as selected_backward, forward as selected_forward, union as unions
+from nsa.ops.triton.topk import choice
 
 Triple = tuple[Tensor, Tensor, Tensor]
 
@@ -75,7 +66,7 @@ def select_blocks_forward(q: Tensor, k_cmp: Tensor, lse: Tensor, call: Call) -> 
     with torch.cuda.device_of(q):
         layout = make_layout(call.cu_seqlens, call.geometry, q.shape[1], k_cmp.shape[1])
         queries, keys = fit(q, KEY_SIZES), fit(k_cmp, KEY_SIZES)
-        return score_topk.select_blocks(queries, keys, lse, call.geometry, layout, call.q_start, call.scale)
+        return choice.select_blocks(queries, keys, lse, call.geometry, layout, call.q_start, call.scale)
 
 
 def selected_attention_forward(
@@ -84,7 +75,7 @@ def selected_attention_forward(
     with torch.cuda.device_of(q):
         layout = make_layout(call.cu_seqlens, call.geometry, q.shape[1], 0)
         inputs, tail = (fit(q, KEY_SIZES), fit(k, KEY_SIZES), fit(v)), (layout, call.q_start, call.scale)
-        out, lse = select_fwd.select_forward(*inputs, block_indices, call.geometry, *tail)
+        out, lse = selected_forward.select_forward(*inputs, block_indices, call.geometry, *tail)
         return _cut(out, v), lse
 
 
@@ -96,7 +87,7 @@ def selected_attention_backward(
         layout = make_layout(call.cu_seqlens, call.geometry, q.shape[1], 0)
         dout, rows = _rows(dout, dlse, out, lse)
         inputs, tail = (fit(q, KEY_SIZES), fit(k, KEY_SIZES), fit(v)), (layout, call.q_start, call.scale)
-        dq, dk, dv = select_bwd.select_backward(dout, *inputs, rows, block_indices, call.geometry, *tail)
+        dq, dk, dv = selected_backward.select_backward(dout, *inputs, rows, block_indices, call.geometry, *tail)
         return _cut(dq, q), _cut(dk, k), _cut(dv, v)
 
 
@@ -109,19 +100,21 @@ def attention_forward(inputs: AttentionInputs, call: Call) -> tuple[Tensor, Bran
         queries, keys, values = fit(q, KEY_SIZES), fit(k, KEY_SIZES), fit(v)
         keys_cmp, values_cmp = fit(k_cmp, KEY_SIZES), fit(v_cmp)
         keys_win, values_win = (keys, values) if k_win is k and v_win is v else (fit(k_win, KEY_SIZES), fit(v_win))
-        out_cmp, lse_cmp = dense_fwd.dense_forward(queries, keys_cmp, values_cmp, shape, layout, 0, 0, 0, scale)
-        blocks = score_topk.select_blocks(queries, keys_cmp, lse_cmp, shape, layout, 0, scale)
+        out_cmp, lse_cmp = dense_forward.dense_forward(queries, keys_cmp, values_cmp, shape, layout, 0, 0, 0, scale)
+        blocks = choice.select_blocks(queries, keys_cmp, lse_cmp, shape, layout, 0, scale)
         window = shape.window_size
-        out_win, lse_win = dense_fwd.dense_forward(queries, keys_win, values_win, shape, layout, window, 0, 0, scale)
+        out_win, lse_win = dense_forward.dense_forward(
+            queries, keys_win, values_win, shape, layout, window, 0, 0, scale
+        )
         out = torch.empty_like(out_cmp)
-        gated = select_fwd.Gated(out_cmp, out_win, gates.contiguous(), out)
+        gated = Gated(out_cmp, out_win, gates.contiguous(), out)
         selected = (queries, keys, values, blocks, shape, layout, 0, scale)
-        ratio = select_union.forward_ratio(queries, values, q.shape[2] // k.shape[2], shape)
+        ratio = unions.forward_ratio(queries, values, q.shape[2] // k.shape[2], shape)
         if _union_pays(queries, keys, shape, layout, ratio):
-            out_slc, lse_slc = select_union.union_forward(*selected, gated)
+            out_slc, lse_slc = unions.union_forward(*selected, gated)
         else:
             known = forced.forced_forward(queries, keys, values, shape, layout, 0, scale)
-            out_slc, lse_slc = select_fwd.select_forward(*selected, forced=known, gated=gated)
+            out_slc, lse_slc = selected_forward.select_forward(*selected, forced=known, gated=gated)
         out, out_cmp, out_slc, out_win = (_cut(x, v) for x in (out, out_cmp, out_slc, out_win))
         return out, BranchResults(out_cmp, out_slc, out_win, lse_cmp, lse_slc, lse_win, blocks)
 
@@ -139,26 +132,26 @@ def attention_backward(
         dgates, delta = torch.empty_like(gates), torch.empty_like(lse_cmp)
         dbranch = torch.empty_like(dout)  # of one branch after another
 
-        def rows(out: Tensor, lse: Tensor, branch: int) -> tuple[Tensor, dense_bwd.Rows]:
-            combine.gate_backward(dout, out.contiguous(), gates, branch, dbranch, dgates, delta)
-            return fit(dbranch), dense_bwd.Rows(lse, delta)
+        def rows(out: Tensor, lse: Tensor, branch: int) -> tuple[Tensor, dense_backward.Rows]:
+            gate_backward(dout, out.contiguous(), gates, branch, dbranch, dgates, delta)
+            return fit(dbranch), dense_backward.Rows(lse, delta)
 
         gradient, of_cmp = rows(out_cmp, lse_cmp, 0)
-        dq, dk_cmp, dv_cmp = dense_bwd.dense_backward(
+        dq, dk_cmp, dv_cmp = dense_backward.dense_backward(
             gradient, queries, fit(k_cmp, KEY_SIZES), fit(v_cmp), of_cmp, shape, layout, 0, 0, 0, scale
         )
         gradient, of_win = rows(out_win, lse_win, 2)
         window, keys = shape.window_size, (fit(k_win, KEY_SIZES), fit(v_win))
-        dq, dk_win, dv_win = dense_bwd.dense_backward(
+        dq, dk_win, dv_win = dense_backward.dense_backward(
             gradient, queries, *keys, of_win, shape, layout, window, 0, 0, scale, dq
         )
         gradient, of_slc = rows(out_slc, lse_slc, 1)
         selected = (gradient, queries, fit(k, KEY_SIZES), fit(v), of_slc, block_indices, shape, layout, 0, scale, dq)
-        ratio = select_union.backward_ratio(queries, selected[3], q.shape[2] // k.shape[2], shape)
+        ratio = unions.backward_ratio(queries, selected[3], q.shape[2] // k.shape[2], shape)
         union = _union_pays(queries, k, shape, layout, ratio)
         if union:
-            select_union.union_query_backward(*selected)
-        dq, dk, dv = select_bwd.select_backward(*selected, queries=not union)
+            unions.union_query_backward(*selected)
+        dq, dk, dv = selected_backward.select_backward(*selected, queries=not union)
         grads = (dq, dk, dv, dk_cmp, dv_cmp, dk_win, dv_win)
         return *(_cut(x, like) for x, like in zip(grads, inputs, strict=False)), dgates
 
@@ -166,14 +159,14 @@ def attention_backward(
 def _union_pays(q: Tensor, k: Tensor, geometry: BlockGeometry, layout: Layout | None, ratio: float) -> bool:
     docs = q.shape[0] if layout is None else layout.cu_seqlens.numel() - 1
     group = q.shape[2] // k.shape[2]
-    return select_union.union_pays(q.shape[0] * q.shape[1], docs, group, geometry, ratio)
+    return unions.union_pays(q.shape[0] * q.shape[1], docs, group, geometry, ratio)
 
 
 def _dense_forward(q: Tensor, k: Tensor, v: Tensor, window: int, call: Call) -> tuple[Tensor, Tensor]:
     with torch.cuda.device_of(q):
         layout = make_layout(call.cu_seqlens, call.geometry, q.shape[1], k.shape[1])
         inputs, tail = (fit(q, KEY_SIZES), fit(k, KEY_SIZES), fit(v)), (call.q_start, call.k_start, call.scale)
-        out, lse = dense_fwd.dense_forward(*inputs, call.geometry, layout, window, *tail)
+        out, lse = dense_forward.dense_forward(*inputs, call.geometry, layout, window, *tail)
         return _cut(out, v), lse
 
 
@@ -185,14 +178,14 @@ def _dense_backward(
         layout = make_layout(call.cu_seqlens, call.geometry, q.shape[1], k.shape[1])
         dout, rows = _rows(dout, dlse, out, lse)
         inputs, tail = (fit(q, KEY_SIZES), fit(k, KEY_SIZES), fit(v)), (call.q_start, call.k_start, call.scale)
-        dq, dk, dv = dense_bwd.dense_backward(dout, *inputs, rows, call.geometry, layout, window, *tail)
+        dq, dk, dv = dense_backward.dense_backward(dout, *inputs, rows, call.geometry, layout, window, *tail)
         return _cut(dq, q), _cut(dk, k), _cut(dv, v)
 
 
-def _rows(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor) -> tuple[Tensor, dense_bwd.Rows]:
+def _rows(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor) -> tuple[Tensor, dense_backward.Rows]:
     """The fitting gradient of a stage's output, and what its backward needs of each row."""
     dout = fit(dout)
-    return dout, dense_bwd.Rows(lse, dense_bwd.make_delta(fit(out), dout, dlse))
+    return dout, dense_backward.Rows(lse, dense_backward.make_delta(fit(out), dout, dlse))
 
 
 def _cut(x: Tensor, like: Tensor) -> Tensor:

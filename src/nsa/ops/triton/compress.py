@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nsa.geometry import BlockGeometry
-from nsa.ops.triton.common import Layout
+from nsa.ops.triton.layout import Layout
 
 BLOCK_ROWS, BLOCK_COLUMNS = 16, 128
 

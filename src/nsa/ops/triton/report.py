@@ -7,13 +7,15 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from nsa.geometry import BlockGeometry
-from nsa.ops.triton import dense_bwd, dense_fwd, score_topk, select_bwd, select_fwd, select_union
-from nsa.ops.triton.common import KEY_SIZES, VALUE_SIZES, has_large_shared_memory, hopper_serves
-from nsa.ops.triton.forced import hopper_forced_serves
-from nsa.ops.triton.hopper_select_bwd import hopper_select_backward_serves
-from nsa.ops.triton.hopper_select_fwd import hopper_select_forward_serves
-from nsa.ops.triton.hopper_union import hopper_union_serves
-from nsa.ops.triton.invert import sub_block_ratio
+from nsa.ops.triton.dense import backward as dense_backward, forward as dense_forward
+from nsa.ops.triton.dense.forced import hopper_forced_serves
+from nsa.ops.triton.gpu import KEY_SIZES, VALUE_SIZES, has_large_shared_memory, hopper_serves
+from nsa.ops.triton.selected import backward as selected_backward, forward as selected_forward, union as unions
+from nsa.ops.triton.selected.backward_sm90 import hopper_select_backward_serves
+from nsa.ops.triton.selected.forward_sm90 import hopper_select_forward_serves
+from nsa.ops.triton.selected.invert import sub_block_ratio
+from nsa.ops.triton.selected.union_sm90 import hopper_union_serves
+from nsa.ops.triton.topk import choice
 
 HOPPER = "a Hopper GPU, heads of 64 or 128, or keys of 192 with values of 128"
 HOPPER_SCORES = "a Hopper GPU, keys of 64, 128 or 192, up to 32 heads a group"
@@ -41,7 +43,11 @@ def kernels(q: Tensor, k: Tensor, v: Tensor, geometry: BlockGeometry, num_docs: 
     size, group = (q, key, value, large), q.shape[2] // k.shape[2]
     memory = "Hopper's shared memory" if large else "99 KiB of shared memory"
     fits = f"{q.dtype}, {memory}" + ("" if (key, value) == (q.shape[3], v.shape[3]) else f", padded to {key}/{value}")
-    forward, by_key, by_query = dense_fwd.forward_tile(*size), dense_bwd.key_tile(*size), dense_bwd.query_tile(*size)
+    forward, by_key, by_query = (
+        dense_forward.forward_tile(*size),
+        dense_backward.key_tile(*size),
+        dense_backward.query_tile(*size),
+    )
     loads = "boxes" if by_key["BLOCK_M"] % group == 0 else "rows"
     reckoned = (q.shape[0] * q.shape[1], num_docs, group, geometry)
     block = geometry.select_block_size // sub_block_ratio(geometry.select_block_size)
@@ -56,26 +62,26 @@ def kernels(q: Tensor, k: Tensor, v: Tensor, geometry: BlockGeometry, num_docs: 
         found.append(Kernel(f"{stage} forward", "dense_forward", forward, fits))
         found.append(Kernel(f"{stage} backward, keys", "dense_key", by_key, f"{fits}, queries loaded as {loads}"))
         found.append(Kernel(f"{stage} backward, queries", "dense_query", by_query, fits))
-    if score_topk.hopper_scores(fitting[0], group):
+    if choice.hopper_scores(fitting[0], group):
         found.append(Kernel("choice of blocks", "hopper_score, choice", {}, HOPPER_SCORES))
     else:
-        scores = score_topk.score_tile(q, group, geometry.num_compressed(k.shape[1]), large)
+        scores = choice.score_tile(q, group, geometry.num_compressed(k.shape[1]), large)
         found.append(Kernel("choice of blocks", "score, choice", scores, fits))
-    union = select_union.union_pays(*reckoned, select_union.forward_ratio(*fitting, group, geometry))
+    union = unions.union_pays(*reckoned, unions.forward_ratio(*fitting, group, geometry))
     if union and hopper_union_serves(*fitting, group, geometry):
         how, tile = "union, hopper_union_forward", {}
     elif union:
-        how, tile = "union, union_forward", select_union.fit_tile(forward, group, geometry)
+        how, tile = "union, union_forward", unions.fit_tile(forward, group, geometry)
     else:
         hopper = hopper_select_forward_serves(*fitting, block, peeled=True)
         by_block = "hopper_select_forward" if hopper else "select_forward"
         dense = "hopper_forward" if hopper_forced_serves(*fitting, group) else "forced_forward"
         how = f"{dense}, {by_block}, select_reduce"
-        tile = {} if hopper else select_fwd.select_tile(*size)
+        tile = {} if hopper else selected_forward.select_tile(*size)
     found.append(Kernel("selected forward and gated sum", how, tile, _why(union)))
-    union = select_union.union_pays(*reckoned, select_union.backward_ratio(*fitting, group, geometry))
+    union = unions.union_pays(*reckoned, unions.backward_ratio(*fitting, group, geometry))
     hopper = hopper_select_backward_serves(*fitting, block)
-    tile = {} if hopper else select_bwd.select_backward_tile(*size, queries=not union)
+    tile = {} if hopper else selected_backward.select_backward_tile(*size, queries=not union)
     by_block = "hopper_select_backward" if hopper else "select_backward"
     if union:
         hopper = hopper_union_serves(*fitting, group, geometry)

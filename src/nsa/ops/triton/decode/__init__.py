@@ -20,10 +20,10 @@ from torch import Tensor
 
 from nsa.geometry import BlockGeometry
 from nsa.ops.cache_view import PagedView
-from nsa.ops.triton.common import LOG2E, VALUE_SIZES, dot_precision, num_multiprocessors
 from nsa.ops.triton.decode.attend import decode_merge_kernel, decode_score_window_kernel, decode_selected_kernel
 from nsa.ops.triton.decode.choice import decode_choice_kernel
 from nsa.ops.triton.decode.compressed import decode_compressed_kernel
+from nsa.ops.triton.gpu import LOG2E, VALUE_SIZES, dot_precision, num_multiprocessors
 
 
 class Plan(NamedTuple):

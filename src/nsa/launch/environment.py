@@ -1,0 +1,48 @@
+"""What a run ran on: versions, machine, commit and command, for `env.json`."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import nsa
+from nsa.machine import PACKAGES, cpu_name, num_cpus, package_version
+from nsa.terminal import redacted
+
+
+def snapshot(device: torch.device, command: Sequence[str]) -> dict[str, Any]:
+    """Versions, machine, commit and command of this process as plain values."""
+    return {
+        "command": [redacted(part) for part in command],
+        "nsa": nsa.__version__,
+        "git_commit": git_commit(Path(nsa.__file__).parent),
+        "python": platform.python_version(),
+        "packages": {name: package_version(name) for name in PACKAGES},
+        "platform": platform.platform(),
+        "cpu": cpu_name(),
+        "num_cpus": num_cpus(),
+        "num_threads": torch.get_num_threads(),
+        "device": str(device),
+        "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
+        "cuda": torch.version.cuda,
+    }
+
+
+def git_commit(folder: Path) -> str | None:
+    """The commit checked out around `folder`, with "+changes" when files differ from it; None outside a repository."""
+    try:
+        commit = _git(folder, "rev-parse", "HEAD")
+        changed = _git(folder, "status", "--porcelain", "--untracked-files=no")
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return f"{commit}+changes" if changed else commit
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    run = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True, timeout=20)
+    return run.stdout.strip()

@@ -1,0 +1,115 @@
+"""Forward of the compressed and the window branch: flash attention over the interval of keys that each query sees.
+
+Shapes: q `[B, T, H, Dk]`, k `[B, S, Hkv, Dk]`, v `[B, S, Hkv, Dv]`. A tile holds BLOCK_M rows (token, head) of one
+group. Keys that all rows of a tile see go through a loop without masks, the ends of the interval through another.
+"""
+
+# Kernels are typed by Triton, not by Python.
+# pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportReturnType=false
+# pyright: reportGeneralTypeIssues=false, reportPossiblyUnboundVariable=false
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from nsa.geometry import BlockGeometry
+from nsa.ops.triton.dense.forward_sm90 import hopper_forward
+from nsa.ops.triton.dense.step import attend_tile, describe, describe_keys
+from nsa.ops.triton.gpu import LN2, LOG2E, dot_precision, has_large_shared_memory, hopper_serves, key_tail
+from nsa.ops.triton.layout import Layout, key_interval
+
+
+def forward_tile(q: Tensor, head_dim: int, value_head_dim: int, large: bool) -> dict[str, int]:
+    """Tile sizes, warps and stages for a head size and the shared memory at hand."""
+    widest = max(head_dim, value_head_dim)
+    if q.dtype == torch.float32:
+        return {"BLOCK_M": 32, "BLOCK_N": 16 if widest > 128 else 32, "num_warps": 4, "num_stages": 1}
+    if not large:
+        stages = 1 if widest > 128 else 2
+        return {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": stages}
+    if widest > 192:
+        return {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2}
+    return {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2 if widest > 128 else 3}
+
+
+@triton.jit(do_not_specialize=["T", "S", "q_start", "k_start"])
+def dense_forward_kernel(
+    q_ptr, k_desc, k_tail_desc, v_desc, out_ptr, lse_ptr, doc_ptr, cmp_ptr, scale_log2, T, S, q_start, k_start,
+    H: tl.constexpr, HKV: tl.constexpr, DK: tl.constexpr, TAIL: tl.constexpr, DV: tl.constexpr,
+    SIZE: tl.constexpr, STRIDE: tl.constexpr, WINDOW: tl.constexpr, PACKED: tl.constexpr, LN2: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    G: tl.constexpr = H // HKV
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)  # the heaviest tiles first
+    b = tl.program_id(1) // HKV
+    group = tl.program_id(1) % HKV
+    row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    live = row < T * G
+    t = tl.minimum(row // G, T - 1)
+    row_64 = (b.to(tl.int64) * T + t) * H + group * G + row % G
+    MAIN: tl.constexpr = DK - TAIL
+    q = tl.load(q_ptr + row_64[:, None] * DK + tl.arange(0, MAIN)[None, :], mask=live[:, None], other=0.0)
+    q_tail = q
+    if TAIL > 0:
+        q_ptr += MAIN
+        q_tail = tl.load(q_ptr + row_64[:, None] * DK + tl.arange(0, TAIL)[None, :], mask=live[:, None], other=0.0)
+
+    first, end = key_interval(t, doc_ptr, cmp_ptr, S, q_start, k_start, SIZE, STRIDE, WINDOW, PACKED)
+    t_low = (tile * BLOCK_M) // G
+    t_high = tl.minimum((tile * BLOCK_M + BLOCK_M - 1) // G, T - 1)
+    first_low, end_low = key_interval(t_low, doc_ptr, cmp_ptr, S, q_start, k_start, SIZE, STRIDE, WINDOW, PACKED)
+    first_high, end_high = key_interval(t_high, doc_ptr, cmp_ptr, S, q_start, k_start, SIZE, STRIDE, WINDOW, PACKED)
+    # Keys first_low .. end_high in tiles: `num_left` with masks, those that every row sees, the rest with masks.
+    num_left = tl.cdiv(first_high - first_low, BLOCK_N)
+    full_start = first_low + num_left * BLOCK_N
+    full_end = full_start + tl.maximum(end_low - full_start, 0) // BLOCK_N * BLOCK_N
+    num_masked = num_left + tl.cdiv(tl.maximum(end_high - full_end, 0), BLOCK_N)
+
+    acc = tl.zeros([BLOCK_M, DV], tl.float32)
+    best = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    for key_start in tl.range(full_start, full_end, BLOCK_N):
+        acc, best, total = attend_tile(
+            acc, best, total, q, q_tail, k_desc, k_tail_desc, v_desc, key_start, b * S, group * DK, group * DV, first,
+            end, scale_log2, TAIL, MAIN, False, BLOCK_N, PRECISION,
+        )  # fmt: skip
+    for i in tl.range(num_masked):
+        key_start = tl.where(i < num_left, first_low + i * BLOCK_N, full_end + (i - num_left) * BLOCK_N)
+        acc, best, total = attend_tile(
+            acc, best, total, q, q_tail, k_desc, k_tail_desc, v_desc, key_start, b * S, group * DK, group * DV, first,
+            end, scale_log2, TAIL, MAIN, True, BLOCK_N, PRECISION,
+        )  # fmt: skip
+
+    out = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+    lse = tl.where(total == 0.0, float("-inf"), (best + tl.math.log2(total)) * LN2)
+    out_ptrs = out_ptr + row_64[:, None] * DV + tl.arange(0, DV)[None, :]
+    tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=live[:, None])
+    tl.store(lse_ptr + row_64, lse, mask=live)
+
+
+def dense_forward(
+    q: Tensor, k: Tensor, v: Tensor, geometry: BlockGeometry, layout: Layout | None, window: int,
+    q_start: int, k_start: int, scale: float, tile: dict[str, int] | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Attention of fitting tensors over a window (window > 0) or over complete compressed blocks (window = 0)."""
+    B, T, H, Dk = q.shape
+    S, Hkv, Dv = k.shape[1], k.shape[2], v.shape[3]
+    out, lse = q.new_empty(B, T, H, Dv), q.new_empty(B, T, H, dtype=torch.float32)
+    if out.numel() == 0 or S == 0:
+        return out.zero_(), lse.fill_(-torch.inf)
+    if tile is None and hopper_serves(q, v):
+        hopper_forward(q, k, v, out, lse, geometry, layout, window, q_start, k_start, scale)
+        return out, lse
+    tile = tile or forward_tile(q, Dk, Dv, has_large_shared_memory(q))
+    documents = (q, q) if layout is None else (layout.doc_start, layout.cmp_start)
+    grid = (triton.cdiv(T * (H // Hkv), tile["BLOCK_M"]), B * Hkv)
+    dense_forward_kernel[grid](
+        q, *describe_keys(k, tile["BLOCK_N"]), describe(v, tile["BLOCK_N"]), out, lse, *documents,
+        scale * LOG2E, T, S, q_start, k_start, H=H, HKV=Hkv, DK=Dk, TAIL=key_tail(Dk), DV=Dv,
+        SIZE=geometry.compress_block_size,
+        STRIDE=geometry.compress_stride, WINDOW=window, PACKED=layout is not None, LN2=LN2,
+        PRECISION=dot_precision(q), **tile,
+    )  # fmt: skip
+    return out, lse

@@ -1,0 +1,98 @@
+"""The gradient of the gated sum of the branches (Eq. 5), branch by branch: of its gate, of its output, and delta.
+
+Shapes: out, dout `[B, T, H, Dv]`, gates `[B, T, H, 3]`; row = a token's head.
+"""
+
+# Kernels are typed by Triton, not by Python.
+# pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportReturnType=false
+# pyright: reportGeneralTypeIssues=false, reportPossiblyUnboundVariable=false
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+ELEMENTS = 4096
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def gate_backward_kernel(
+    dout_ptr, out_ptr, gate_ptr, dbranch_ptr, dgate_ptr, delta_ptr, num_rows,
+    DV: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, BRANCH: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, PADDED)[None, :]
+    live = row < num_rows
+    inside = live[:, None] & (column < DV)
+    place = row[:, None] * DV + column
+    dout = tl.load(dout_ptr + place, mask=inside, other=0.0).to(tl.float32)
+    out = tl.load(out_ptr + place, mask=inside, other=0.0).to(tl.float32)
+    gate = tl.load(gate_ptr + row * 3 + BRANCH, mask=live, other=0.0).to(tl.float32)
+    # delta is of the rounded gradient, as dP will be, so that the two cancel where they should.
+    dbranch = (gate[:, None] * dout).to(dbranch_ptr.dtype.element_ty)
+    tl.store(dbranch_ptr + place, dbranch, mask=inside)
+    tl.store(dgate_ptr + row * 3 + BRANCH, tl.sum(out * dout, 1).to(dgate_ptr.dtype.element_ty), mask=live)
+    tl.store(delta_ptr + row, tl.sum(out * dbranch.to(tl.float32), 1), mask=live)
+
+
+def gate_backward(
+    dout: Tensor, out: Tensor, gates: Tensor, branch: int, dbranch: Tensor, dgates: Tensor, delta: Tensor
+) -> None:
+    """Write what a branch's backward takes, into buffers that the branches share; all contiguous.
+
+    Args:
+        dout: gradient of the gated sum.
+        out: the branch's output.
+        branch: 0 compressed, 1 selected, 2 window.
+        dbranch: becomes the gradient of `out`, gate * dout.
+        dgates: its column `branch` becomes that gate's gradient, sum(out * dout).
+        delta: fp32 `[B, T, H]`, becomes sum(out * dbranch), see `dense_bwd.Rows`.
+    """
+    num_rows, padded = delta.numel(), triton.next_power_of_2(dout.shape[-1])
+    rows = max(1, ELEMENTS // padded)
+    if num_rows:
+        gate_backward_kernel[(triton.cdiv(num_rows, rows),)](
+            dout, out, gates, dbranch, dgates, delta, num_rows,
+            DV=dout.shape[-1], PADDED=padded, ROWS=rows, BRANCH=branch,
+        )  # fmt: skip
+
+
+class Gated(NamedTuple):
+    """What the gated sum needs beside the selected branch, and where it goes; `[B, T, H, Dv]`, gates `[B, T, H, 3]`."""
+
+    out_cmp: Tensor
+    out_win: Tensor
+    gates: Tensor
+    out: Tensor
+
+
+@triton.jit
+def add_branches(out, cmp_ptr, win_ptr, gate_ptr, row, place, live):
+    """The gated sum of the branches (Eq. 5), of which the selected one is `out`."""
+    gate_ptr += row * 3
+    out *= tl.load(gate_ptr + 1, mask=live, other=0.0).to(tl.float32)[:, None]
+    gate = tl.load(gate_ptr, mask=live, other=0.0).to(tl.float32)[:, None]
+    out += gate * tl.load(cmp_ptr + place, mask=live[:, None], other=0.0).to(tl.float32)
+    gate = tl.load(gate_ptr + 2, mask=live, other=0.0).to(tl.float32)[:, None]
+    return out + gate * tl.load(win_ptr + place, mask=live[:, None], other=0.0).to(tl.float32)
+
+
+@triton.jit
+def gated_sum(out, cmp_ptr, win_ptr, gate_ptr, sum_ptr, row, place, live):
+    """Store the gated sum."""
+    out = add_branches(out, cmp_ptr, win_ptr, gate_ptr, row, place, live)
+    tl.store(sum_ptr + place, out.to(sum_ptr.dtype.element_ty), mask=live[:, None])
+
+
+class Rows(NamedTuple):
+    """What the gradient of a branch needs of each query and head, fp32 `[B, T, H]`.
+
+    Attributes:
+        lse: natural log-sum-exp of the branch.
+        delta: sum(out * dout) - dlse, so that dS = P (dP - delta).
+    """
+
+    lse: Tensor
+    delta: Tensor

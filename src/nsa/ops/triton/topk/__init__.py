@@ -1,0 +1,1 @@
+"""The choice of blocks (Eq. 8 to 12): `scores.py` and `scores_sm90.py` (importance), `choice.py` (the best n)."""

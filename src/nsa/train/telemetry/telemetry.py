@@ -1,0 +1,153 @@
+"""What a rank reports about itself while it trains: one context manager around the loop.
+
+    with Telemetry(folder, config, parallel) as telemetry:
+        with telemetry.training_step(1):
+            record, waits_s = trainer.train_step()
+        telemetry.step(record, waits_s, num_skipped=trainer.guard.num_skipped)
+
+Every rank beats, dumps its stacks on SIGUSR1 and records its profiler windows; rank 0 also writes the tables,
+TensorBoard and the terminal.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from types import TracebackType
+
+from nsa.config.run import RunConfig
+from nsa.runs.curves import draw_curves
+from nsa.runs.folder import RunFolder
+from nsa.runs.heartbeat import Phase, heartbeat_path, stacks_path
+from nsa.runs.tables import EvalRecord, StepRecord
+from nsa.train.parallel import Parallel
+from nsa.train.routes import routes
+from nsa.train.telemetry.eta import Deadline
+from nsa.train.telemetry.health_probe import ModelHealth
+from nsa.train.telemetry.heartbeat_writer import Heartbeat
+from nsa.train.telemetry.profiler import StepWindows
+from nsa.train.telemetry.recorder import Recorder, SilentRecorder
+from nsa.train.telemetry.stacks import stacks_on_signal
+
+REDRAW_AFTER_S = 120.0  # since the curves were drawn last, as that takes a second or two
+IN_BEATS = ("step", "loss", "grad_norm", "lr", "tokens_per_s", "mfu", "step_s")
+
+
+class Telemetry:
+    """Heartbeat, stacks, windows and records of one rank.
+
+    Args:
+        folder: the run's folder.
+        config: of the run.
+        parallel: this process among those of the run.
+        resume_step: step of the checkpoint that the run goes on from; None for a new run.
+        deadline: when the run is to end; none unless given.
+    """
+
+    def __init__(
+        self,
+        folder: RunFolder,
+        config: RunConfig,
+        parallel: Parallel,
+        *,
+        resume_step: int | None = None,
+        deadline: Deadline | None = None,
+    ) -> None:
+        self.folder, self.config, self.parallel, self.resume_step = folder, config, parallel, resume_step
+        self.deadline = deadline
+        self.heartbeat = Heartbeat(
+            heartbeat_path(folder.path, parallel.rank),
+            rank=parallel.rank,
+            world_size=parallel.world_size,
+            num_steps=config.train.steps,
+            start_step=max(resume_step or 0, 0),  # a run that begins again resumes before its first row
+            every_s=config.observe.heartbeat_s,
+            device=parallel.device,
+        )
+        self.windows = StepWindows(
+            folder.path,
+            rank=parallel.rank,
+            device=parallel.device,
+            profile_steps=config.observe.profile_steps,
+            memory_snapshot_steps=config.observe.memory_snapshot_steps,
+        )
+
+        self._drawn_s = time.monotonic()
+        found = routes(config.model, parallel.device, config.train.precision)
+        self.heartbeat.count("fallbacks", sum(route.is_fallback for route in found))
+
+    def __enter__(self) -> Telemetry:
+        with ExitStack() as stack:
+            stack.enter_context(stacks_on_signal(stacks_path(self.folder.path, self.parallel.rank)))
+            stack.enter_context(self.heartbeat)
+            self.recorder = stack.enter_context(self._recorder())
+            stack.enter_context(self.windows)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.close()
+
+    def phase(self, name: Phase) -> None:
+        """The main thread begins with something."""
+        self.heartbeat.update(phase=name)
+
+    @contextmanager
+    def training_step(self, step: int) -> Iterator[None]:
+        """Around the optimizer step with this number, 1 for the first."""
+        with self.windows.at(step):
+            yield
+
+    def step(self, record: StepRecord, waits_s: Sequence[float], *, num_skipped: int) -> None:
+        """An optimizer step is done; `num_skipped` steps of the run were skipped by a guard so far."""
+        self.heartbeat.update(waits_s=waits_s, **{name: getattr(record, name) for name in IN_BEATS})
+        self.heartbeat.count("skipped_steps", num_skipped)
+        self.recorder.step(record, list(waits_s))
+
+    def evaluation(self, record: EvalRecord) -> None:
+        """An evaluation is done; now and then the curves are drawn up to here."""
+        self.recorder.evaluation(record)
+        if self.parallel.is_main and time.monotonic() - self._drawn_s >= REDRAW_AFTER_S:
+            self._redraw()
+
+    def health(self, health: ModelHealth | None) -> None:
+        """Gates and selection were measured; None for a model that has none."""
+        if health is not None:
+            self.heartbeat.update(**health.beat_values())
+            self.recorder.health(health)
+
+    def note(self, text: str) -> None:
+        """Print a line, on rank 0."""
+        self.recorder.note(text)
+
+    @contextmanager
+    def dispensable(self, what: object) -> Iterator[None]:
+        """Around the writing of something that the run does not need: a full disk is told, and the run goes on."""
+        try:
+            yield
+        except OSError as error:
+            self.note(f"{what} cannot be written: {error}; the run goes on without it")
+
+    def finish(self) -> None:
+        """The loop is over; what it reported last is in the file when this returns."""
+        self.phase("finish")
+        self.heartbeat.beat()
+
+    def _redraw(self) -> None:
+        """The curves so far; a run does not end because they cannot be drawn."""
+        try:
+            with self.dispensable(self.folder.curves_png):
+                draw_curves(self.folder, self.folder.curves_png)
+        except ValueError as error:
+            self.note(f"{self.folder.curves_png} cannot be drawn: {error}; the run goes on without it")
+        self._drawn_s = time.monotonic()
+
+    def _recorder(self) -> Recorder | SilentRecorder:
+        if not self.parallel.is_main:
+            return SilentRecorder()
+        train = self.config.train
+        options = {"num_steps": train.steps, "log_every_steps": train.log_every_steps}
+        return Recorder(self.folder, **options, resume_step=self.resume_step, deadline=self.deadline)
