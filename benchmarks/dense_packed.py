@@ -28,10 +28,10 @@ from itertools import accumulate
 from pathlib import Path
 
 import torch
+from nsa.eval.loss import NextTokenLoss
 from torch import Tensor
 
 from nsa.bench.protocol import print_table, timed_s, write_results
-from nsa.eval.loss import NextTokenLoss
 from nsa.hf import NSAConfig, NSAForCausalLM, dense_nsa
 from nsa.train.model import compile_layers
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nsa.geometry import BlockGeometry
 from nsa.ops import reference
-from nsa.ops.paged import PagedView
+from nsa.ops.cache_view import PagedView
 
 SMALL = BlockGeometry(8, 4, 16, 4, 1, 2, 24)
 

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
         selected_attention as selected_attention,
         window_attention as window_attention,
     )
-    from nsa.ops.paged import PagedView as PagedView, paged_decode as paged_decode
+    from nsa.ops.cache_view import PagedView as PagedView
+    from nsa.ops.paged import paged_decode as paged_decode
 
 __version__ = "0.1.0"
 
@@ -37,7 +38,7 @@ _MODULES = {
     "selected_attention": "nsa.ops.api",
     "window_attention": "nsa.ops.api",
     "nsa_decode": "nsa.ops.api",
-    "PagedView": "nsa.ops.paged",
+    "PagedView": "nsa.ops.cache_view",
     "paged_decode": "nsa.ops.paged",
 }
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 
 import pytest
 import torch
+from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.profiler import ProfilerActivity, profile
 
+from nsa.inspect.selection import record_selection
 from tiny_models import tiny_model
 
 
@@ -51,6 +55,34 @@ def test_gradients_of_packed_documents_equal_the_cpus(models):
         torch.testing.assert_close(
             got.grad.cpu(), expected.grad, rtol=1e-2, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}"
         )
+
+
+def kernels_of_a_step(model: torch.nn.Module, ids: Tensor, cu_seqlens: Tensor) -> tuple[Counter[str], list[Tensor]]:
+    """The kernels that a training step launches, by name, and its logits and gradients."""
+    model.zero_grad()
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        result = model(ids, labels=ids, cu_seqlens=cu_seqlens, use_cache=False)
+        result.loss.backward()
+        torch.cuda.synchronize()
+    launched = Counter(event.name for event in profiler.events() if event.device_type.name == "CUDA")
+    return launched, [result.logits, *(x.grad for x in model.parameters())]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_watched_model_launches_the_same_kernels_with_the_same_results(models, dtype):
+    model = models[1].to(dtype)
+    ids = torch.randint(0, model.config.vocab_size, (1, 300), device="cuda")
+    cu_seqlens = torch.tensor([0, 40, 300], dtype=torch.int32, device="cuda")
+    kernels_of_a_step(model, ids, cu_seqlens)  # compiles
+    kernels, plain = kernels_of_a_step(model, ids, cu_seqlens)
+    with record_selection(model, on_device=True) as blocks:
+        watched_kernels, watched = kernels_of_a_step(model, ids, cu_seqlens)
+    assert len(blocks) == 2
+    assert any("forward" in name for name in kernels)
+    assert watched_kernels == kernels
+    for x, y in zip(watched, plain, strict=True):
+        assert torch.equal(x, y)
 
 
 @pytest.mark.parametrize("packed", [False, True])

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from nsa import BlockGeometry, mean_pool, nsa_attention
 from nsa.ops import triton as backend
+from nsa.ops.call import Call
 from nsa.ops.routing import choose_backend, explain_backend
 from nsa.ops.triton.dense import dkdv_sm90, dq_sm90, forward as dense_forward, forward_sm90 as dense_forward_sm90
 from nsa.ops.triton.selected import (
@@ -153,7 +154,7 @@ def test_compiles_as_one_graph_with_equal_results():
 
 def test_every_operator_passes_opcheck():
     q, k, v, gates = inputs(T=100)
-    shape, tail = SMALL.as_tuple(), (None, SMALL.as_tuple(), 0, 0.125, "triton")
+    shape, tail = SMALL.as_tuple(), (*Call(SMALL, 0.125).flatten(), "triton")
     ops = torch.ops.nsa
     count = SMALL.num_compressed(100)
     torch.library.opcheck(ops.mean_pool.default, (k, None, shape, count, "triton"))
@@ -163,8 +164,8 @@ def test_every_operator_passes_opcheck():
     torch.library.opcheck(ops.select_blocks.default, (q.detach(), k_cmp.detach(), lse.detach(), *tail))
     blocks = ops.select_blocks(q.detach(), k_cmp.detach(), lse.detach(), *tail)
     torch.library.opcheck(ops.selected_attention.default, (q, k, v, blocks, *tail))
-    torch.library.opcheck(ops.window_attention.default, (q, k, v, None, shape, 0, 0, 0.125, "triton"))
-    torch.library.opcheck(ops.attention.default, (q, k, v, k_cmp, v_cmp, k, v, gates, None, shape, 0.125, "triton"))
+    torch.library.opcheck(ops.window_attention.default, (q, k, v, *tail))
+    torch.library.opcheck(ops.attention.default, (q, k, v, k_cmp, v_cmp, k, v, gates, *tail))
 
 
 def test_new_lengths_do_not_compile_new_kernels(monkeypatch):

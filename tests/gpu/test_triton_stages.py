@@ -15,6 +15,7 @@ from torch import Tensor
 
 from nsa import BlockGeometry
 from nsa.ops import reference, triton as backend
+from nsa.ops.call import Call
 from nsa.ops.triton import gpu
 
 PAPER = BlockGeometry()
@@ -61,6 +62,7 @@ class Case:
         N = sum(geometry.num_compressed(end - start) for start, end in pairwise(self.bounds))
         self.geometry, self.dtype, self.q_start, self.k_start = geometry, dtype, q_start, k_start
         self.scale = Dk**-0.5
+        self.call = Call(geometry, self.scale, self.cu, q_start, k_start)
 
         def draw(*shape: int) -> Tensor:
             return torch.randn(*shape, device="cuda").to(dtype)
@@ -133,18 +135,15 @@ def check(stage: str, case: Case, inputs: tuple[Tensor, ...], run, blocks: Tenso
 @pytest.mark.parametrize("arguments", CASES, ids=str)
 def test_every_stage_is_as_exact_as_plain_mathematics(arguments):
     case = Case(*arguments)
-    shape, cu, start, scale = case.geometry.as_tuple(), case.cu, case.q_start, case.scale
-    compressed = (case.q, case.k_cmp, case.v_cmp)
+    compressed, tail = (case.q, case.k_cmp, case.v_cmp), (*case.call.flatten(), "triton")
     ops = torch.ops.nsa
-    check("compressed", case, compressed, lambda *x: ops.compressed_attention(*x, cu, shape, start, scale, "triton"))
+    check("compressed", case, compressed, lambda *x: ops.compressed_attention(*x, *tail))
     window = (case.q, case.k[:, case.k_start :].contiguous(), case.v[:, case.k_start :].contiguous())
-    tail = (cu, shape, start, case.k_start, scale, "triton")
     check("window", case, window, lambda *x: ops.window_attention(*x, *tail))
-    _, lse = backend.compressed_attention_forward(*compressed, cu, shape, start, scale)
-    blocks = backend.select_blocks_forward(case.q, case.k_cmp, lse, cu, shape, start, scale)
-    chosen = (cu, shape, start, scale, "triton")
+    _, lse = backend.compressed_attention_forward(*compressed, case.call)
+    blocks = backend.select_blocks_forward(case.q, case.k_cmp, lse, case.call)
     keys = (case.q, case.k, case.v)
-    check("selected", case, keys, lambda *x: ops.selected_attention(*x, blocks, *chosen), blocks)
+    check("selected", case, keys, lambda *x: ops.selected_attention(*x, blocks, *tail), blocks)
 
 
 @pytest.mark.parametrize("union", [False, True])
@@ -152,11 +151,11 @@ def test_every_stage_is_as_exact_as_plain_mathematics(arguments):
 def test_the_whole_operator_is_as_exact_as_plain_mathematics(arguments, union, monkeypatch):
     monkeypatch.setattr(backend, "_union_pays", lambda *_: union)
     case = Case(*arguments)
-    geometry, scale = case.geometry, case.scale
+    scale = case.scale
     gates = torch.randn(*case.q.shape[:3], 3, device="cuda").to(case.dtype)
     k_win, v_win = torch.randn_like(case.k), torch.randn_like(case.v)
     inputs = (case.q, case.k, case.v, case.k_cmp, case.v_cmp, k_win, v_win, gates)
-    tail = (case.cu, geometry.as_tuple(), scale, "triton")
+    tail = (*case.call.flatten(), "triton")
     blocks = torch.ops.nsa.attention(*inputs, *tail)[-1]
     seen = [case.mask("compressed"), case.mask("selected", blocks), case.mask("window")]
 
@@ -189,12 +188,9 @@ def test_what_other_devices_run_is_as_exact_on_hopper(arguments, monkeypatch):
 @pytest.mark.parametrize("arguments", [c for c in CASES if c[1] <= 300], ids=str)
 def test_the_chosen_blocks_are_the_references_where_scores_do_not_tie(arguments):
     case = Case(*arguments)
-    _, lse = backend.compressed_attention_forward(
-        case.q, case.k_cmp, case.v_cmp, case.cu, case.geometry.as_tuple(), case.q_start, case.scale
-    )
-    tail = (case.q_start, case.scale)
-    blocks = backend.select_blocks_forward(case.q, case.k_cmp, lse, case.cu, case.geometry.as_tuple(), *tail)
-    expected = reference.select_blocks(case.q, case.k_cmp, lse, case.geometry, case.cu, *tail)
+    _, lse = backend.compressed_attention_forward(case.q, case.k_cmp, case.v_cmp, case.call)
+    blocks = backend.select_blocks_forward(case.q, case.k_cmp, lse, case.call)
+    expected = reference.select_blocks(case.q, case.k_cmp, lse, case.geometry, case.cu, case.q_start, case.scale)
     # Random scores tie within rounding about once in a few thousand rows.
     assert (blocks != expected).any(-1).sum() <= 1 + blocks[..., 0].numel() // 1000
     assert torch.equal((blocks >= 0).sum(-1), (expected >= 0).sum(-1))
@@ -204,8 +200,8 @@ def test_equal_scores_go_to_the_lower_blocks():
     geometry = BlockGeometry(32, 16, 64, 6, 1, 2, 64)
     q = torch.ones(1, 4096, 16, 64, device="cuda", dtype=torch.bfloat16)
     k_cmp = torch.ones(1, geometry.num_compressed(4096), 1, 64, device="cuda", dtype=torch.bfloat16)
-    shape = geometry.as_tuple()
-    _, lse = backend.compressed_attention_forward(q, k_cmp, k_cmp, None, shape, 0, 0.125)
-    blocks = backend.select_blocks_forward(q, k_cmp, lse, None, shape, 0, 0.125)
+    call = Call(geometry, 0.125)
+    _, lse = backend.compressed_attention_forward(q, k_cmp, k_cmp, call)
+    blocks = backend.select_blocks_forward(q, k_cmp, lse, call)
     # Inner blocks all have the same importance; block 0 is forced, so 1, 2, 3 join it and the two local ones.
     assert blocks[0, 4095, 0].tolist() == [0, 1, 2, 3, 62, 63]

@@ -12,10 +12,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from nsa.eval.loss import NextTokenLoss
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
-from nsa.eval.loss import NextTokenLoss
 from nsa.hf import dense_nsa
 from tiny_models import tiny_model
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from gluon_emulator import emulate
 from nsa.geometry import BlockGeometry
 from nsa.ops import reference, triton as backend
+from nsa.ops.call import AttentionInputs, Call
 from nsa.ops.triton import gpu, report
 from nsa.ops.triton.dense import backward as dense_backward
 from nsa.ops.triton.layout import make_layout
@@ -130,6 +131,7 @@ class Case:
         self.reported: set[str] = set()
         self.scale, self.errors = (2 if "a" in branches else 1) * D**-0.5, {}
         self.numbers = (B, S, Hkv, N)
+        self.call = Call(geometry, self.scale, self.cu, q_start, k_start)
         for module in MODULES:
             if hasattr(module, "num_multiprocessors"):
                 module.num_multiprocessors = lambda x: multiprocessors
@@ -159,15 +161,14 @@ class Case:
         inputs = (self.q, k, v)
         exact = [x[:, :length].double().requires_grad_() for x, length in zip(inputs, lengths, strict=True)]
         expected = getattr(reference, name)(*exact, self.geometry, self.cu, *numbers)
-        constants = (self.cu, self.geometry.as_tuple(), *numbers)
-        out, lse = getattr(backend, f"{name}_forward")(*inputs, *constants)
+        out, lse = getattr(backend, f"{name}_forward")(*inputs, self.call)
         self.errors[f"{name} out"] = row_error(out[:, :used], expected[0])
         self.errors[f"{name} lse"] = row_error(lse[:, :used], expected[1])
         outside = [out[:, used:].abs().sum(), torch.isfinite(lse[:, used:]).sum()]
 
         # The gradients of rows outside any document must not leak into the keys.
         dout, dlse = self.draw(*out.shape), torch.where(torch.isfinite(lse), torch.randn(lse.shape), 0.0)
-        grads = getattr(backend, f"{name}_backward")(dout, dlse, *inputs, out, lse, *constants)
+        grads = getattr(backend, f"{name}_backward")(dout, dlse, *inputs, out, lse, self.call)
         finite = torch.where(torch.isfinite(expected[1]), expected[1], 0.0)
         loss = (expected[0] * dout[:, :used].double()).sum() + (finite * dlse[:, :used].double()).sum()
         wanted = torch.autograd.grad(loss, exact, allow_unused=True, materialize_grads=True)
@@ -256,10 +257,9 @@ class Case:
         lists = torch.full((B, S, Hkv, self.geometry.num_selected_blocks), -1, dtype=torch.int32)
         lists[..., 0] = own[None, :, None]
         lists[..., 1] = torch.where(own < 3, 3, -1)[None, :, None]
-        tail = (lists, self.cu, self.geometry.as_tuple(), self.q_start, self.scale)
-        out, lse = backend.selected_attention_forward(self.q, k, v, *tail)
+        out, lse = backend.selected_attention_forward(self.q, k, v, lists, self.call)
         dout = self.draw(*out.shape)
-        grads = backend.selected_attention_backward(dout, None, self.q, k, v, out, lse, *tail)
+        grads = backend.selected_attention_backward(dout, None, self.q, k, v, out, lse, lists, self.call)
         exact = [x.double().requires_grad_() for x in (self.q, k, v)]
         expected, _ = reference.selected_attention(*exact, lists, self.geometry, self.cu, self.q_start, self.scale)
         self.errors["later"] = row_error(out, expected)
@@ -276,11 +276,10 @@ class Case:
         B, S, Hkv, N = self.numbers
         D, used = self.q.shape[3], self.used
         k, v = self.draw(B, S, Hkv, D), self.draw(B, S, Hkv, self.value_size)
-        inputs = (self.q, k, v, *self.compressed, *self.window, self.draw(*self.q.shape[:3], 3))
-        constants = (self.cu, self.geometry.as_tuple(), self.scale)
-        out, *saved = backend.attention_forward(*inputs, *constants)
+        inputs = AttentionInputs(self.q, k, v, *self.compressed, *self.window, self.draw(*self.q.shape[:3], 3))
+        out, saved = backend.attention_forward(inputs, self.call)
         dout = self.draw(*out.shape)
-        grads = backend.attention_backward(dout, *inputs, *saved, *constants)
+        grads = backend.attention_backward(dout, inputs, saved, self.call)
 
         lengths = [N if name.endswith("cmp") else used for name in NAMES]
         exact = [x[:, :length].double().requires_grad_() for x, length in zip(inputs, lengths, strict=True)]

@@ -25,7 +25,7 @@ def decode_step(case: PagedCase) -> dict[str, float]:
     plan = decode.Plan(
         16, tile, stages=3, splits=3, chunk=64, blocks=blocks, window_blocks=least, step=16, overlaps=False
     )
-    inputs = (problem.q, problem.gates, *problem.view, geometry.as_tuple(), case.head_dim**-0.5)
+    inputs = (problem.q, problem.gates, problem.view, geometry, case.head_dim**-0.5)
     out, chosen = decode.paged_decode_forward(*inputs, plan)
     return {"out": relative_error(out, problem.out), "blocks": float((chosen != problem.blocks).sum())}
 

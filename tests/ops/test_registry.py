@@ -8,6 +8,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from nsa import BlockGeometry, compressed_attention, mean_pool, nsa_attention, select_blocks
 from nsa.ops import torch_native
+from nsa.ops.call import Call
 
 GEOMETRY = BlockGeometry(8, 4, 16, 4, window_size=12)
 OPS = torch.ops.nsa
@@ -29,20 +30,19 @@ def example(packed: bool):
 def calls(packed: bool):
     """Every operator of the registry by name with legal arguments."""
     q, k, v, k_cmp, v_cmp, lse, blocks, cu = example(packed)
-    geometry, constants = GEOMETRY.as_tuple(), (cu, GEOMETRY.as_tuple(), 0, 0.3, "torch")
-    window = (cu, geometry, 0, 0, 0.3, "torch")
+    geometry, constants = GEOMETRY.as_tuple(), (*Call(GEOMETRY, 0.3, cu).flatten(), "torch")
     forward = {
         "mean_pool": (k, cu, geometry, k_cmp.shape[1], "torch"),
         "compressed_attention": (q, k_cmp, v_cmp, *constants),
         "select_blocks": (q.detach(), k_cmp.detach(), lse, *constants),
         "selected_attention": (q, k, v, blocks, *constants),
-        "window_attention": (q, k, v, *window),
+        "window_attention": (q, k, v, *constants),
     }
     backward = {"mean_pool_backward": (torch.randn_like(k_cmp), cu, geometry, 40, "torch")}
     for name, rest in (
         ("compressed_attention", constants),
         ("selected_attention", (blocks, *constants)),
-        ("window_attention", window),
+        ("window_attention", constants),
     ):
         tensors = [x.detach() for x in forward[name][:3]]
         out, row_lse = getattr(OPS, name)(*(x.detach() if isinstance(x, torch.Tensor) else x for x in forward[name]))
@@ -111,7 +111,7 @@ def test_every_differentiable_stage_of_the_backend_has_its_backward():
 
 def test_a_gradient_of_the_log_sum_exp_alone_flows():
     q, k, v, *_ = example(False)
-    _, lse = OPS.window_attention(q, k, v, None, GEOMETRY.as_tuple(), 0, 0, 0.3, "torch")
+    _, lse = OPS.window_attention(q, k, v, *Call(GEOMETRY, 0.3).flatten(), "torch")
     dq, dk = torch.autograd.grad(lse.sum(), (q, k))
     assert dq.abs().max() > 0
     assert dk.abs().max() > 0

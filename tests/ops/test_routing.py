@@ -25,9 +25,10 @@ def test_the_report_says_which_backend_runs_and_why(backend, chosen, reason):
     report = routing_report(*tensors(), BlockGeometry(), backend=backend)
     assert report.backend == chosen
     assert report.reason.startswith(reason)
+    assert len(report.operators) == (0 if chosen == "reference" else 4)
     values = json.loads(json.dumps(report.as_dict()))
     assert values["versions"]["torch"] == torch.__version__
-    for text in (chosen, torch.__version__, report.stages[0].kernels, report.device):
+    for text in (chosen, torch.__version__, report.stages[0].kernels, report.device, *report.operators):
         assert text in str(report)
 
 
@@ -38,7 +39,7 @@ def test_a_backend_that_cannot_run_is_an_error():
 
 def test_kernels_depend_on_length_documents_and_group(monkeypatch):
     report = pytest.importorskip("nsa.ops.triton.report")
-    monkeypatch.setattr(report.select_union, "BACKWARD_RATIO", report.select_union.FORWARD_RATIO)
+    monkeypatch.setattr(report.unions, "BACKWARD_RATIO", report.unions.FORWARD_RATIO)
     geometry = BlockGeometry()
 
     def selected(T: int, H: int, docs: int = 1) -> list[str]:

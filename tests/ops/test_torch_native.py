@@ -20,6 +20,7 @@ from nsa import (
     selected_attention,
     window_attention,
 )
+from nsa.ops.call import Call
 from nsa.ops.torch_native import selected
 
 ROUTES = ["tiles", "blockwise"]
@@ -287,19 +288,19 @@ def largest_tensor(length: int, packed: bool) -> int:
     geometry = BlockGeometry(8, 4, 16, 4, window_size=32)
     q, k, v = (torch.randn(1, length, n, 16) for n in (4, 1, 1))
     cu = torch.tensor([0, length // 2, length], dtype=torch.int32) if packed else None
-    constants, scale = (cu, geometry.as_tuple()), 0.25
+    packing, call = (cu, geometry), Call(geometry, 0.25, cu)
     with Largest() as largest:
-        k_cmp = backend.mean_pool_forward(k, *constants, geometry.max_num_compressed(length))[:, :]
+        k_cmp = backend.mean_pool_forward(k, *packing, geometry.max_num_compressed(length))[:, :]
         if cu is None:
             k_cmp = k_cmp[:, : geometry.num_compressed(length)]
-        out, lse = backend.compressed_attention_forward(q, k_cmp, k_cmp, *constants, 0, scale)
-        backend.compressed_attention_backward(out, None, q, k_cmp, k_cmp, out, lse, *constants, 0, scale)
-        blocks = backend.select_blocks_forward(q, k_cmp, lse, *constants, 0, scale)
-        out, lse = backend.selected_attention_forward(q, k, v, blocks, *constants, 0, scale)
-        backend.selected_attention_backward(out, None, q, k, v, out, lse, blocks, *constants, 0, scale)
-        out, lse = backend.window_attention_forward(q, k, v, *constants, 0, 0, scale)
-        backend.window_attention_backward(out, None, q, k, v, out, lse, *constants, 0, 0, scale)
-        backend.mean_pool_backward(k_cmp, *constants, length)
+        out, lse = backend.compressed_attention_forward(q, k_cmp, k_cmp, call)
+        backend.compressed_attention_backward(out, None, q, k_cmp, k_cmp, out, lse, call)
+        blocks = backend.select_blocks_forward(q, k_cmp, lse, call)
+        out, lse = backend.selected_attention_forward(q, k, v, blocks, call)
+        backend.selected_attention_backward(out, None, q, k, v, out, lse, blocks, call)
+        out, lse = backend.window_attention_forward(q, k, v, call)
+        backend.window_attention_backward(out, None, q, k, v, out, lse, call)
+        backend.mean_pool_backward(k_cmp, *packing, length)
     return largest.numel
 
 

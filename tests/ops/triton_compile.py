@@ -19,7 +19,8 @@ from triton.runtime import driver
 from ahead_of_time import compile_launches
 from nsa.geometry import BlockGeometry
 from nsa.ops import triton as backend
-from nsa.ops.paged import PagedView
+from nsa.ops.cache_view import PagedView
+from nsa.ops.call import AttentionInputs, Call
 from nsa.ops.triton import gpu
 from nsa.ops.triton.dense import backward as dense_backward, forced, forward as dense_forward
 from nsa.ops.triton.selected import backward as selected_backward, forward as selected_forward, union as unions
@@ -42,24 +43,23 @@ def launch_all(dtype: torch.dtype, group_size: int, head_dim: int, packed: bool)
     k = torch.zeros(1, T, 1, head_dim, dtype=dtype)
     v = torch.zeros(1, T, 1, min(head_dim, 128), dtype=dtype)
     cu = torch.tensor([0, 100, T], dtype=torch.int32) if packed else None
-    tail = (cu, geometry.as_tuple())
-    k_cmp, v_cmp = (backend.mean_pool_forward(x, *tail, geometry.num_compressed(T)) for x in (k, v))
-    backend.mean_pool_backward(k_cmp, *tail, T)
-    out, lse = backend.compressed_attention_forward(q, k_cmp, v_cmp, *tail, 0, 1.0)
-    backend.compressed_attention_backward(out, lse, q, k_cmp, v_cmp, out, lse, *tail, 0, 1.0)
-    blocks = backend.select_blocks_forward(q, k_cmp, lse, *tail, 0, 1.0)
+    call = Call(geometry, 1.0, cu)
+    k_cmp, v_cmp = (backend.mean_pool_forward(x, cu, geometry, geometry.num_compressed(T)) for x in (k, v))
+    backend.mean_pool_backward(k_cmp, cu, geometry, T)
+    out, lse = backend.compressed_attention_forward(q, k_cmp, v_cmp, call)
+    backend.compressed_attention_backward(out, lse, q, k_cmp, v_cmp, out, lse, call)
+    blocks = backend.select_blocks_forward(q, k_cmp, lse, call)
     choice.choice_tile = partial(choice.choice_tile, whole=0)  # as for more blocks
-    backend.select_blocks_forward(q, k_cmp, lse, *tail, 0, 1.0)
-    out, lse = backend.selected_attention_forward(q, k, v, blocks, *tail, 0, 1.0)
-    backend.selected_attention_backward(out, lse, q, k, v, out, lse, blocks, *tail, 0, 1.0)
-    out, lse = backend.window_attention_forward(q, k, v, *tail, 0, 0, 1.0)
-    backend.window_attention_backward(out, lse, q, k, v, out, lse, *tail, 0, 0, 1.0)
-    tensors = (q, k, v, k_cmp, v_cmp, k, v, q[..., :3].contiguous())
-    whole = (cu, geometry.as_tuple(), 1.0)
+    backend.select_blocks_forward(q, k_cmp, lse, call)
+    out, lse = backend.selected_attention_forward(q, k, v, blocks, call)
+    backend.selected_attention_backward(out, lse, q, k, v, out, lse, blocks, call)
+    out, lse = backend.window_attention_forward(q, k, v, call)
+    backend.window_attention_backward(out, lse, q, k, v, out, lse, call)
+    inputs = AttentionInputs(q, k, v, k_cmp, v_cmp, k, v, q[..., :3].contiguous())
     for union in (False, True):
         backend._union_pays = lambda *_, union=union: union
-        out, *saved = backend.attention_forward(*tensors, *whole)
-        backend.attention_backward(out, *tensors, *saved, *whole)
+        out, branches = backend.attention_forward(inputs, call)
+        backend.attention_backward(out, inputs, branches, call)
     if packed:
         launch_decode(q[:, :1], k, v, geometry)
 
@@ -77,8 +77,7 @@ def launch_decode(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, geometry: B
         query = q.repeat(1, queries, 1, 1)
         plan = backend.decode.plan_decode(query, 1, v.shape[3], table.shape[1], geometry)
         gates = query[..., :3].contiguous()
-        step = (query, gates, *view, geometry.as_tuple(), 1.0, plan._replace(overlaps=overlaps))
-        backend.decode.paged_decode_forward(*step)
+        backend.decode.paged_decode_forward(query, gates, view, geometry, 1.0, plan._replace(overlaps=overlaps))
     if q.dtype == torch.float16:  # the widest in fp32 as well
         launch_decode(*(x.float().repeat(1, 1, 1, 256 // x.shape[3]) for x in (q, k, v)), geometry)
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from nsa.geometry import BlockGeometry
 from nsa.ops import reference, triton as backend
+from nsa.ops.call import AttentionInputs, Call
 from nsa.ops.triton.selected import backward as selected_backward, forward as selected_forward
 from nsa.ops.triton.topk import choice
 
@@ -73,6 +74,7 @@ class Case:
         self.q, self.k, self.v = self.draw(B, T, H, Dk), self.draw(B, S, Hkv, Dk), self.draw(B, S, Hkv, Dv)
         self.k_cmp, self.v_cmp = self.draw(B, N, Hkv, Dk), self.draw(B, N, Hkv, Dv)
         self.scale, self.stages, self.errors = Dk**-0.5, stages, {}
+        self.call = Call(geometry, self.scale, self.cu, q_start, k_start)
         if "e" in stages:
             self.q, self.k_cmp = torch.zeros_like(self.q), torch.zeros_like(self.k_cmp)
 
@@ -80,20 +82,19 @@ class Case:
         return torch.randn(*shape, dtype=torch.float32).to(self.dtype)
 
     def attention(self, name: str, inputs: tuple[Tensor, ...], before: tuple, after: tuple) -> Tensor:
-        """Compare forward and backward; `before` and `after` are the arguments around cu_seqlens and geometry."""
+        """Compare forward and backward; `before` and `after` are the reference's arguments around the geometry."""
         # Tokens after the last document are no part of the reference's input; compressed keys always belong to one.
         lengths = [self.used if self.cu is not None and x.shape[1] == self.q.shape[1] else x.shape[1] for x in inputs]
         exact = [x[:, :length].double().requires_grad_() for x, length in zip(inputs, lengths, strict=True)]
         cut = [x[:, : self.used] for x in before]
         expected = getattr(reference, name)(*exact, *cut, self.geometry, self.cu, *after)
-        out, lse = getattr(backend, f"{name}_forward")(*inputs, *before, self.cu, self.geometry.as_tuple(), *after)
+        out, lse = getattr(backend, f"{name}_forward")(*inputs, *before, self.call)
         outside = [out[:, self.used :].abs().sum(), torch.isfinite(lse[:, self.used :]).sum()]
         self.errors[name] = max(relative_error(x[:, : self.used], y) for x, y in zip((out, lse), expected, strict=True))
         dout, dlse = self.draw(*out.shape), torch.randn(lse.shape)
         dlse = torch.where(torch.isfinite(lse), dlse, 0.0)
         # The gradients of rows outside any document must not leak into the keys.
-        arguments = (dout, dlse, *inputs, out, lse, *before, self.cu, self.geometry.as_tuple(), *after)
-        grads = getattr(backend, f"{name}_backward")(*arguments)
+        grads = getattr(backend, f"{name}_backward")(dout, dlse, *inputs, out, lse, *before, self.call)
         finite = torch.where(torch.isfinite(expected[1]), expected[1], 0.0)
         loss = (expected[0] * dout[:, : self.used].double()).sum() + (finite * dlse[:, : self.used].double()).sum()
         wanted = torch.autograd.grad(loss, exact, allow_unused=True) if loss.requires_grad else [None] * 3
@@ -105,11 +106,11 @@ class Case:
         return lse
 
     def run(self) -> dict[str, float]:
-        shape, cu, stages = self.geometry.as_tuple(), self.cu, self.stages
+        cu, stages = self.cu, self.stages
         if "p" in stages:
             x = self.k.double().requires_grad_()
             pooled = reference.mean_pool(x, self.geometry, cu, self.k_cmp.shape[1])
-            mine = backend.mean_pool_forward(self.k, cu, shape, self.k_cmp.shape[1])
+            mine = backend.mean_pool_forward(self.k, cu, self.geometry, self.k_cmp.shape[1])
             self.errors["mean_pool"] = relative_error(mine, pooled)
             dout = self.draw(*pooled.shape)
             wanted = (
@@ -117,7 +118,7 @@ class Case:
                 if pooled.requires_grad
                 else torch.zeros_like(x)
             )
-            mine = backend.mean_pool_backward(dout, cu, shape, self.k.shape[1])
+            mine = backend.mean_pool_backward(dout, cu, self.geometry, self.k.shape[1])
             self.errors["mean_pool dx"] = relative_error(mine, wanted)
         compressed = (self.q, self.k_cmp, self.v_cmp)
         if "c" in stages:
@@ -143,7 +144,7 @@ class Case:
         backend._union_pays = lambda *_: union
         gates = self.draw(*self.q.shape[:3], 3)
         keys = (self.k, self.v, self.k_cmp, self.v_cmp, self.draw(*self.k.shape), self.draw(*self.v.shape))
-        inputs = (self.q, *keys, gates)
+        inputs = AttentionInputs(self.q, *keys, gates)
         lengths = [min(x.shape[1], self.used) if x.shape[1] == self.q.shape[1] else x.shape[1] for x in inputs]
         exact = [x[:, :length].double().requires_grad_() for x, length in zip(inputs, lengths, strict=True)]
         q, k, v, k_cmp, v_cmp, k_win, v_win, g = exact
@@ -154,12 +155,11 @@ class Case:
             reference.window_attention(q, k_win, v_win, *tail, 0, self.scale)[0],
         )
         expected = sum(g[..., i, None] * branch for i, branch in enumerate(branches))
-        constants = (self.cu, self.geometry.as_tuple(), self.scale)
-        out, *saved = backend.attention_forward(*inputs, *constants)
+        out, saved = backend.attention_forward(inputs, self.call)
         self.errors[name] = relative_error(out[:, : self.used], expected)
         self.errors[f"{name} blocks"] = float((saved[-1] != self.blocks).sum())
         dout = self.draw(*out.shape)
-        grads = backend.attention_backward(dout, *inputs, *saved, *constants)
+        grads = backend.attention_backward(dout, inputs, saved, self.call)
         wanted = torch.autograd.grad(
             expected, exact, dout[:, : self.used].double(), allow_unused=True, materialize_grads=True
         )
@@ -171,13 +171,13 @@ class Case:
 
     def choice(self, limit: bool) -> None:
         """Compare the chosen blocks; with `limit`, in chunks of few candidates and of few tokens."""
-        shape, tail = self.geometry.as_tuple(), (self.q_start, self.scale)
-        _, lse = backend.compressed_attention_forward(self.q, self.k_cmp, self.v_cmp, self.cu, shape, *tail)
+        tail = (self.q_start, self.scale)
+        _, lse = backend.compressed_attention_forward(self.q, self.k_cmp, self.v_cmp, self.call)
         before = choice.select_blocks, choice.choice_tile
         if limit:
             choice.select_blocks = partial(before[0], scratch_bytes=1)
             choice.choice_tile = lambda *args, **_: before[1](*args, max_chunk=128, whole=0)
-        self.blocks = backend.select_blocks_forward(self.q, self.k_cmp, lse, self.cu, shape, *tail)
+        self.blocks = backend.select_blocks_forward(self.q, self.k_cmp, lse, self.call)
         choice.select_blocks, choice.choice_tile = before
         q, lse = self.q[:, : self.used], lse[:, : self.used]
         if "e" in self.stages:  # the reference's sums round apart what is equal

@@ -1,6 +1,7 @@
-"""What decoding reads: the one view of a layer's cache that `nsa_decode` takes.
+"""What decoding reads: views of a layer's cache, `CacheView` for `nsa_decode` and `PagedView` for `paged_decode`.
 
-Shapes: B rows, S tokens of capacity, N compressed tokens of capacity, W window tokens held, Hkv groups.
+Shapes: B rows, S tokens of capacity, N compressed tokens of capacity, W window tokens held, Hkv groups; P pages in the
+pool, M pages a row, l' tokens a page, r = l'/d compressed tokens of a page.
 Each row is left-aligned: row b's tokens are at positions 0 .. lengths[b]-1, whatever padding came with them.
 """
 
@@ -33,3 +34,25 @@ class CacheView(NamedTuple):
     lengths: tuple[int, ...]
     num_new: tuple[int, ...]
     win_start: tuple[int, ...]
+
+
+class PagedView(NamedTuple):
+    """Keys and values of one layer in pages of one selection block, after the step's own tokens were written.
+
+    Attributes:
+        k, v: `[P, Hkv, l', D]`, the selected branch's keys and values.
+        k_cmp, v_cmp: `[P, Hkv, r, D]`; compressed token i of a row lies in the page of its block i // r.
+        block_table: int32 `[B, M]`, the pool's page that holds block j of row b.
+        lengths: int32 `[B]`, tokens of each row, the step's queries included; 0 for an idle row.
+        k_win, v_win: `[B, Hkv, ring, D]`, the window branch's own newest tokens, position p in slot p % ring; None
+            where it reads what the selected branch reads.
+    """
+
+    k: Tensor
+    v: Tensor
+    k_cmp: Tensor
+    v_cmp: Tensor
+    block_table: Tensor
+    lengths: Tensor
+    k_win: Tensor | None = None
+    v_win: Tensor | None = None

@@ -1,6 +1,6 @@
-"""A decode step from a paged cache: the view that it reads, and the operator.
+"""The operator for a step from a paged cache.
 
-Nothing in the view is known to the host, so one CUDA graph serves every length: the step's launches follow from the
+Nothing in its view is known to the host, so one CUDA graph serves every length: the step's launches follow from the
 shapes, and each row's length is read on the device.
 
 Shapes: B rows, Q queries of a step, P pages in the pool, M pages a row, Hkv groups, l' tokens a page, r = l'/d
@@ -9,38 +9,16 @@ compressed tokens of a page.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from nsa.geometry import BlockGeometry
-from nsa.ops import registry as registry, validate as check
+from nsa.ops import registry as registry  # defines torch.ops.nsa
+from nsa.ops.cache_view import PagedView
 from nsa.ops.routing import choose_backend
+from nsa.ops.validate import check_floating, check_tensor
 
 MAX_QUERIES = 8
-
-
-class PagedView(NamedTuple):
-    """Keys and values of one layer in pages of one selection block, after the step's own tokens were written.
-
-    Attributes:
-        k, v: `[P, Hkv, l', D]`, the selected branch's keys and values.
-        k_cmp, v_cmp: `[P, Hkv, r, D]`; compressed token i of a row lies in the page of its block i // r.
-        block_table: int32 `[B, M]`, the pool's page that holds block j of row b.
-        lengths: int32 `[B]`, tokens of each row, the step's queries included; 0 for an idle row.
-        k_win, v_win: `[B, Hkv, ring, D]`, the window branch's own newest tokens, position p in slot p % ring; None
-            where it reads what the selected branch reads.
-    """
-
-    k: Tensor
-    v: Tensor
-    k_cmp: Tensor
-    v_cmp: Tensor
-    block_table: Tensor
-    lengths: Tensor
-    k_win: Tensor | None = None
-    v_win: Tensor | None = None
 
 
 def paged_decode(
@@ -79,33 +57,32 @@ def paged_decode(
     if backend == "reference":
         raise ValueError("a paged cache is decoded by backend 'torch' or 'triton'; 'reference' has no cache")
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    cache = (view.k, view.v, view.k_cmp, view.v_cmp, view.block_table, view.lengths, view.k_win, view.v_win)
-    return torch.ops.nsa.paged_decode(q, gates, *cache, geometry.as_tuple(), scale, backend)
+    return torch.ops.nsa.paged_decode(q, gates, *view, geometry.as_tuple(), scale, backend)
 
 
 def _check_view(q: Tensor, view: PagedView, geometry: BlockGeometry) -> None:
     """Layouts, sizes, dtypes and devices of a paged cache and the queries that read it."""
-    check.check_tensor("q", q, "B Q H Dk")
+    check_tensor("q", q, "B Q H Dk")
     if not 1 <= q.shape[1] <= MAX_QUERIES:
         raise ValueError(f"a step has 1 to {MAX_QUERIES} queries, not {q.shape[1]}; use nsa_attention for a prefill")
     page, each = geometry.select_block_size, geometry.strides_per_select
     stores = {"k": (view.k, page), "v": (view.v, page), "k_cmp": (view.k_cmp, each), "v_cmp": (view.v_cmp, each)}
     for name, (x, tokens) in stores.items():
-        check.check_tensor(name, x, "P Hkv tokens D")
+        check_tensor(name, x, "P Hkv tokens D")
         if x.shape[:3] != (*view.k.shape[:2], tokens):
             raise ValueError(f"{name} must be {[*view.k.shape[:2], tokens]} and a head size, not {list(x.shape)}")
     rings = {} if view.k_win is None or view.v_win is None else {"k_win": view.k_win, "v_win": view.v_win}
     if (view.k_win is None) != (view.v_win is None):
         raise ValueError("give both k_win and v_win, or neither where the window reads k and v")
     for name, x in rings.items():
-        check.check_tensor(name, x, "B Hkv ring D")
+        check_tensor(name, x, "B Hkv ring D")
         least = geometry.window_size + q.shape[1] - 1
         if x.shape[:2] != (q.shape[0], view.k.shape[1]) or x.shape[2] < least:
             raise ValueError(
                 f"{name} must be {[q.shape[0], view.k.shape[1]]} and at least {least} tokens (window and queries), "
                 f"not {list(x.shape)}"
             )
-    check.check_floating(q=q, **{name: x for name, (x, _) in stores.items()}, **rings)
+    check_floating(q=q, **{name: x for name, (x, _) in stores.items()}, **rings)
     for names, size in ((("k", "k_cmp", "k_win"), q.shape[3]), (("v", "v_cmp", "v_win"), view.v.shape[3])):
         for name in names:
             x = getattr(view, name)

@@ -16,6 +16,9 @@ from torch import Tensor
 from nsa.geometry import BlockGeometry
 
 BACKENDS = ("reference", "torch", "triton")
+FUSED_BACKENDS = ("triton",)  # compute a whole call by one operator; the others stage by stage
+STAGE_OPERATORS = ("compressed_attention", "select_blocks", "selected_attention", "window_attention")
+STEP_BACKENDS = ("torch",)  # decode single tokens by a function of their own; the others as a chunk of one
 TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_TRITON_HEAD_SIZE = 256
 HAS_TRITON = importlib.util.find_spec("triton") is not None  # looked up, not imported
@@ -49,6 +52,13 @@ def explain_backend(backend: str, x: Tensor, *others: Tensor) -> tuple[str, str]
     return backend, "asked for"
 
 
+def operators_of(backend: str) -> tuple[str, ...]:
+    """The operators of `nsa.ops.registry` that a whole call runs; none for the reference, which is plain PyTorch."""
+    if backend == "reference":
+        return ()
+    return tuple(f"nsa::{name}" for name in (("attention",) if backend in FUSED_BACKENDS else STAGE_OPERATORS))
+
+
 @dataclass(frozen=True)
 class StageRoute:
     """What runs one stage of the operator.
@@ -73,12 +83,14 @@ class RoutingReport:
     Attributes:
         backend: that the call takes.
         reason: why.
+        operators: of torch.library, that a call runs.
         device, versions: where it runs, and on which torch and triton.
         stages: of the operator.
     """
 
     backend: str
     reason: str
+    operators: tuple[str, ...]
     device: str
     versions: dict[str, str]
     stages: tuple[StageRoute, ...]
@@ -89,7 +101,8 @@ class RoutingReport:
 
     def __str__(self) -> str:
         versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
-        lines = [f"{self.backend} ({self.reason}) on {self.device}, {versions}"]
+        operators = ", ".join(self.operators) or "plain PyTorch"
+        lines = [f"{self.backend} ({self.reason}), {operators}, on {self.device}, {versions}"]
         width = max(len(route.stage) for route in self.stages)
         for route in self.stages:
             tile = " ".join(f"{name.lower()}={value}" for name, value in route.tile.items())
@@ -116,7 +129,7 @@ def routing_report(
         module = "nsa.ops.reference" if chosen == "reference" else "nsa.ops.torch_native"
         stages = (StageRoute("all stages", module, {}, "PyTorch's own operators, on any device"),)
     device = torch.cuda.get_device_name(q.device) if q.is_cuda else platform.processor() or platform.machine()
-    return RoutingReport(chosen, reason, device, versions, stages)
+    return RoutingReport(chosen, reason, operators_of(chosen), device, versions, stages)
 
 
 def _why_not_triton(x: Tensor, *others: Tensor) -> str | None:

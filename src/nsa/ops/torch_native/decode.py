@@ -12,16 +12,15 @@ from torch import Tensor
 
 from nsa.geometry import BlockGeometry
 from nsa.ops.cache_view import CacheView
+from nsa.ops.call import Call
 from nsa.ops.torch_native.select import block_importance, choose
 
 
-def decode_step(
-    q: Tensor, view: CacheView, geometry: BlockGeometry, scale: float
-) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
+def decode_step(q: Tensor, view: CacheView, call: Call) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
     """One query for each row, `q` `[B,1,H,Dk]`; returns the branches' outputs `[B,1,H,Dv]` and blocks `[B,1,K,n]`."""
-    groups = view.k.shape[2]
+    groups, geometry = view.k.shape[2], call.geometry
     dtype = torch.promote_types(q.dtype, torch.float32)
-    q = (q[:, 0].to(dtype) * scale).unflatten(1, (groups, -1))  # [B,K,R,D]
+    q = (q[:, 0].to(dtype) * call.scale).unflatten(1, (groups, -1))  # [B,K,R,D]
     last = torch.tensor(view.lengths, device=q.device) - 1
     out_cmp, p_cmp = compressed_step(q, view, geometry)
     blocks = choose_step(p_cmp, last, max(view.lengths), geometry)

@@ -5,19 +5,20 @@ Reading order: `layout.py` (which keys a query sees, packed documents) and `gpu.
 choice of blocks), `selected/` (the selected branch), each with the kernels for every GPU and, in `*_sm90.py`, those in
 Gluon for Hopper, which share `sm90.py`; `decode/` (one step of a paged cache); `report.py` (which of them run).
 
-Arguments and shapes are those of the operators in `nsa.ops.registry`; `geometry` is `BlockGeometry.as_tuple()`.
-Nothing here waits for the device, keeps state between calls, or depends on the order in which programs run.
+The functions and their arguments are those of `nsa.ops.registry.FusedBackend`, shapes those of `nsa.ops.api`. Nothing
+here waits for the device, keeps state between calls, or depends on the order in which programs run.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from nsa.geometry import BlockGeometry
+from nsa.ops.cache_view import PagedView
+from nsa.ops.call import AttentionInputs, BranchResults, Call
 from nsa.ops.triton import compress, decode
 from nsa.ops.triton.dense import backward as dense_backward, forced, forward as dense_forward
 from nsa.ops.triton.gates import Gated, gate_backward
@@ -26,99 +27,76 @@ from nsa.ops.triton.layout import Layout, make_layout
 from nsa.ops.triton.selected import backward as selected_backward, forward as selected_forward, union as unions
 from nsa.ops.triton.topk import choice
 
-Geometry = Sequence[int]
 Triple = tuple[Tensor, Tensor, Tensor]
 
 
-def mean_pool_forward(x: Tensor, cu_seqlens: Tensor | None, geometry: Geometry, num_compressed: int) -> Tensor:
-    shape = BlockGeometry(*geometry)
+def mean_pool_forward(x: Tensor, cu_seqlens: Tensor | None, geometry: BlockGeometry, num_compressed: int) -> Tensor:
     with torch.cuda.device_of(x):
-        layout = make_layout(cu_seqlens, shape, x.shape[1], num_compressed)
-        return compress.mean_pool(x, shape, layout, num_compressed)
+        layout = make_layout(cu_seqlens, geometry, x.shape[1], num_compressed)
+        return compress.mean_pool(x, geometry, layout, num_compressed)
 
 
-def mean_pool_backward(dout: Tensor, cu_seqlens: Tensor | None, geometry: Geometry, length: int) -> Tensor:
-    shape = BlockGeometry(*geometry)
+def mean_pool_backward(dout: Tensor, cu_seqlens: Tensor | None, geometry: BlockGeometry, length: int) -> Tensor:
     with torch.cuda.device_of(dout):
-        layout = make_layout(cu_seqlens, shape, length, dout.shape[1])
-        return compress.mean_pool_backward(dout, shape, layout, length)
+        layout = make_layout(cu_seqlens, geometry, length, dout.shape[1])
+        return compress.mean_pool_backward(dout, geometry, layout, length)
 
 
-def compressed_attention_forward(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, geometry: Geometry, q_start: int, scale: float
-) -> tuple[Tensor, Tensor]:
-    return _dense_forward(q, k, v, cu_seqlens, BlockGeometry(*geometry), 0, q_start, 0, scale)
+def compressed_attention_forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+    return _dense_forward(q, k, v, 0, replace(call, k_start=0))  # k_start is the window's
 
 
 def compressed_attention_backward(
-    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-    cu_seqlens: Tensor | None, geometry: Geometry, q_start: int, scale: float,
-) -> Triple:  # fmt: skip
-    shape = BlockGeometry(*geometry)
-    return _dense_backward(dout, dlse, q, k, v, out, lse, cu_seqlens, shape, 0, q_start, 0, scale)
+    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, call: Call
+) -> Triple:
+    return _dense_backward(dout, dlse, q, k, v, out, lse, 0, replace(call, k_start=0))
 
 
-def window_attention_forward(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, geometry: Geometry, q_start: int, k_start: int,
-    scale: float,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    shape = BlockGeometry(*geometry)
-    return _dense_forward(q, k, v, cu_seqlens, shape, shape.window_size, q_start, k_start, scale)
+def window_attention_forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+    return _dense_forward(q, k, v, call.geometry.window_size, call)
 
 
 def window_attention_backward(
-    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-    cu_seqlens: Tensor | None, geometry: Geometry, q_start: int, k_start: int, scale: float,
-) -> Triple:  # fmt: skip
-    shape = BlockGeometry(*geometry)
-    window = shape.window_size
-    return _dense_backward(dout, dlse, q, k, v, out, lse, cu_seqlens, shape, window, q_start, k_start, scale)
+    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, call: Call
+) -> Triple:
+    return _dense_backward(dout, dlse, q, k, v, out, lse, call.geometry.window_size, call)
 
 
-def select_blocks_forward(
-    q: Tensor, k_cmp: Tensor, lse: Tensor, cu_seqlens: Tensor | None, geometry: Geometry, q_start: int, scale: float
-) -> Tensor:
-    shape = BlockGeometry(*geometry)
+def select_blocks_forward(q: Tensor, k_cmp: Tensor, lse: Tensor, call: Call) -> Tensor:
     with torch.cuda.device_of(q):
-        layout = make_layout(cu_seqlens, shape, q.shape[1], k_cmp.shape[1])
-        return choice.select_blocks(fit(q, KEY_SIZES), fit(k_cmp, KEY_SIZES), lse, shape, layout, q_start, scale)
+        layout = make_layout(call.cu_seqlens, call.geometry, q.shape[1], k_cmp.shape[1])
+        queries, keys = fit(q, KEY_SIZES), fit(k_cmp, KEY_SIZES)
+        return choice.select_blocks(queries, keys, lse, call.geometry, layout, call.q_start, call.scale)
 
 
 def selected_attention_forward(
-    q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, cu_seqlens: Tensor | None, geometry: Geometry,
-    q_start: int, scale: float,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    shape = BlockGeometry(*geometry)
+    q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, call: Call
+) -> tuple[Tensor, Tensor]:
     with torch.cuda.device_of(q):
-        layout = make_layout(cu_seqlens, shape, q.shape[1], 0)
-        out, lse = selected_forward.select_forward(
-            fit(q, KEY_SIZES), fit(k, KEY_SIZES), fit(v), block_indices, shape, layout, q_start, scale
-        )
+        layout = make_layout(call.cu_seqlens, call.geometry, q.shape[1], 0)
+        inputs, tail = (fit(q, KEY_SIZES), fit(k, KEY_SIZES), fit(v)), (layout, call.q_start, call.scale)
+        out, lse = selected_forward.select_forward(*inputs, block_indices, call.geometry, *tail)
         return _cut(out, v), lse
 
 
 def selected_attention_backward(
     dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, block_indices: Tensor,
-    cu_seqlens: Tensor | None, geometry: Geometry, q_start: int, scale: float,
+    call: Call,
 ) -> Triple:  # fmt: skip
-    shape = BlockGeometry(*geometry)
     with torch.cuda.device_of(q):
-        layout = make_layout(cu_seqlens, shape, q.shape[1], 0)
+        layout = make_layout(call.cu_seqlens, call.geometry, q.shape[1], 0)
         dout, rows = _rows(dout, dlse, out, lse)
-        dq, dk, dv = selected_backward.select_backward(
-            dout, fit(q, KEY_SIZES), fit(k, KEY_SIZES), fit(v), rows, block_indices, shape, layout, q_start, scale
-        )
+        inputs, tail = (fit(q, KEY_SIZES), fit(k, KEY_SIZES), fit(v)), (layout, call.q_start, call.scale)
+        dq, dk, dv = selected_backward.select_backward(dout, *inputs, rows, block_indices, call.geometry, *tail)
         return _cut(dq, q), _cut(dk, k), _cut(dv, v)
 
 
-def attention_forward(
-    q: Tensor, k: Tensor, v: Tensor, k_cmp: Tensor, v_cmp: Tensor, k_win: Tensor, v_win: Tensor, gates: Tensor,
-    cu_seqlens: Tensor | None, geometry: Geometry, scale: float,
-) -> tuple[Tensor, ...]:  # fmt: skip
+def attention_forward(inputs: AttentionInputs, call: Call) -> tuple[Tensor, BranchResults]:
     """All stages with what they share made once: layout, fitting tensors, forced blocks and gates."""
-    shape = BlockGeometry(*geometry)
+    q, k, v, k_cmp, v_cmp, k_win, v_win, gates = inputs
+    shape, scale = call.geometry, call.scale
     with torch.cuda.device_of(q):
-        layout = make_layout(cu_seqlens, shape, q.shape[1], k_cmp.shape[1])
+        layout = make_layout(call.cu_seqlens, shape, q.shape[1], k_cmp.shape[1])
         queries, keys, values = fit(q, KEY_SIZES), fit(k, KEY_SIZES), fit(v)
         keys_cmp, values_cmp = fit(k_cmp, KEY_SIZES), fit(v_cmp)
         keys_win, values_win = (keys, values) if k_win is k and v_win is v else (fit(k_win, KEY_SIZES), fit(v_win))
@@ -137,18 +115,19 @@ def attention_forward(
         else:
             known = forced.forced_forward(queries, keys, values, shape, layout, 0, scale)
             out_slc, lse_slc = selected_forward.select_forward(*selected, forced=known, gated=gated)
-        return *(_cut(x, v) for x in (out, out_cmp, out_slc, out_win)), lse_cmp, lse_slc, lse_win, blocks
+        out, out_cmp, out_slc, out_win = (_cut(x, v) for x in (out, out_cmp, out_slc, out_win))
+        return out, BranchResults(out_cmp, out_slc, out_win, lse_cmp, lse_slc, lse_win, blocks)
 
 
 def attention_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, k_cmp: Tensor, v_cmp: Tensor, k_win: Tensor, v_win: Tensor,
-    gates: Tensor, out_cmp: Tensor, out_slc: Tensor, out_win: Tensor, lse_cmp: Tensor, lse_slc: Tensor,
-    lse_win: Tensor, block_indices: Tensor, cu_seqlens: Tensor | None, geometry: Geometry, scale: float,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    """Gradients of all tensors in the order of `attention_forward`; one dQ is added up by the three branches."""
-    shape = BlockGeometry(*geometry)
+    dout: Tensor, inputs: AttentionInputs, branches: BranchResults, call: Call
+) -> tuple[Tensor, ...]:
+    """Gradients in the order of `inputs`; one dQ is added up by the three branches."""
+    q, k, v, k_cmp, v_cmp, k_win, v_win, gates = inputs
+    out_cmp, out_slc, out_win, lse_cmp, lse_slc, lse_win, block_indices = branches
+    shape, scale = call.geometry, call.scale
     with torch.cuda.device_of(q):
-        layout = make_layout(cu_seqlens, shape, q.shape[1], k_cmp.shape[1])
+        layout = make_layout(call.cu_seqlens, shape, q.shape[1], k_cmp.shape[1])
         dout, gates, queries = dout.contiguous(), gates.contiguous(), fit(q, KEY_SIZES)
         dgates, delta = torch.empty_like(gates), torch.empty_like(lse_cmp)
         dbranch = torch.empty_like(dout)  # of one branch after another
@@ -174,8 +153,7 @@ def attention_backward(
             unions.union_query_backward(*selected)
         dq, dk, dv = selected_backward.select_backward(*selected, queries=not union)
         grads = (dq, dk, dv, dk_cmp, dv_cmp, dk_win, dv_win)
-        inputs = (q, k, v, k_cmp, v_cmp, k_win, v_win)
-        return *(_cut(x, like) for x, like in zip(grads, inputs, strict=True)), dgates
+        return *(_cut(x, like) for x, like in zip(grads, inputs, strict=False)), dgates
 
 
 def _union_pays(q: Tensor, k: Tensor, geometry: BlockGeometry, layout: Layout | None, ratio: float) -> bool:
@@ -184,29 +162,23 @@ def _union_pays(q: Tensor, k: Tensor, geometry: BlockGeometry, layout: Layout | 
     return unions.union_pays(q.shape[0] * q.shape[1], docs, group, geometry, ratio)
 
 
-def _dense_forward(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, geometry: BlockGeometry, window: int,
-    q_start: int, k_start: int, scale: float,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+def _dense_forward(q: Tensor, k: Tensor, v: Tensor, window: int, call: Call) -> tuple[Tensor, Tensor]:
     with torch.cuda.device_of(q):
-        layout = make_layout(cu_seqlens, geometry, q.shape[1], k.shape[1])
-        out, lse = dense_forward.dense_forward(
-            fit(q, KEY_SIZES), fit(k, KEY_SIZES), fit(v), geometry, layout, window, q_start, k_start, scale
-        )
+        layout = make_layout(call.cu_seqlens, call.geometry, q.shape[1], k.shape[1])
+        inputs, tail = (fit(q, KEY_SIZES), fit(k, KEY_SIZES), fit(v)), (call.q_start, call.k_start, call.scale)
+        out, lse = dense_forward.dense_forward(*inputs, call.geometry, layout, window, *tail)
         return _cut(out, v), lse
 
 
 def _dense_backward(
-    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-    cu_seqlens: Tensor | None, geometry: BlockGeometry, window: int, q_start: int, k_start: int, scale: float,
+    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, window: int,
+    call: Call,
 ) -> Triple:  # fmt: skip
     with torch.cuda.device_of(q):
-        layout = make_layout(cu_seqlens, geometry, q.shape[1], k.shape[1])
+        layout = make_layout(call.cu_seqlens, call.geometry, q.shape[1], k.shape[1])
         dout, rows = _rows(dout, dlse, out, lse)
-        q_fit, k_fit, v_fit = fit(q, KEY_SIZES), fit(k, KEY_SIZES), fit(v)
-        dq, dk, dv = dense_backward.dense_backward(
-            dout, q_fit, k_fit, v_fit, rows, geometry, layout, window, q_start, k_start, scale
-        )
+        inputs, tail = (fit(q, KEY_SIZES), fit(k, KEY_SIZES), fit(v)), (call.q_start, call.k_start, call.scale)
+        dq, dk, dv = dense_backward.dense_backward(dout, *inputs, rows, call.geometry, layout, window, *tail)
         return _cut(dq, q), _cut(dk, k), _cut(dv, v)
 
 
@@ -221,6 +193,8 @@ def _cut(x: Tensor, like: Tensor) -> Tensor:
     return x if x.shape[-1] == like.shape[-1] else x[..., : like.shape[-1]].contiguous()
 
 
-def paged_decode_forward(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+def paged_decode_forward(
+    q: Tensor, gates: Tensor, view: PagedView, geometry: BlockGeometry, scale: float
+) -> tuple[Tensor, Tensor]:
     with torch.cuda.device_of(q):
-        return decode.paged_decode_forward(q, *rest)
+        return decode.paged_decode_forward(q, gates, view, geometry, scale)

@@ -13,7 +13,6 @@ Arguments and shapes are those of `nsa.ops.paged`.
 # pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportReturnType=false
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -21,6 +20,7 @@ import triton
 from torch import Tensor
 
 from nsa.geometry import BlockGeometry
+from nsa.ops.cache_view import PagedView
 from nsa.ops.triton.decode.attend import decode_choice_window_kernel, decode_merge_kernel, decode_selected_kernel
 from nsa.ops.triton.decode.choice import decode_importance_kernel
 from nsa.ops.triton.decode.compressed import decode_compressed_kernel
@@ -88,15 +88,8 @@ def plan_decode(q: Tensor, num_kv_heads: int, value_head_dim: int, num_pages: in
 def paged_decode_forward(
     q: Tensor,
     gates: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_cmp: Tensor,
-    v_cmp: Tensor,
-    block_table: Tensor,
-    lengths: Tensor,
-    k_win: Tensor | None,
-    v_win: Tensor | None,
-    geometry: Sequence[int],
+    view: PagedView,
+    geometry: BlockGeometry,
     scale: float,
     plan: Plan | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -105,7 +98,7 @@ def paged_decode_forward(
     Raises:
         ValueError: a head size beyond the largest tile.
     """
-    shape = BlockGeometry(*geometry)
+    k, v, k_cmp, v_cmp, block_table, lengths, k_win, v_win = view
     (batch, queries, heads, dk), dv, hkv, num_pages = q.shape, v.shape[3], k.shape[1], block_table.shape[1]
     if max(dk, dv) > VALUE_SIZES[-1]:
         raise ValueError(f"backend 'triton' takes head sizes up to {VALUE_SIZES[-1]}, not {max(dk, dv)}; use 'torch'")
@@ -115,11 +108,12 @@ def paged_decode_forward(
     ring, v_ring = (k, v) if k_win is None or v_win is None else (_rows_together(k_win), _rows_together(v_win))
     block_table = block_table if block_table.stride(1) == 1 else block_table.contiguous()
     lengths = lengths.contiguous()
-    plan = plan_decode(q, hkv, dv, num_pages, shape) if plan is None else plan
+    plan = plan_decode(q, hkv, dv, num_pages, geometry) if plan is None else plan
     group, units = heads // hkv, batch * queries * heads
-    num_tiles, spans, n = triton.cdiv(num_pages, plan.tile), num_spans(shape), shape.num_selected_blocks
+    num_tiles, spans, n = triton.cdiv(num_pages, plan.tile), num_spans(geometry), geometry.num_selected_blocks
     selected = triton.cdiv(n, plan.blocks)
-    items = selected + triton.cdiv(triton.cdiv(shape.window_size - 1, shape.select_block_size) + 1, plan.window_blocks)
+    num_window_blocks = triton.cdiv(geometry.window_size - 1, geometry.select_block_size) + 1
+    items = selected + triton.cdiv(num_window_blocks, plan.window_blocks)
 
     def scratch(*sizes: int) -> Tensor:
         return torch.empty(sizes, dtype=torch.float32, device=q.device)
@@ -133,18 +127,18 @@ def paged_decode_forward(
 
     launch = {"PDL": True, "launch_pdl": True} if plan.overlaps else {"PDL": False}
     sizes = {"Q": queries, "G": group, "HKV": hkv}
-    cells = {"SIZE": shape.compress_block_size, "STRIDE": shape.compress_stride}
-    cells |= {"PER_BLOCK": shape.strides_per_select, "TILE": plan.tile, "NUM_SPLITS": plan.splits}
+    cells = {"SIZE": geometry.compress_block_size, "STRIDE": geometry.compress_stride}
+    cells |= {"PER_BLOCK": geometry.strides_per_select, "TILE": plan.tile, "NUM_SPLITS": plan.splits}
     features = {"DK": dk, "DV": dv, "DK_PADDED": max(16, triton.next_power_of_2(dk))}
     features |= {"DV_PADDED": max(16, triton.next_power_of_2(dv)), "PRECISION": dot_precision(q)}
     attend = {"ROWS": max(16, triton.next_power_of_2(group)), "STEP": plan.step}
-    attend |= {"SELECTED": selected, "ITEMS": items, "SELECT": shape.select_block_size, "N": n, "STAGES": 3}
+    attend |= {"SELECTED": selected, "ITEMS": items, "SELECT": geometry.select_block_size, "N": n, "STAGES": 3}
     padded_splits, scale_log2 = triton.next_power_of_2(plan.splits), scale * LOG2E
 
     decode_compressed_kernel[(plan.splits, hkv * triton.cdiv(queries * group, plan.rows), batch)](
         q, k_cmp, v_cmp, block_table, lengths, out_cmp, stat_cmp, mass, top, scale_log2, block_table.stride(0),
         k_cmp.stride(0), k_cmp.stride(1), v_cmp.stride(0), v_cmp.stride(1), num_pages, num_tiles, ROWS=plan.rows,
-        SELECT=shape.select_block_size, PADDED=triton.next_power_of_2(shape.strides_per_select), SPANS=spans,
+        SELECT=geometry.select_block_size, PADDED=triton.next_power_of_2(geometry.strides_per_select), SPANS=spans,
         STAGES=plan.stages, num_warps=8 if plan.rows * features["DV_PADDED"] > 4096 else 4, **sizes, **features,
         **cells,
     )  # fmt: skip
@@ -158,9 +152,9 @@ def paged_decode_forward(
     decode_choice_window_kernel[(hkv, batch, queries + windows)](
         q, ring, v_ring, block_table, lengths, score, indices, part, stat, scale_log2, block_table.stride(0),
         ring.stride(0), ring.stride(1), v_ring.stride(0), v_ring.stride(1), ring.shape[2], num_pages,
-        BLOCKS=plan.window_blocks, WINDOW=shape.window_size, RING=ring is not k, SIZE=cells["SIZE"],
-        STRIDE=cells["STRIDE"], PER_BLOCK=cells["PER_BLOCK"], SPANS=spans, INIT=shape.num_init_blocks,
-        LOCAL=shape.num_local_blocks, N_PADDED=triton.next_power_of_2(n), FEW=few, CANDIDATES=candidates,
+        BLOCKS=plan.window_blocks, WINDOW=geometry.window_size, RING=ring is not k, SIZE=cells["SIZE"],
+        STRIDE=cells["STRIDE"], PER_BLOCK=cells["PER_BLOCK"], SPANS=spans, INIT=geometry.num_init_blocks,
+        LOCAL=geometry.num_local_blocks, N_PADDED=triton.next_power_of_2(n), FEW=few, CANDIDATES=candidates,
         num_warps=4 if candidates <= 4096 else 16, **sizes, **features, **attend, **launch,
     )  # fmt: skip
     decode_selected_kernel[(selected, hkv, batch * queries)](
