@@ -28,11 +28,11 @@ from itertools import accumulate
 from pathlib import Path
 
 import torch
-from nsa.eval.loss import NextTokenLoss
 from torch import Tensor
 
 from nsa.bench.protocol import print_table, timed_s, write_results
 from nsa.hf import NSAConfig, NSAForCausalLM, dense_nsa
+from nsa.loss import NextTokenLoss
 from nsa.train.model import compile_layers
 
 SHORT = 64  # tokens of a short document
