@@ -46,8 +46,8 @@ class Settings:
     rows: int = 8
     length: int = 8192
     layers: int = 12
-    warmup: int = 4
-    steps: int = 12
+    warmup: int = 2
+    steps: int = 8
 
 
 @dataclass(frozen=True)
