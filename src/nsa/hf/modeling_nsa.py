@@ -261,7 +261,7 @@ class NSAModel(NSAPreTrainedModel):
         return BaseModelOutputWithPast(
             last_hidden_state=x,  # pyright: ignore[reportArgumentType]
             hidden_states=(*hidden[:-1], x) if keep_hidden else None,  # pyright: ignore[reportArgumentType]
-            **{CACHE_NAME: cache},
+            **{CACHE_NAME: cache},  # pyright: ignore[reportArgumentType]
         )
 
     def _cache(
