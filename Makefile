@@ -1,8 +1,10 @@
 # make showcase   train, evaluate and sample a small model on the CPU, from nothing, in five minutes; again: goes on
 # make showcase-dense   its twin with dense attention, as many steps and parameters, and both on one page
 # make test       lint, types and the whole CPU suite
+#                 with other versions: rm -r .venv && make test CONSTRAINTS=constraints-oldest.txt, or CONSTRAINTS= for the newest
 # make test-gpu   the GPU suite, on a machine with a CUDA device and torch already installed
 PYTHON ?= python3
+CONSTRAINTS ?= constraints.txt
 VENV   := .venv
 BIN    := $(VENV)/bin
 CONFIG ?= configs/train_showcase.yaml
@@ -12,10 +14,10 @@ READY  := $(VENV)/.installed-dev
 
 .PHONY: showcase showcase-dense test test-gpu lint clean
 
-$(VENV)/.installed-%: pyproject.toml constraints.txt
+$(VENV)/.installed-%: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11 ...")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$*]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(addprefix -c ,$(CONSTRAINTS)) -e '.[$*]'
 	touch $@
 
 # A run folder that is there already is gone on with, or pointed at where it is finished.

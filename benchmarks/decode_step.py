@@ -29,7 +29,7 @@ from nsa import BlockGeometry, PagedView, paged_decode
 from nsa.bench.protocol import print_table, write_results
 
 GEOMETRY = BlockGeometry()
-KERNELS = ("compressed", "score_window", "choice", "selected", "merge")
+KERNELS = ("compressed", "importance", "choice_window", "selected", "merge")
 DENSE = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
 # Query heads, key/value heads, rows, context.
 SHAPES = (
@@ -60,8 +60,8 @@ class Row:
     over_cudnn: float
     over_flash: float
     compressed_us: float
-    score_window_us: float
-    choice_us: float
+    importance_us: float
+    choice_window_us: float
     selected_us: float
     merge_us: float
     read_mib: float

@@ -66,3 +66,7 @@ def test_the_metadata_are_complete(wheel: zipfile.ZipFile) -> None:
     assert metadata["Description-Content-Type"] == "text/markdown"
     assert metadata.get_payload().lstrip().startswith("# ")  # pyright: ignore[reportAttributeAccessIssue]
     assert any(name.endswith("licenses/LICENSE") for name in wheel.namelist())
+
+
+def test_type_checkers_find_the_types(wheel: zipfile.ZipFile) -> None:
+    assert "nsa/py.typed" in wheel.namelist()

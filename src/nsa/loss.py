@@ -28,8 +28,8 @@ class NextTokenLoss(nn.Module):
     """A causal language model with its loss: the sum of -log p(label) over the valid labels.
 
     Args:
-        model: called with `input_ids`, `cu_seqlens` and `use_cache`, gives `logits`. Where there would be more than
-            `max_logits` of them, `model.model` and `model.lm_head` (no bias) are called instead.
+        model: called with `input_ids`, `cu_seqlens`, `max_length_q` and `use_cache`, gives `logits`. Where there would
+            be more than `max_logits` of them, `model.model` and `model.lm_head` (no bias) are called instead.
         max_logits: logits that may exist at a time.
         compiled: in training, run the arithmetic on the logits through torch.compile: two passes instead of ten.
     """
@@ -46,13 +46,15 @@ class NextTokenLoss(nn.Module):
 
         Args:
             input_ids, labels: `[B, T]`; the label of each token, -100 where there is none.
-            cu_seqlens: bounds of the documents over the flattened B*T tokens; None: each row is one document.
+            cu_seqlens: bounds of the documents over the flattened B*T tokens, with all row ends; None: each row is one
+                document.
         """
+        longest = input_ids.shape[1]
         if cu_seqlens is not None:
             input_ids = input_ids.reshape(1, -1)
         labels = labels.reshape(-1)
         model: Any = self.model
-        call = {"input_ids": input_ids, "cu_seqlens": cu_seqlens, "use_cache": False}
+        call = {"input_ids": input_ids, "cu_seqlens": cu_seqlens, "max_length_q": longest, "use_cache": False}
         if labels.numel() * self.vocab_size <= self.max_logits:
             logits = model(**call).logits.flatten(0, 1)
             return F.cross_entropy(

@@ -16,6 +16,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from gluon_emulator import emulate
 from nsa.geometry import BlockGeometry
 from nsa.ops import reference, triton as backend
 from nsa.ops.call import AttentionInputs, Call
@@ -29,7 +30,6 @@ from nsa.ops.triton.selected import (
     union as unions,
 )
 from nsa.ops.triton.topk import choice
-from ops.gluon_emulator import emulate
 
 SMALL = BlockGeometry(8, 4, 16, 4, 1, 2, 24)
 WIDE = BlockGeometry(8, 4, 16, 4, 1, 2, 150)

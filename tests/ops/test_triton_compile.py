@@ -13,7 +13,7 @@ import pytest
 pytest.importorskip("triton")
 
 PROGRAM = Path(__file__).with_name("triton_compile.py")
-SOURCE = Path(__file__).parents[2] / "src"
+PATHS = [str(Path(__file__).parents[2] / "src"), str(Path(__file__).parents[1])]
 KERNELS = {
     "mean_pool_kernel", "mean_pool_backward_kernel", "delta_kernel", "choice_kernel", "count_kernel",
     "sort_kernel", "first_item_kernel", "item_kernel", "select_forward_kernel", "select_reduce_kernel",
@@ -29,7 +29,7 @@ HOPPER_KERNELS = {
     "hopper_union_query_kernel",
 }  # fmt: skip
 DECODE_KERNELS = {
-    "decode_compressed_kernel", "decode_score_window_kernel", "decode_choice_kernel", "decode_selected_kernel",
+    "decode_compressed_kernel", "decode_importance_kernel", "decode_choice_window_kernel", "decode_selected_kernel",
     "decode_merge_kernel",
 }  # fmt: skip
 LAYOUT_KERNELS = {"_compressed_bounds", "_spread"}
@@ -41,7 +41,7 @@ LIMITS = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 def compiled(architecture: int, dtype: str, group_size: int, head_dim: int, packed: bool, cache: Path) -> list[dict]:
     arguments = [str(x) for x in (architecture, dtype, group_size, head_dim, int(packed))]
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment |= {"PYTHONPATH": str(SOURCE), "TRITON_CACHE_DIR": str(cache)}
+    environment |= {"PYTHONPATH": os.pathsep.join(PATHS), "TRITON_CACHE_DIR": str(cache)}
     run = subprocess.run(
         [sys.executable, str(PROGRAM), *arguments],
         env=environment,

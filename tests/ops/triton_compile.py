@@ -1,8 +1,9 @@
 """Compile every Triton kernel for a GPU that is not here, as its wrapper would launch it; prints one JSON line each.
 
-    PYTHONPATH=src python tests/ops/triton_compile.py 90 bfloat16 16 128 0  # architecture, dtype, G, head size, packed
+    PYTHONPATH=src:tests python tests/ops/triton_compile.py 90 bfloat16 16 128 0
 
-The wrappers run on CPU tensors; a launch compiles its kernel for the architecture and does not run it.
+Arguments are architecture, dtype, query heads a group, head size and whether documents are packed. The
+wrappers run on CPU tensors; a launch compiles its kernel for the architecture and does not run it.
 """
 
 from __future__ import annotations
@@ -13,10 +14,9 @@ from functools import partial
 from typing import Any
 
 import torch
-from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
-from triton.runtime.jit import JITFunction
 
+from ahead_of_time import compile_launches
 from nsa.geometry import BlockGeometry
 from nsa.ops import triton as backend
 from nsa.ops.cache_view import PagedView
@@ -27,35 +27,9 @@ from nsa.ops.triton.selected import backward as selected_backward, forward as se
 from nsa.ops.triton.topk import choice
 
 
-class NoGpuDriver:
-    """As much of a Triton driver as compiling asks for."""
-
-    def __init__(self, architecture: int) -> None:
-        self.architecture = architecture
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", self.architecture, 32)
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int = 0) -> int:
-        return 0
-
-    def get_active_torch_device(self) -> torch.device:
-        return torch.device("cpu")
-
-
 def compile_only(architecture: int) -> list[tuple[str, Any]]:
     """Make every launch compile its kernel instead, and collect name and kernel."""
-    kernels: list[tuple[str, Any]] = []
-    driver.set_active(NoGpuDriver(architecture))
-    launch = JITFunction.run
-
-    def run(self: JITFunction, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
-        kernels.append((self.__name__, launch(self, *args, grid=grid, warmup=True, **options)))
-
-    JITFunction.run = run
+    kernels = compile_launches(architecture)
     for module in (dense_forward, dense_backward, forced, choice, selected_forward, selected_backward, unions):
         module.has_large_shared_memory = lambda x: architecture >= 90
     gpu.is_hopper = lambda x: architecture == 90

@@ -17,10 +17,14 @@ import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, StaticLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from nsa.cache import GrowingBuffer, NSACache, RollingBuffer
 
 from .configuration_nsa import NSAConfig
+
+# The field of a model's outputs; transformers 5.24 has renamed it.
+CACHE_NAME = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 
 class HeldKeys(NamedTuple):

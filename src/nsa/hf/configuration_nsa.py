@@ -62,7 +62,7 @@ class NSAConfig(PreTrainedConfig):
     """
 
     model_type = "nsa"
-    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012  (transformers reads a plain list)
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]  # noqa: RUF012  (transformers reads a plain list)
 
     vocab_size: int = 32000
     hidden_size: int = 768

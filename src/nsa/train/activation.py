@@ -17,7 +17,7 @@ import torch
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from nsa.hf import NSAForCausalLM
-from nsa.ops import registry  # noqa: F401  (defines torch.ops.nsa)
+from nsa.ops import registry  # noqa: F401  (defines torch.ops.nsa; nsa.hf has had torch.ops.torch_attn defined)
 
 Kind = Literal["none", "selective", "full"]
 CHOICE = frozenset({torch.ops.nsa.select_blocks.default, torch.ops.nsa.attention.default})
@@ -29,6 +29,7 @@ ATTENTION = CHOICE | {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.torch_attn._varlen_attn.default,
 }
 
 

@@ -60,7 +60,7 @@ def compile_layers(model: NSAForCausalLM, backend: str = "inductor") -> None:
     # DDP would have graphs cut where its buckets end; layers are pieces enough for its exchange to run beside backward.
     torch._dynamo.config.optimize_ddp = False
     for layer in model.model.layers:
-        # Dense attention over packed documents reads their bounds on the host.
+        # Dense attention over packed documents reads their bounds on the host where varlen_attn does not serve.
         whole = isinstance(layer.self_attn, NSAAttention)
         compiled = torch.compile(layer.forward, fullgraph=whole, backend=backend)
         layer.forward = partial(_forward, layer.forward, compiled)

@@ -1,7 +1,8 @@
 """Decoding on the GPU: one step of 1 to 8 queries for each row of a paged cache, at lengths that only the device knows.
 
-Five launches: `compressed.py` (compressed attention, split over the context), `attend.py` (importance and window
-together, later the chosen blocks), `choice.py` (top-n), and the sum of the branches. Their grids follow from the shapes
+Five launches: `compressed.py` (compressed attention, split over the context), `choice.py` (importance), then in
+`attend.py` the choice together with the window, whose reads it leaves time for, the chosen blocks, and the sum of the
+branches. Their grids follow from the shapes
 alone, so one CUDA graph serves every length; each program reads its row's length and ends at once when there is nothing
 for it.
 
@@ -20,8 +21,8 @@ from torch import Tensor
 
 from nsa.geometry import BlockGeometry
 from nsa.ops.cache_view import PagedView
-from nsa.ops.triton.decode.attend import decode_merge_kernel, decode_score_window_kernel, decode_selected_kernel
-from nsa.ops.triton.decode.choice import decode_choice_kernel
+from nsa.ops.triton.decode.attend import decode_choice_window_kernel, decode_merge_kernel, decode_selected_kernel
+from nsa.ops.triton.decode.choice import decode_importance_kernel
 from nsa.ops.triton.decode.compressed import decode_compressed_kernel
 from nsa.ops.triton.gpu import LOG2E, VALUE_SIZES, dot_precision, num_multiprocessors
 
@@ -31,8 +32,9 @@ class Plan(NamedTuple):
 
     Attributes:
         rows: heads and queries that a program of the compressed branch holds.
-        tile: selection blocks of the compressed branch's inner step.
+        tile, stages: selection blocks of the compressed branch's inner step, and how many steps are in flight.
         splits: shares of the context in the compressed branch.
+        chunk: selection blocks whose importance a program adds up.
         blocks, window_blocks: selection blocks of an item of the selected branch and of the window.
         step: keys of their inner step.
         overlaps: whether a launch may begin while the one before it ends (programmatic launch, Hopper and newer).
@@ -40,7 +42,9 @@ class Plan(NamedTuple):
 
     rows: int
     tile: int
+    stages: int
     splits: int
+    chunk: int
     blocks: int
     window_blocks: int
     step: int
@@ -66,16 +70,19 @@ def plan_decode(q: Tensor, num_kv_heads: int, value_head_dim: int, num_pages: in
     rows = min(64 if narrow else 16, max(16, triton.next_power_of_2(num_rows)))
     row_bytes = (triton.next_power_of_2(head_dim) + triton.next_power_of_2(value_head_dim)) * q.element_size()
     keys = min(64, max(16, 2 ** ((32768 // row_bytes).bit_length() - 1)))  # 32 KiB of keys and values a buffer
-    tile = max(1, max(16, keys // 2) // triton.next_power_of_2(geometry.strides_per_select))
+    units = batch * queries * num_kv_heads
+    many = units >= 64  # enough to fill the device: longer steps of fewer programs
+    tile = max(1, max(16, keys if many else keys // 2) // triton.next_power_of_2(geometry.strides_per_select))
     tile = max(tile, triton.next_power_of_2(num_spans(geometry) - 1))
     programs = batch * num_kv_heads * triton.cdiv(num_rows, rows)
     splits = max(2, min(64, round(3 * num_multiprocessors(q) / programs)))
-    units = batch * queries * num_kv_heads
     block = triton.next_power_of_2(geometry.select_block_size)
     items = (512, 256) if units >= 128 else (256, 128) if units >= 64 else (64, 64)  # keys, selected and window
     overlaps = q.is_cuda and torch.cuda.get_device_capability(q.device) >= (9, 0)
     blocks, window_blocks = (max(1, item // block, keys // block) for item in items)
-    return Plan(rows, tile, min(splits, triton.cdiv(num_pages, tile)), blocks, window_blocks, keys, overlaps)
+    splits = min(splits, triton.cdiv(num_pages, tile))
+    chunk = min(256, 4096 // triton.next_power_of_2(heads // num_kv_heads)) if many else 64  # what registers hold
+    return Plan(rows, tile, 3 if many else 5, splits, chunk, blocks, window_blocks, keys, overlaps)
 
 
 def paged_decode_forward(
@@ -132,24 +139,23 @@ def paged_decode_forward(
         q, k_cmp, v_cmp, block_table, lengths, out_cmp, stat_cmp, mass, top, scale_log2, block_table.stride(0),
         k_cmp.stride(0), k_cmp.stride(1), v_cmp.stride(0), v_cmp.stride(1), num_pages, num_tiles, ROWS=plan.rows,
         SELECT=geometry.select_block_size, PADDED=triton.next_power_of_2(geometry.strides_per_select), SPANS=spans,
-        STAGES=5, num_warps=8 if plan.rows * features["DV_PADDED"] > 4096 else 4, **sizes, **features, **cells,
+        STAGES=plan.stages, num_warps=8 if plan.rows * features["DV_PADDED"] > 4096 else 4, **sizes, **features,
+        **cells,
     )  # fmt: skip
-    chunk = max(128, plan.tile)
-    num_chunks = triton.cdiv(num_pages, chunk)
-    decode_score_window_kernel[(num_chunks + items - selected, hkv, batch * queries)](
-        stat_cmp, mass, top, score, q, ring, v_ring, block_table, lengths, part, stat, scale_log2,
-        block_table.stride(0), ring.stride(0), ring.stride(1), v_ring.stride(0), v_ring.stride(1), ring.shape[2],
-        num_pages, num_tiles, num_chunks, WINDOW=geometry.window_size, RING=ring is not k,
-        HEADS=triton.next_power_of_2(group), SPLITS_PADDED=padded_splits, SPANS=spans, CHUNK=chunk,
-        BLOCKS=plan.window_blocks, num_warps=4, **sizes, **cells, **features, **attend, **launch,
+    chunk = max(plan.chunk, plan.tile)
+    decode_importance_kernel[(triton.cdiv(num_pages, chunk), hkv, batch * queries)](
+        stat_cmp, mass, top, lengths, score, num_pages, num_tiles, HEADS=triton.next_power_of_2(group),
+        SPLITS_PADDED=padded_splits, SPANS=spans, CHUNK=chunk, num_warps=4, **sizes, **cells, **launch,
     )  # fmt: skip
-    candidates = triton.next_power_of_2(num_pages)
-    decode_choice_kernel[(queries, hkv, batch)](
-        lengths, score, indices, num_pages, Q=queries, HKV=hkv, SIZE=cells["SIZE"], STRIDE=cells["STRIDE"],
-        SELECT=geometry.select_block_size, PER_BLOCK=geometry.strides_per_select, SPANS=spans,
-        INIT=geometry.num_init_blocks, LOCAL=geometry.num_local_blocks, N=n, N_PADDED=triton.next_power_of_2(n),
-        FEW=min(1024, candidates),
-        CANDIDATES=candidates, num_warps=4 if candidates <= 4096 else 16, **launch,
+    candidates, windows = triton.next_power_of_2(num_pages), queries * (items - selected)
+    few = min(1024, candidates)
+    decode_choice_window_kernel[(hkv, batch, queries + windows)](
+        q, ring, v_ring, block_table, lengths, score, indices, part, stat, scale_log2, block_table.stride(0),
+        ring.stride(0), ring.stride(1), v_ring.stride(0), v_ring.stride(1), ring.shape[2], num_pages,
+        BLOCKS=plan.window_blocks, WINDOW=geometry.window_size, RING=ring is not k, SIZE=cells["SIZE"],
+        STRIDE=cells["STRIDE"], PER_BLOCK=cells["PER_BLOCK"], SPANS=spans, INIT=geometry.num_init_blocks,
+        LOCAL=geometry.num_local_blocks, N_PADDED=triton.next_power_of_2(n), FEW=few, CANDIDATES=candidates,
+        num_warps=4 if candidates <= 4096 else 16, **sizes, **features, **attend, **launch,
     )  # fmt: skip
     decode_selected_kernel[(selected, hkv, batch * queries)](
         q, k, v, block_table, lengths, indices, part, stat, scale_log2, block_table.stride(0), k.stride(0),

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_wait
 
-from nsa.ops.triton.decode.choice import score_chunk
+from nsa.ops.triton.decode.choice import choose_blocks
 from nsa.ops.triton.decode.compressed import num_compressed, split_of_blocks
 
 
@@ -110,30 +110,29 @@ def decode_selected_kernel(
 
 
 @triton.jit
-def decode_score_window_kernel(
-    cmp_stat_ptr, mass_ptr, top_ptr, score_ptr, q_ptr, k_ptr, v_ptr, table_ptr, length_ptr, out_ptr, stat_ptr,
-    scale_log2, table_stride, k_page, k_head, v_page, v_head, ring, num_blocks, num_tiles, num_chunks,
-    Q: tl.constexpr, G: tl.constexpr, HKV: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, DK_PADDED: tl.constexpr,
-    DV_PADDED: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr, STEP: tl.constexpr, SELECTED: tl.constexpr,
-    ITEMS: tl.constexpr, WINDOW: tl.constexpr, RING: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
-    HEADS: tl.constexpr, TILE: tl.constexpr, NUM_SPLITS: tl.constexpr, SPLITS_PADDED: tl.constexpr,
-    SIZE: tl.constexpr, STRIDE: tl.constexpr, SELECT: tl.constexpr, N: tl.constexpr, PER_BLOCK: tl.constexpr,
-    SPANS: tl.constexpr, CHUNK: tl.constexpr, PDL: tl.constexpr,
+def decode_choice_window_kernel(
+    q_ptr, k_ptr, v_ptr, table_ptr, length_ptr, score_ptr, index_ptr, out_ptr, stat_ptr, scale_log2, table_stride,
+    k_page, k_head, v_page, v_head, ring, num_blocks, Q: tl.constexpr, G: tl.constexpr, HKV: tl.constexpr,
+    DK: tl.constexpr, DV: tl.constexpr, DK_PADDED: tl.constexpr, DV_PADDED: tl.constexpr, ROWS: tl.constexpr,
+    BLOCKS: tl.constexpr, STEP: tl.constexpr, SELECTED: tl.constexpr, ITEMS: tl.constexpr, SELECT: tl.constexpr,
+    N: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, WINDOW: tl.constexpr, RING: tl.constexpr,
+    SIZE: tl.constexpr, STRIDE: tl.constexpr, PER_BLOCK: tl.constexpr, SPANS: tl.constexpr, INIT: tl.constexpr,
+    LOCAL: tl.constexpr, N_PADDED: tl.constexpr, FEW: tl.constexpr, CANDIDATES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Importance of a chunk of blocks, or one item of the window, whose reads fill the memory's time meanwhile."""
+    """The blocks of one query, or one item of its window, whose reads fill the memory's time meanwhile."""
     if PDL:
         gdc_wait()
-    part, head, which = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    if part < num_chunks:
-        score_chunk(
-            part * CHUNK, head, which, cmp_stat_ptr, mass_ptr, top_ptr, length_ptr, score_ptr, num_blocks, num_tiles,
-            Q, G, HKV, HEADS, TILE, NUM_SPLITS, SPLITS_PADDED, SIZE, STRIDE, PER_BLOCK, SPANS, CHUNK,
+    head, batch, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    if part < Q:
+        choose_blocks(
+            part, head, batch, length_ptr, score_ptr, index_ptr, num_blocks, Q, HKV, SIZE, STRIDE, SELECT, PER_BLOCK,
+            SPANS, INIT, LOCAL, N, N_PADDED, FEW, CANDIDATES,
         )  # fmt: skip
     else:
         attend_item(
-            part - num_chunks, head, which, q_ptr, k_ptr, v_ptr, table_ptr, length_ptr, table_ptr, out_ptr, stat_ptr,
-            scale_log2, table_stride, k_page, k_head, v_page, v_head, ring, num_blocks, True, Q, G, HKV, DK, DV,
-            DK_PADDED, DV_PADDED, ROWS, BLOCKS, STEP, SELECTED, ITEMS, SELECT, N, WINDOW, RING, PRECISION, STAGES,
+            part // Q - 1, head, batch * Q + part % Q, q_ptr, k_ptr, v_ptr, table_ptr, length_ptr, index_ptr, out_ptr,
+            stat_ptr, scale_log2, table_stride, k_page, k_head, v_page, v_head, ring, num_blocks, True, Q, G, HKV, DK,
+            DV, DK_PADDED, DV_PADDED, ROWS, BLOCKS, STEP, SELECTED, ITEMS, SELECT, N, WINDOW, RING, PRECISION, STAGES,
         )  # fmt: skip
 
 

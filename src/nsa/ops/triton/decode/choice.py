@@ -1,8 +1,8 @@
 """The blocks of each query of a decode step: importance from what `compressed.py` wrote, forced blocks, top-n.
 
-`score_chunk` adds up the importance of a chunk of candidates in fp32 (Eq. 9, 10), in a launch of `attend.py`. Then one
-program for each (row, query, group) finds the n-th largest by bisection on the bits of the scores; ties go to the lower
-index because equal scores are ranked by a running count.
+`decode_importance_kernel` adds up the importance of a chunk of candidates in fp32 (Eq. 9, 10). Then one program for
+each (row, query, group), in a launch of `attend.py`, finds the n-th largest by bisection on the bits of the scores;
+ties go to the lower index because equal scores are ranked by a running count.
 """
 
 # Kernels are typed by Triton, not by Python.
@@ -63,13 +63,16 @@ def choose(score_ptr, index_ptr, position, scored, wanted, SELECT: tl.constexpr,
 
 
 @triton.jit
-def score_chunk(
-    start, head, which, stat_ptr, mass_ptr, top_ptr, length_ptr, score_ptr, num_blocks, num_tiles, Q: tl.constexpr,
-    G: tl.constexpr, HKV: tl.constexpr, HEADS: tl.constexpr, TILE: tl.constexpr, NUM_SPLITS: tl.constexpr,
-    SPLITS_PADDED: tl.constexpr, SIZE: tl.constexpr, STRIDE: tl.constexpr, PER_BLOCK: tl.constexpr,
-    SPANS: tl.constexpr, CHUNK: tl.constexpr,
+def decode_importance_kernel(
+    stat_ptr, mass_ptr, top_ptr, length_ptr, score_ptr, num_blocks, num_tiles, Q: tl.constexpr, G: tl.constexpr,
+    HKV: tl.constexpr, HEADS: tl.constexpr, TILE: tl.constexpr, NUM_SPLITS: tl.constexpr, SPLITS_PADDED: tl.constexpr,
+    SIZE: tl.constexpr, STRIDE: tl.constexpr, PER_BLOCK: tl.constexpr, SPANS: tl.constexpr, CHUNK: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Importance of CHUNK blocks for one query and group (Eq. 9, 10)."""
+    if PDL:
+        gdc_wait()
+    start, head, which = tl.program_id(0) * CHUNK, tl.program_id(1), tl.program_id(2)
     batch, query = which // Q, which % Q
     length = tl.load(length_ptr + batch)
     last = tl.cdiv(num_compressed(length, SIZE, STRIDE), PER_BLOCK)
@@ -101,16 +104,13 @@ def score_chunk(
 
 
 @triton.jit
-def decode_choice_kernel(
-    length_ptr, score_ptr, index_ptr, num_blocks, Q: tl.constexpr, HKV: tl.constexpr, SIZE: tl.constexpr,
-    STRIDE: tl.constexpr, SELECT: tl.constexpr, PER_BLOCK: tl.constexpr, SPANS: tl.constexpr, INIT: tl.constexpr,
-    LOCAL: tl.constexpr, N: tl.constexpr, N_PADDED: tl.constexpr, FEW: tl.constexpr, CANDIDATES: tl.constexpr,
-    PDL: tl.constexpr,
+def choose_blocks(
+    query, head, batch, length_ptr, score_ptr, index_ptr, num_blocks, Q: tl.constexpr, HKV: tl.constexpr,
+    SIZE: tl.constexpr, STRIDE: tl.constexpr, SELECT: tl.constexpr, PER_BLOCK: tl.constexpr, SPANS: tl.constexpr,
+    INIT: tl.constexpr, LOCAL: tl.constexpr, N: tl.constexpr, N_PADDED: tl.constexpr, FEW: tl.constexpr,
+    CANDIDATES: tl.constexpr,
 ):  # fmt: skip
     """Blocks of one query; rows of at most FEW blocks are searched with so many candidates, others with CANDIDATES."""
-    if PDL:
-        gdc_wait()
-    query, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     length = tl.minimum(tl.load(length_ptr + batch), num_blocks * SELECT)
     position = length - Q + query
     which = (batch * Q + query) * HKV + head
@@ -118,12 +118,12 @@ def decode_choice_kernel(
     slot = tl.arange(0, N_PADDED)
     if position < 0:  # padding
         tl.store(index_ptr + slot, -1, slot < N)
-        return
-    wanted = tl.minimum(position // SELECT + 1, N)
-    tl.store(index_ptr + slot, -1, (slot < N) & (slot >= wanted))
-    scored = tl.cdiv(num_compressed(length, SIZE, STRIDE), PER_BLOCK) + SPANS - 1
-    score_ptr += which.to(tl.int64) * num_blocks
-    if position // SELECT < FEW:
-        choose(score_ptr, index_ptr, position, scored, wanted, SELECT, INIT, LOCAL, FEW)
     else:
-        choose(score_ptr, index_ptr, position, scored, wanted, SELECT, INIT, LOCAL, CANDIDATES)
+        wanted = tl.minimum(position // SELECT + 1, N)
+        tl.store(index_ptr + slot, -1, (slot < N) & (slot >= wanted))
+        scored = tl.cdiv(num_compressed(length, SIZE, STRIDE), PER_BLOCK) + SPANS - 1
+        score_ptr += which.to(tl.int64) * num_blocks
+        if position // SELECT < FEW:
+            choose(score_ptr, index_ptr, position, scored, wanted, SELECT, INIT, LOCAL, FEW)
+        else:
+            choose(score_ptr, index_ptr, position, scored, wanted, SELECT, INIT, LOCAL, CANDIDATES)

@@ -98,7 +98,8 @@ def _block_numbers(
     base = 0
     if PACKED:
         base = tl.load(base_ptr + t, mask=live, other=0)
-    set_slot = live & (slot < SLOTS)
+    # Not `live & (...)`: the interpreter of Triton 3.9 refuses masks made from one scalar for all slots.
+    set_slot = slot < tl.where(live, SLOTS, 0)
     chosen = tl.load(choice_ptr + slot // RATIO, mask=set_slot, other=-1)
     number = (base + chosen) * RATIO + slot % RATIO
     set_slot = set_slot & (chosen >= 0) & (number < J)

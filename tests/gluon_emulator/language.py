@@ -5,10 +5,13 @@ Layouts are ignored; compiling ahead of time checks those. What is not here stop
 
 from __future__ import annotations
 
-import linecache
+import ast
+import functools
+import sys
 import types
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,8 +19,8 @@ import triton.language as tl
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import ampere, hopper
 
-from ops.gluon_machine import Barrier, BarrierArray, Buffer, Program, Range
-from ops.gluon_values import (
+from gluon_emulator.machine import Barrier, BarrierArray, Buffer, Program, Range
+from gluon_emulator.values import (
     POISON,
     Anything,
     EmulationError,
@@ -51,11 +54,33 @@ def run_in(program: Program, code: types.CodeType) -> Iterator[None]:
 
 
 def name_of_allocation() -> str:
-    """The variable that the kernel gives what is allocated, as far as its source line tells."""
-    place = where_in_kernel(_running[1])
-    file, line = _running[1].co_filename, int(place.rpartition(":")[2])
-    name = linecache.getline(file, line).partition("=")[0].strip()
-    return name if name.isidentifier() else place
+    """What the kernel and the functions that it called name what is allocated, as in `k_pipe.full`."""
+    names, frame = [], sys._getframe(1)
+    while frame is not None:
+        if frame.f_globals.get("__emulated__"):
+            names.append(name_of_result(frame.f_code.co_filename, frame.f_lineno, frame.f_code is _running[1]))
+        if frame.f_code is _running[1]:
+            break
+        frame = frame.f_back
+    return ".".join(name for name in reversed(names) if name) or where_in_kernel(_running[1])
+
+
+def name_of_result(file: str, line: int, in_kernel: bool) -> str:
+    """The variable that a line assigns to; none in a function that returns it, since its caller has a name for it."""
+    inside = [x for x in ast.walk(parsed(file)) if isinstance(x, ast.stmt) and x.lineno <= line <= (x.end_lineno or 0)]
+    statement = inside[-1]
+    if not isinstance(statement, ast.Assign) or not isinstance(statement.targets[0], ast.Name):
+        return ""
+    name = statement.targets[0].id
+    function = next(x for x in reversed(inside) if isinstance(x, ast.FunctionDef))
+    returns = [x.value for x in ast.walk(function) if isinstance(x, ast.Return)]
+    returned = any(isinstance(x, ast.Name) and x.id == name for x in returns)
+    return "" if returned and not in_kernel else name
+
+
+@functools.cache
+def parsed(file: str) -> ast.Module:
+    return ast.parse(Path(file).read_text())
 
 
 class SharedMemory:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ops.gluon_values import POISON, EmulationError, where_in_kernel
+from gluon_emulator.values import POISON, EmulationError, where_in_kernel
 
 
 class Stop(BaseException):

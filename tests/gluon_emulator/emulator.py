@@ -25,11 +25,12 @@ from typing import Any
 
 import torch
 import triton.language as tl
-from triton.runtime.jit import JITFunction
+from triton.runtime.jit import JITCallable, JITFunction
 
-from ops.gluon_language import REPLACEMENTS, Descriptor, run_in
-from ops.gluon_machine import Program, Schedule
-from ops.gluon_values import EmulationError, Memory, Pointer, Scalar, emulated_range
+from gluon_emulator.aggregates import Aggregate, add_methods, emulated_aggregate
+from gluon_emulator.language import REPLACEMENTS, Descriptor, run_in
+from gluon_emulator.machine import Program, Schedule
+from gluon_emulator.values import Constant, EmulationError, Memory, Pointer, Scalar, emulated_range
 
 
 class Emulator:
@@ -37,19 +38,22 @@ class Emulator:
 
     def __init__(self, schedule: Schedule) -> None:
         self.schedule = schedule
-        self.functions: dict[JITFunction, Callable] = {}
+        self.functions: dict[JITCallable, Callable] = {}
+        self.aggregates: dict[type, type[Aggregate]] = {}
         self.launched: set[str] = set()
 
     def replace(self, value: Any) -> Any:
         """What a name of a kernel's module stands for in its emulation."""
-        if isinstance(value, JITFunction):
+        if isinstance(value, JITCallable):
             return self.function(value)
+        if getattr(value, "__triton_aggregate__", False) and isinstance(value, type):
+            return self.aggregate(value)
         if isinstance(value, tl.constexpr):
             return value.value
         return next((new for old, new in REPLACEMENTS if value is old), value)
 
-    def function(self, kernel: JITFunction) -> Callable:
-        """The Python function of a kernel with all that it uses replaced."""
+    def function(self, kernel: JITCallable) -> Callable:
+        """The Python function of a kernel, or of what it calls, with all that it uses replaced."""
         if kernel not in self.functions:
             names: dict[str, Any] = {"range": emulated_range, "__emulated__": True}
             copy = types.FunctionType(kernel.fn.__code__, names, kernel.fn.__name__, kernel.fn.__defaults__)
@@ -57,6 +61,12 @@ class Emulator:
             used = _names_used(kernel.fn.__code__)
             names.update({k: self.replace(v) for k, v in kernel.fn.__globals__.items() if k in used})
         return self.functions[kernel]
+
+    def aggregate(self, aggregate: type) -> type[Aggregate]:
+        if aggregate not in self.aggregates:
+            self.aggregates[aggregate] = emulated_aggregate(aggregate)
+            add_methods(self.aggregates[aggregate], self.function)
+        return self.aggregates[aggregate]
 
     def launch(self, kernel: JITFunction, arguments: Sequence[Any], grid: Any, options: dict[str, Any]) -> None:
         self.launched.add(kernel.__name__)
@@ -68,9 +78,10 @@ class Emulator:
         function, writers = self.function(kernel), {}
         places = list(itertools.product(*(range(n) for n in sizes)))
         self.schedule.random.shuffle(places)
-        constant = {parameter.name for parameter in kernel.params if parameter.is_constexpr}
         emulated = {
-            name: getattr(x, "value", x) if name in constant else _argument(x, writers) for name, x in values.items()
+            parameter.name: _argument(values[parameter.name], parameter, writers)
+            for parameter in kernel.params
+            if parameter.name in values
         }
         for number, place in enumerate(places):
             self.schedule.start_program()
@@ -88,8 +99,10 @@ def _names_used(code: types.CodeType) -> set[str]:
     return set(code.co_names).union(*nested)
 
 
-def _argument(value: Any, writers: dict[int, torch.Tensor]) -> Any:
+def _argument(value: Any, parameter: Any, writers: dict[int, torch.Tensor]) -> Any:
     """A kernel's argument as the device has it."""
+    if parameter.is_constexpr:
+        return getattr(value, "value", value)
     if isinstance(value, torch.Tensor):
         return Pointer(Memory(value, writers))
     if hasattr(value, "block_shape"):
@@ -97,6 +110,8 @@ def _argument(value: Any, writers: dict[int, torch.Tensor]) -> Any:
     if isinstance(value, bool):
         return Scalar(value, torch.bool)
     if isinstance(value, int):
+        if value == 1 and not parameter.do_not_specialize:
+            return Constant(1)
         return Scalar(value, torch.int32 if -(2**31) <= value < 2**31 else torch.int64)
     return Scalar(value, torch.float32)
 

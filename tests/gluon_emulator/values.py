@@ -206,6 +206,10 @@ class Tensor(Value):
         raise EmulationError(f"{where_in_kernel()}: a tensor is no condition")
 
 
+class Constant(int):
+    """An argument of 1, of which Triton makes a constant unless it is told not to specialise it."""
+
+
 class PointerType:
     def __init__(self, element_ty: torch.dtype) -> None:
         self.element_ty = element_ty
