@@ -34,7 +34,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from nsa.bench import prefill_picture
 from nsa.bench.protocol import Steps, median_ms
 from nsa.bench.settings import PrefillBench
-from nsa.device import choose_device
+from nsa.device import choose_device, keep_freed_memory
 from nsa.geometry import BlockGeometry
 from nsa.machine import environment
 from nsa.ops.api import (
@@ -94,6 +94,8 @@ def measure_prefill(bench: PrefillBench) -> list[PrefillRow]:
 
 def _measure(bench: PrefillBench, length: int) -> PrefillRow:
     device = choose_device(bench.device)
+    if device.type == "cpu":
+        keep_freed_memory()  # as the trainer does
     candidates: dict[str, Steps] = {"nsa": nsa_steps(bench, length)}
     if bench.dense:
         candidates["dense"] = dense_steps(bench, length)

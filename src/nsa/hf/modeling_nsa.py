@@ -29,6 +29,7 @@ from transformers.utils.generic import can_return_tuple
 from nsa.attention import NSAAttention
 from nsa.compress import ConvCompression, MLPCompression
 from nsa.ops.validate import check_cu_seqlens
+from nsa.rope import rotations
 
 from .cache_nsa import CACHE_NAME, NSACacheLayer, adopt_cache, new_cache, take_prefix
 from .configuration_nsa import NSAConfig
@@ -75,9 +76,8 @@ class NSARotary(nn.Module):
         """`[B, T]` positions to cosines and sines `[B, T, D]`, in fp32, or fp64 if `dtype` is."""
         frequencies, scaling = self.frequencies(positions.device)
         dtype = torch.promote_types(dtype, torch.float32)
-        angles = positions.to(dtype).unsqueeze(-1) * frequencies.to(dtype)
-        angles = torch.cat([angles, angles], dim=-1)
-        return angles.cos() * scaling, angles.sin() * scaling
+        cos, sin = rotations(positions.to(dtype), frequencies.to(dtype))
+        return cos * scaling, sin * scaling
 
 
 class NSAMLP(nn.Module):
@@ -317,7 +317,6 @@ class NSAForCausalLM(NSAPreTrainedModel, GenerationMixin):
             num_items_in_batch: divides the summed loss in place of the number of labels in this call.
         """
         past_key_values = past_key_values if cache is None else cache
-        cu_seqlens = _document_bounds(cu_seqlens, position_ids, attention_mask, past_key_values, kwargs)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -332,10 +331,11 @@ class NSAForCausalLM(NSAPreTrainedModel, GenerationMixin):
         logits = self.lm_head(outputs.last_hidden_state[:, kept])
         loss = None
         if labels is not None:
-            if cu_seqlens is not None:
+            bounds = _document_bounds(cu_seqlens, position_ids, attention_mask, past_key_values, kwargs)
+            if bounds is not None:
                 # Documents without tokens begin where the next one does, or one behind the row.
                 padded = nn.functional.pad(labels, (0, 1))
-                labels = padded.index_fill(1, cu_seqlens[:-1].long(), -100)[:, :-1]
+                labels = padded.index_fill(1, bounds[:-1].long(), -100)[:, :-1]
             loss = self.loss_function(logits=logits, labels=labels.long(), vocab_size=self.vocab_size, **kwargs)
         return CausalLMOutputWithPast(
             loss=loss,

@@ -28,6 +28,7 @@ from nsa.data.corpus import open_corpus
 from nsa.data.stream.loader import build_eval_batches
 from nsa.data.stream.prefetch import build_prefetcher
 from nsa.data.tokenizers import load_tokenizer
+from nsa.device import keep_freed_memory
 from nsa.eval.perplexity import TokenBatch, evaluate, to_device
 from nsa.eval.samples import SampleOptions, draw_samples, format_samples
 from nsa.flops import FlopCount
@@ -80,6 +81,8 @@ class Trainer:
         self.num_micro_batches = config.micro_batches_of_each(self.parallel.world_size)
         if config.run.num_threads is not None:
             torch.set_num_threads(config.run.num_threads)
+        if self.device.type == "cpu":
+            keep_freed_memory()
         torch.manual_seed(config.run.seed)
         self.tokenizer = load_tokenizer(config.data.tokenizer)
         self._build_data()
