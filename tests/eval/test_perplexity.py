@@ -40,8 +40,8 @@ class Rows:
 
 def batches(texts: list[str], **sizes: int) -> EvalBatches:
     names = [f"text {index}" for index in range(len(texts))]
-    source = Documents(names, texts)
-    return EvalBatches(source, range(len(texts)), tokenizer=ByteTokenizer(), **sizes)
+    documents = list(Documents(names, texts))
+    return EvalBatches(documents, tokenizer=ByteTokenizer(), **sizes)
 
 
 def test_a_uniform_guess_costs_log2_of_the_vocabulary_for_each_label() -> None:

@@ -1,7 +1,7 @@
 """The training stream and the evaluation batches of one run.
 
 The documents of an epoch come in an order drawn from (seed, epoch). They are taken a window at a time, tokenized, cut
-and packed into rows, and the window's rows are shuffled (`windows.py`), so that a batch mixes many documents even where
+and packed into rows, and the window's rows are shuffled (`shuffle.py`), so that a batch mixes many documents even where
 one document fills eighty rows. What does not fill the window's last row opens the next window. The stream of rows does
 not depend on the number of ranks: of each world_size * rows_per_batch rows, rank r takes the r-th rows_per_batch ones.
 
@@ -22,7 +22,7 @@ from nsa.data.config import DataConfig
 from nsa.data.corpus import Corpus, open_corpus
 from nsa.data.errors import DataError
 from nsa.data.mix import MixedCorpus, MixPart, Turns
-from nsa.data.sources.chunked import digest_of
+from nsa.data.sources.base import digest_of
 from nsa.data.stream.eval_batches import EvalBatches
 from nsa.data.stream.packing import Batch, BatchBuilder, check_sizes
 from nsa.data.stream.rows import RowStream
@@ -89,10 +89,8 @@ def build_eval_batches(
         DataError: the source is missing or malformed, or no document is held out.
     """
     corpus = corpus or open_corpus(config)
-    source, documents = corpus.heldout_documents(tokenizer)
     return EvalBatches(
-        source,
-        documents,
+        corpus.heldout_documents(tokenizer),
         tokenizer=tokenizer,
         sequence_length=sequence_length,
         rows_per_batch=rows_per_batch,
@@ -191,7 +189,7 @@ class TrainLoader:
 
     @property
     def num_documents(self) -> int | None:
-        """Documents to train on; None where they are not counted, because they are read by blocks."""
+        """Documents to train on; None where they are not counted, because they are read by chunks."""
         counts = [part.documents.num_documents for part in self._parts]
         return None if None in counts else sum(count for count in counts if count is not None)
 
