@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from nsa.data.sources.open import open_source as open_source
     from nsa.data.stream.eval_batches import EvalBatches as EvalBatches
     from nsa.data.stream.loader import (
+        StreamOptions as StreamOptions,
         TrainLoader as TrainLoader,
         build_eval_batches as build_eval_batches,
         build_train_loader as build_train_loader,
@@ -45,6 +46,7 @@ _MODULES = {
     "EvalBatches": "stream.eval_batches",
     "Prefetcher": "stream.prefetch",
     "Source": "sources.base",
+    "StreamOptions": "stream.loader",
     "Tokenizer": "tokenizers",
     "TrainLoader": "stream.loader",
     "TrainingDocuments": "stream.shuffle",

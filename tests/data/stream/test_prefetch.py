@@ -56,7 +56,7 @@ class Slow:
 
     def __init__(self, loader: TrainLoader, count: int, then: Callable[[], None]) -> None:
         self.loader, self.count, self.then = loader, count, then
-        self.num_documents, self.close = 1, loader.close
+        self.num_documents, self.close, self.statistics = 1, loader.close, loader.statistics
 
     def __next__(self) -> Batch:
         if self.count == 0:
@@ -80,7 +80,9 @@ def test_batches_and_states_are_those_of_the_loader(make_loader, prefetched) -> 
     for _ in range(200):
         assert_equal([next(ahead)], [next(plain)])
         assert (ahead.state_dict(), ahead.epoch) == (plain.state_dict(), plain.epoch)
+        assert ahead.statistics()[:2] == plain.statistics()[:2], "behind the batch handed out, not those made ahead"
     assert ahead.num_documents == plain.num_documents == len(LENGTHS)
+    assert ahead.fingerprint == plain.fingerprint
 
 
 @pytest.mark.parametrize("num_batches", [0, 1, 40, 119])

@@ -26,7 +26,7 @@ class EvalBatches:
     Args:
         documents: the held-out documents.
         max_tokens: keep about this many tokens (at least one row), whole rows spread evenly over the documents.
-        tokenizer, sequence_length, rows_per_batch: as in `build_train_loader`; the last batch may have fewer rows.
+        tokenizer, sequence_length, rows_per_batch: as in `StreamOptions`; the last batch may have fewer rows.
 
     Raises:
         DataError: there is no document, or nothing to predict in them.
