@@ -33,7 +33,7 @@ PACKERS: dict[str, Callable[[bytes], bytes]] = {
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jsonl, "CHUNK_BYTES", 200)
+    monkeypatch.setattr(jsonl, "READ_BYTES", 200)
 
 
 def config(path: Path, **options) -> DataConfig:
@@ -97,7 +97,7 @@ def test_a_large_file_is_unpacked_once(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_a_damaged_file_leaves_no_part_of_a_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(contents, "CHUNK_BYTES", 500)
+    monkeypatch.setattr(contents, "READ_BYTES", 500)
     path = tmp_path / "a.jsonl.gz"
     path.write_bytes(gzip.compress(write_jsonl(tmp_path / "a.jsonl", TEXTS).read_bytes())[:-9])
     for _ in range(2):

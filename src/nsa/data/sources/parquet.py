@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from pyarrow.parquet import ParquetFile
 
 OPEN_FILES = 32
-CHUNK_BYTES = 2**20
+READ_BYTES = 2**20
 PARQUET_START = b"PAR1"
 
 
@@ -253,9 +253,9 @@ def _digest(path: Path, pieces: Sequence[tuple[int, int]]) -> str:
         with path.open("rb") as file:
             for start, length in pieces:
                 file.seek(start)
-                while length > 0 and (chunk := file.read(min(CHUNK_BYTES, length))):
-                    digest.update(chunk)
-                    length -= len(chunk)
+                while length > 0 and (part := file.read(min(READ_BYTES, length))):
+                    digest.update(part)
+                    length -= len(part)
     except OSError as error:
         raise unreadable(path, error) from error
     return digest.hexdigest()
