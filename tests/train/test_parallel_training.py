@@ -31,7 +31,7 @@ BODY = """
 import functools
 import nsa.train.trainer as trainer_module
 from nsa.loss import NextTokenLoss
-from nsa.eval.perplexity import DeviceBatch
+from nsa.data import Batch
 from nsa.config.run import RunConfig
 from nsa.train.guards import TrainingError
 from nsa.train.model import compile_layers
@@ -68,7 +68,7 @@ def sparse(trainer):
     labels = [x.roll(-1, 1) for x in rows]
     labels[1][:] = labels[3][:] = -100
     labels[1][0, 3] = 7
-    batches = [DeviceBatch(x, y, None) for x, y in zip(rows, labels)]
+    batches = [Batch(x, y, None) for x, y in zip(rows, labels)]
     trainer.batches = iter(batches[trainer.parallel.rank::trainer.parallel.world_size])
     record = trainer.train_step()[0]
     return record.loss, record.grad_norm

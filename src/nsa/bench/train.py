@@ -29,7 +29,7 @@ from nsa.bench.protocol import median_ms, timed_s
 from nsa.bench.settings import TrainBench
 from nsa.config.load import load_config, override_config
 from nsa.config.run import RunConfig
-from nsa.eval.perplexity import DeviceBatch, TokenBatch
+from nsa.data.stream.packing import Batch
 from nsa.train.parallel import Parallel, setup_parallel
 from nsa.train.trainer import Trainer
 
@@ -171,8 +171,8 @@ def _candidate(name: str, config: RunConfig, bench: TrainBench, parallel: Parall
     return candidate
 
 
-def _rows_as_documents(batch: TokenBatch) -> TokenBatch:
-    return DeviceBatch(batch.input_ids, batch.labels, None)
+def _rows_as_documents(batch: Batch) -> Batch:
+    return dataclasses.replace(batch, cu_seqlens=None)
 
 
 def fastest_kernel(config: RunConfig, device: torch.device) -> str:

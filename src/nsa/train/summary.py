@@ -76,7 +76,7 @@ def data_index(trainer: Trainer) -> dict[str, Any]:
     """What is trained and evaluated on, for `data_index.json`."""
     return {
         **trainer.corpus.index(),
-        "stream_fingerprint": trainer.loader.loader.fingerprint,
+        "stream_fingerprint": trainer.loader.fingerprint,
         "tokenizer": trainer.tokenizer.name,
         "num_training_documents": trainer.loader.num_documents,
         "held_out_documents": list(trainer.held_out.document_names),

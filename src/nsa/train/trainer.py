@@ -26,10 +26,11 @@ from nsa.config.load import dump_config
 from nsa.config.run import GuardSection, RunConfig
 from nsa.data.corpus import open_corpus
 from nsa.data.stream.loader import build_eval_batches
+from nsa.data.stream.packing import Batch
 from nsa.data.stream.prefetch import build_prefetcher
 from nsa.data.tokenizers import load_tokenizer
 from nsa.device import keep_freed_memory
-from nsa.eval.perplexity import TokenBatch, evaluate, to_device
+from nsa.eval.perplexity import evaluate, to_device
 from nsa.eval.samples import SampleOptions, draw_samples, format_samples
 from nsa.flops import FlopCount
 from nsa.hf import NSAForCausalLM
@@ -113,7 +114,7 @@ class Trainer:
             pin_memory_for=parallel.device,
         )
         self.held_out = build_eval_batches(config.data, **rows, rows_per_batch=config.eval.rows)
-        self.batches: Iterator[TokenBatch] = iter(self.loader)
+        self.batches: Iterator[Batch] = iter(self.loader)
 
     def _guards(self) -> GuardSection:
         """The configured guards, with the floor of the data itself where it is known and none is given."""
@@ -164,7 +165,7 @@ class Trainer:
         step_s = time.perf_counter() - start_s
         return self._record(mean_loss, grad_norm, rate, step_s, waits_s, num_flops), waits_s
 
-    def _backward(self, micro_batches: list[TokenBatch], num_valid: float) -> Tensor:
+    def _backward(self, micro_batches: list[Batch], num_valid: float) -> Tensor:
         """Forward and backward of this rank's micro-batches; the sum of their losses."""
         sum_nats = torch.zeros((), device=self.device)
         # What the ranks exchange is the mean of their gradients.
@@ -311,7 +312,7 @@ class Trainer:
             title = f"{moment} training, step {self.step}, seed {self.config.run.seed}, {draw}"
             write_text(folder.samples / f"{moment}.txt", format_samples(samples, title))
 
-    def _fetch(self, count: int) -> tuple[list[TokenBatch], list[float]]:
+    def _fetch(self, count: int) -> tuple[list[Batch], list[float]]:
         """The next micro-batches, and the seconds that each was waited for."""
         batches, waits_s = [], []
         for _ in range(count):
@@ -320,10 +321,10 @@ class Trainer:
             waits_s.append(time.perf_counter() - start_s)
         return batches, waits_s
 
-    def _count(self, micro_batches: list[TokenBatch]) -> tuple[float, float]:
+    def _count(self, micro_batches: list[Batch]) -> tuple[float, float]:
         """Valid labels and operations of the step, of all ranks together; worked out on the host."""
         num_valid = sum(int((batch.labels != IGNORED_LABEL).sum()) for batch in micro_batches)
-        num_flops = sum(self.flops.training(_document_lengths(batch)) for batch in micro_batches)
+        num_flops = sum(self.flops.training(batch.piece_lengths) for batch in micro_batches)
         total = self.parallel.sum(torch.tensor([num_valid, num_flops], dtype=torch.float64))
         num_valid, num_flops = total.tolist()
         return num_valid, num_flops
@@ -354,12 +355,6 @@ class Trainer:
             step_s=step_s,
             fetch_s=sum(waits_s),
         )
-
-
-def _document_lengths(batch: TokenBatch) -> Tensor:
-    """Tokens of each packed document of a batch."""
-    rows, length = batch.input_ids.shape
-    return torch.full((rows,), length) if batch.cu_seqlens is None else batch.cu_seqlens.diff()
 
 
 FINAL_LOSSES = 20  # training losses whose mean stands for the end of training

@@ -18,8 +18,8 @@ SIZES = {"tokenizer": ByteTokenizer(), "sequence_length": 16, "rows_per_batch": 
 
 
 @pytest.fixture(autouse=True)
-def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jsonl, "BLOCK_BYTES", 200)
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jsonl, "CHUNK_BYTES", 200)
 
 
 def config(path: Path, **options) -> DataConfig:
@@ -52,11 +52,11 @@ def test_one_letter_of_a_file_of_the_same_size_is_seen_while_it_is_read(
 ) -> None:
     path = tmp_path / f"a.{suffix}"
     source = open_source(config(write_jsonl(path, TEXTS) if suffix == "jsonl" else plain_parquet(path)))
-    assert source.text(0) == TEXTS[0]
+    assert source[0].text == TEXTS[0]
     change(path, b"text 41 ", b"test 41 ", replace=replace, keep_times=keep_times)
-    assert source.text(10) == TEXTS[10], "other blocks are as they were"
+    assert source[10].text == TEXTS[10], "other chunks are as they were"
     with pytest.raises(DataError, match=rf"a\.{suffix}.* has changed since the run began; put the file back"):
-        source.text(41)
+        source[41]
 
 
 def test_a_name_that_changes_is_seen_too(tmp_path: Path) -> None:
@@ -64,7 +64,7 @@ def test_a_name_that_changes_is_seen_too(tmp_path: Path) -> None:
     source = open_source(config(path))
     change(path, b"uuid:41>", b"uuid:99>", replace=False, keep_times=True)
     with pytest.raises(DataError, match="has changed since"):
-        source.read_names(source.block_of(41))
+        source.read_names(source.chunk_of(41))
 
 
 def test_a_parquet_file_that_is_touched_or_copied_back_is_read_on(tmp_path: Path) -> None:
@@ -74,7 +74,7 @@ def test_a_parquet_file_that_is_touched_or_copied_back_is_read_on(tmp_path: Path
     path.unlink()
     path.write_bytes(content)
     os.utime(path)
-    assert [source.text(index) for index in range(57)] == TEXTS
+    assert [document.text for document in source] == TEXTS
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
@@ -133,8 +133,8 @@ def test_parquet_s_other_types_of_strings_are_read(tmp_path: Path) -> None:
         column = plain.dictionary_encode() if pyarrow.types.is_dictionary(kind) else plain.cast(kind)
         pyarrow.parquet.write_table(pyarrow.table({"body": column, "id": column}), path, row_group_size=10)
         source = open_source(config(path, text_column="body"))
-        assert [source.text(index) for index in range(57)] == TEXTS, kind
-        assert source.name(3) == TEXTS[3]
+        assert [document.text for document in source] == TEXTS, kind
+        assert source[3].name == TEXTS[3]
     with pytest.raises(DataError, match=r"column \"text\" of strings, but has \['body', 'id'\]; set data\.text_column"):
         open_source(config(path))
 
@@ -144,14 +144,14 @@ def test_a_nested_column_of_the_same_name_is_another(tmp_path: Path) -> None:
     table = pyarrow.table({"meta": [{"text": 1}] * 57, "text": TEXTS})
     pyarrow.parquet.write_table(table, path, row_group_size=10, compression="NONE", use_dictionary=False)
     source = open_source(config(path))
-    assert source.text(5) == TEXTS[5]
+    assert source[5].text == TEXTS[5]
     change(path, b"text 41 ", b"test 41 ", replace=False, keep_times=True)
     with pytest.raises(DataError, match="has changed"):
-        source.text(41)
+        source[41]
 
 
-def test_parquet_in_memory_names_its_documents_as_by_blocks(tmp_path: Path) -> None:
+def test_parquet_in_memory_names_its_documents_as_by_chunks(tmp_path: Path) -> None:
     path = write_parquet(tmp_path / "a.parquet", TEXTS, None)
-    blocks, memory = (open_source(config(path).model_copy(update={"in_memory_mib": mib})) for mib in (0, 256))
-    assert [blocks.name(index) for index in range(57)] == [memory.name(index) for index in range(57)]
-    assert blocks.files == memory.files
+    chunks, memory = (open_source(config(path).model_copy(update={"in_memory_mib": mib})) for mib in (0, 256))
+    assert [document.name for document in chunks] == [document.name for document in memory]
+    assert chunks.files == memory.files

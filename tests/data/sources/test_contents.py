@@ -14,7 +14,7 @@ import pyarrow
 import pytest
 
 from corpus_files import NAMES, TEXTS, write_jsonl
-from nsa.data import DataConfig, DataError, Documents, build_train_loader, open_corpus, open_source
+from nsa.data import DataConfig, DataError, build_train_loader, open_corpus, open_source
 from nsa.data.sources import contents, jsonl, unpack
 from nsa.data.tokenizers import ByteTokenizer
 
@@ -32,8 +32,8 @@ PACKERS: dict[str, Callable[[bytes], bytes]] = {
 
 
 @pytest.fixture(autouse=True)
-def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jsonl, "BLOCK_BYTES", 200)
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jsonl, "READ_BYTES", 200)
 
 
 def config(path: Path, **options) -> DataConfig:
@@ -43,7 +43,7 @@ def config(path: Path, **options) -> DataConfig:
 
 
 def documents(found) -> dict[str, str]:
-    return {found.name(index): found.text(index) for index in range(len(found))}
+    return {document.name: document.text for document in found}
 
 
 @pytest.mark.parametrize("suffix", PACKERS)
@@ -55,7 +55,7 @@ def test_a_compressed_file_gives_the_stream_of_the_plain_one(suffix: str, in_mem
     half = path.read_bytes().index(b"\n", 900) + 1
     packed.write_bytes(PACKERS[suffix](path.read_bytes()[:half]) + PACKERS[suffix](path.read_bytes()[half:]))
     found = [open_source(config(place, in_memory_mib=in_memory_mib)) for place in (path, packed)]
-    assert isinstance(found[1], Documents) == (in_memory_mib > 0)
+    assert found[1].in_memory == (in_memory_mib > 0)
     assert documents(found[0]) == documents(found[1])
     assert found[0].fingerprint == found[1].fingerprint
     assert [(file.name, file.size_bytes) for file in found[1].files] == [(packed.name, packed.stat().st_size)]
@@ -78,8 +78,8 @@ def test_the_size_that_counts_is_the_unpacked_one(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl.gz"
     path.write_bytes(gzip.compress(b'{"text": "' + b"a" * 2**20 + b'"}\n'))
     assert path.stat().st_size < 2**11
-    assert not isinstance(open_source(config(path, in_memory_mib=1)), Documents)
-    assert isinstance(open_source(config(path, in_memory_mib=2)), Documents)
+    assert not open_source(config(path, in_memory_mib=1)).in_memory
+    assert open_source(config(path, in_memory_mib=2)).in_memory
 
 
 def test_a_large_file_is_unpacked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
@@ -97,7 +97,7 @@ def test_a_large_file_is_unpacked_once(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_a_damaged_file_leaves_no_part_of_a_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(contents, "CHUNK_BYTES", 500)
+    monkeypatch.setattr(contents, "READ_BYTES", 500)
     path = tmp_path / "a.jsonl.gz"
     path.write_bytes(gzip.compress(write_jsonl(tmp_path / "a.jsonl", TEXTS).read_bytes())[:-9])
     for _ in range(2):
@@ -148,7 +148,7 @@ def test_the_remedy_makes_the_text_that_was_meant(encoding: str, tmp_path: Path)
     command = re.search(r"iconv -f \S+ -t \S+", str(caught.value))
     assert command is not None
     path.write_bytes(subprocess.run([*command[0].split(), str(path)], capture_output=True, check=True).stdout)
-    assert open_source(config(path, source="text")).text(0) == text * 20
+    assert open_source(config(path, source="text"))[0].text == text * 20
 
 
 def test_one_bad_byte_is_dropped_without_harm_to_the_rest(tmp_path: Path) -> None:

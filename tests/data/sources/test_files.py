@@ -14,7 +14,7 @@ from nsa.data.errors import printable, shortened
 
 def names(*paths: Path, source: str = "text") -> list[str]:
     found = open_source(DataConfig(source=source, paths=tuple(map(str, paths))))
-    return [found.name(index) for index in range(len(found))]
+    return [document.name for document in found]
 
 
 def test_hidden_files_and_what_systems_and_editors_leave_are_no_data(tmp_path: Path, capsys) -> None:

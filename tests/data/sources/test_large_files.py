@@ -1,4 +1,4 @@
-"""Parquet and JSON Lines files: the same documents in memory and by blocks, and errors that name where they are."""
+"""Parquet and JSON Lines files: the same documents in memory and by chunks, and errors that name where they are."""
 
 from __future__ import annotations
 
@@ -9,16 +9,15 @@ import pyarrow.parquet
 import pytest
 
 from corpus_files import NAMES, TEXTS, write_jsonl, write_parquet
-from nsa.data import DataConfig, DataError, Documents, open_source
+from nsa.data import DataConfig, DataError, open_source
 from nsa.data.sources import jsonl, parquet
-from nsa.data.sources.chunked import BlockSource
 
 WRITERS = {"parquet": write_parquet, "jsonl": write_jsonl}
 
 
 @pytest.fixture(autouse=True)
-def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jsonl, "BLOCK_BYTES", 200)
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jsonl, "CHUNK_BYTES", 200)
 
 
 def opened(source: str, *paths: Path, in_memory: bool = False):
@@ -27,7 +26,7 @@ def opened(source: str, *paths: Path, in_memory: bool = False):
 
 
 def documents(source) -> dict[str, str]:
-    return {source.name(index): source.text(index) for index in range(len(source))}
+    return {document.name: document.text for document in source}
 
 
 @pytest.mark.parametrize("source", WRITERS)
@@ -36,7 +35,7 @@ def test_documents_come_back_with_names_from_ids_or_places(source: str, in_memor
     WRITERS[source](tmp_path / f"a.{source}", TEXTS, NAMES)
     WRITERS[source](tmp_path / f"b.{source}", TEXTS[:12], None)
     found = opened(source, tmp_path, in_memory=in_memory)
-    assert isinstance(found, Documents if in_memory else BlockSource)
+    assert found.in_memory == in_memory
     by_place = {f"b.{source}:{place}": text for place, text in enumerate(TEXTS[:12], start=1)}
     assert documents(found) == dict(zip(NAMES, TEXTS, strict=True)) | by_place
     assert [(file.name, file.num_documents, file.size_bytes) for file in found.files] == [
@@ -46,19 +45,19 @@ def test_documents_come_back_with_names_from_ids_or_places(source: str, in_memor
 
 
 @pytest.mark.parametrize("source", WRITERS)
-def test_blocks_hold_the_documents_in_order_without_gaps(source: str, tmp_path: Path) -> None:
+def test_chunks_hold_the_documents_in_order_without_gaps(source: str, tmp_path: Path) -> None:
     found = opened(source, WRITERS[source](tmp_path / "a", TEXTS, NAMES))
-    assert found.num_blocks > 3
+    assert found.num_chunks > 3
     names: list[str] = []
-    for block in range(found.num_blocks):
-        content = found.read_block(block)
-        assert content.first == len(names)
-        assert (content.first, list(content.names)) == (found.read_names(block)[0], list(found.read_names(block)[1]))
-        assert {found.block_of(content.first + index) for index in range(len(content.names))} == {block}
-        names += content.names
+    for chunk in range(found.num_chunks):
+        documents = found.read(chunk)
+        assert [document.number for document in documents] == list(range(len(names), len(names) + len(documents)))
+        assert [document.name for document in documents] == list(found.read_names(chunk))
+        assert {found.chunk_of(document.number) for document in documents} == {chunk}
+        names += [document.name for document in documents]
     assert names == NAMES
     with pytest.raises(IndexError, match="document 57 is not among the 57"):
-        found.text(57)
+        found[57]
 
 
 def test_blank_lines_are_counted_but_are_no_documents(tmp_path: Path) -> None:
@@ -104,16 +103,16 @@ def test_a_malformed_line_of_a_large_file_is_named_when_it_is_read(line: str, me
     lines = path.read_text(encoding="utf-8").split("\n")
     path.write_text("\n".join([*lines[:30], line, *lines[31:]]), encoding="utf-8")
     source = opened("jsonl", path)
-    assert source.text(0) == TEXTS[0]
+    assert source[0].text == TEXTS[0]
     with pytest.raises(DataError, match=message):
-        source.text(30)
+        source[30]
 
 
 def test_bytes_that_are_no_text_are_named_with_their_line(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", TEXTS)
     path.write_bytes(path.read_bytes() + b'{"text": "caf\xe9"}\n')
     with pytest.raises(DataError, match=r"a\.jsonl:58 is not UTF-8 \(byte 0xe9.*iconv"):
-        opened("jsonl", path).text(57)
+        opened("jsonl", path)[57]
 
 
 def test_a_file_that_changes_during_the_run_is_named(tmp_path: Path) -> None:
@@ -122,14 +121,14 @@ def test_a_file_that_changes_during_the_run_is_named(tmp_path: Path) -> None:
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(DataError, match=r"a\.jsonl:\d+ or soon after has become shorter.*put the file back"):
-        source.text(56)
+        source[56]
     first_line = whole.index(b"\n")
     path.write_bytes(b" " * first_line + whole[first_line:])
     with pytest.raises(DataError, match=r"a\.jsonl:1 or soon after has changed since the run began.*put the file back"):
-        source.text(0)
+        source[0]
     path.unlink()
     with pytest.raises(DataError, match=r"a\.jsonl cannot be read: No such file.*check that it is there"):
-        source.text(0)
+        source[0]
 
 
 @pytest.mark.parametrize("in_memory", [False, True])
@@ -158,14 +157,14 @@ def test_a_changed_letter_in_a_parquet_file_is_an_error_where_its_pages_have_che
     assert b"text 0" in content
     path.write_bytes(content.replace(b"text 0", b"next 0", 1))
     with pytest.raises(DataError, match=r"a\.parquet, row group 0 \(rows from 1\) is damaged"):
-        opened("parquet", path).text(0)
+        opened("parquet", path)[0]
 
 
 def test_a_row_without_text_is_named(tmp_path: Path) -> None:
     source = opened("parquet", write_parquet(tmp_path / "a.parquet", [*TEXTS[:23], None, *TEXTS[24:]], NAMES))
-    assert source.text(19) == TEXTS[19]
+    assert source[19].text == TEXTS[19]
     with pytest.raises(DataError, match=r"a\.parquet, row 24 \(row group 2\) has no text"):
-        source.text(20)
+        source[20]
 
 
 def test_a_parquet_file_without_text_or_rows_is_refused(tmp_path: Path) -> None:
@@ -203,13 +202,13 @@ def test_a_parquet_file_that_may_not_be_read_is_not_called_damaged(
 def test_a_parquet_file_that_vanishes_is_named(tmp_path: Path) -> None:
     source = opened("parquet", write_parquet(tmp_path / "a.parquet", TEXTS, NAMES))
     (tmp_path / "a.parquet").unlink()
-    assert source.text(56) == TEXTS[56], "an open file can be read on"
+    assert source[56].text == TEXTS[56], "an open file can be read on"
     source._opened.clear()
     with pytest.raises(DataError, match=r"a\.parquet is not there any more"):
-        source.text(0)
+        source[0]
 
 
-def test_only_a_few_blocks_stay_in_memory(tmp_path: Path) -> None:
+def test_only_a_few_chunks_stay_in_memory(tmp_path: Path) -> None:
     source = opened("parquet", write_parquet(tmp_path / "a.parquet", TEXTS, NAMES))
-    assert [source.text(index) for index in range(57)] == TEXTS
+    assert [document.text for document in source] == TEXTS
     assert len(source._kept) == 4

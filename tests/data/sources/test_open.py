@@ -17,18 +17,18 @@ from nsa.data import DataConfig, DataError, open_source
 
 def read(source: str, *paths: Path, **options: str) -> dict[str, str]:
     documents = open_source(DataConfig(source=source, paths=tuple(map(str, paths)), **options))
-    names = [documents.name(index) for index in range(len(documents))]
-    assert len(set(names)) == len(names)
-    return {name: documents.text(index) for index, name in enumerate(names)}
+    found = {document.name: document.text for document in documents}
+    assert len(found) == len(documents)
+    return found
 
 
 def test_the_embedded_corpus_is_complete_and_named_by_year_and_president() -> None:
     source = open_source(DataConfig())
-    names = [source.name(index) for index in range(len(source))]
+    names = [document.name for document in source]
     assert len(set(names)) == len(names) == 249
     assert names[:3] == ["1790 George Washington", "1790 George Washington (2)", "1791 George Washington"]
     assert "1973 Richard Nixon (11)" in names
-    assert sum(len(source.text(index).encode()) for index in range(249)) == 12_185_751
+    assert sum(len(document.text.encode()) for document in source) == 12_185_751
     assert source.fingerprint == open_source(DataConfig()).fingerprint
 
 
@@ -150,7 +150,7 @@ def test_json_lines_written_by_json_come_back(tmp_path: Path) -> None:
     assert list(read("jsonl", tmp_path).values()) == texts
 
 
-@pytest.mark.parametrize("module", ["config", "sources", "heldout", "tokenizers", "loader"])
+@pytest.mark.parametrize("module", ["config", "heldout", "sources.base", "sources.open", "stream.loader", "tokenizers"])
 def test_the_examples_in_the_docstrings_are_true(module: str) -> None:
     names = {name: getattr(nsa.data, name) for name in nsa.data.__all__}
     failed, attempted = doctest.testmod(importlib.import_module(f"nsa.data.{module}"), extraglobs=names)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 
@@ -13,10 +14,11 @@ import torch
 from nsa.data import (
     Batch,
     ByteTokenizer,
-    ChosenDocuments,
     DataConfig,
     DataError,
+    Document,
     Documents,
+    TrainingDocuments,
     TrainLoader,
     build_train_loader,
 )
@@ -29,10 +31,9 @@ ONE_WINDOW, MANY_WINDOWS = 10**6, 100
 @pytest.fixture
 def make_loader(counting_documents, counting_tokenizer):
     def build(lengths=LENGTHS, documents=None, **options) -> TrainLoader:
-        source = counting_documents(lengths)
-        documents = range(len(lengths)) if documents is None else documents
-        chosen = ChosenDocuments(source, list(documents))
-        return TrainLoader(chosen, tokenizer=counting_tokenizer, **{**SIZES, **options})
+        chosen = {f"doc{number}" for number in (range(len(lengths)) if documents is None else documents)}
+        training = TrainingDocuments(counting_documents(lengths), lambda name: name not in chosen, ())
+        return TrainLoader(training, tokenizer=counting_tokenizer, **{**SIZES, **options})
 
     return build
 
@@ -197,18 +198,16 @@ def test_impossible_sizes_are_refused(make_loader) -> None:
         make_loader(window_tokens=15)
 
 
-def test_a_window_holds_no_more_documents_than_it_needs(counting_documents, counting_tokenizer) -> None:
+def test_a_window_holds_no_more_documents_than_it_needs(all_of, counting_tokenizer) -> None:
     read: list[int] = []
 
     class Recording(Documents):
-        def text(self, index: int) -> str:
-            read.append(index)
-            return super().text(index)
+        def read(self, chunk: int) -> Sequence[Document]:
+            read.append(chunk)
+            return super().read(chunk)
 
     source = Recording([str(index) for index in range(1000)], [f"{index} 50" for index in range(1000)])
-    loader = TrainLoader(
-        ChosenDocuments(source, range(1000)), tokenizer=counting_tokenizer, **SIZES, window_tokens=1000
-    )
+    loader = TrainLoader(all_of(source), tokenizer=counting_tokenizer, **SIZES, window_tokens=1000)
     read.clear()
     loader.load_state_dict(loader.state_dict())
     assert not read

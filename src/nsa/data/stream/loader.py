@@ -1,7 +1,7 @@
 """The training stream and the evaluation batches of one run.
 
-The documents of an epoch come in an order drawn from (seed, epoch). They are taken a window at a time, tokenized, cut
-and packed into rows, and the window's rows are shuffled (`windows.py`), so that a batch mixes many documents even where
+The documents of an epoch come in an order drawn from (seed, epoch). They are taken a shuffle window at a time, tokenized, cut
+and packed into rows, and the window's rows are shuffled (`shuffle.py`), so that a batch mixes many documents even where
 one document fills eighty rows. What does not fill the window's last row opens the next window. The stream of rows does
 not depend on the number of ranks: of each world_size * rows_per_batch rows, rank r takes the r-th rows_per_batch ones.
 
@@ -16,13 +16,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple, NotRequired, TypedDict, Unpack
 
 from nsa.data.config import DataConfig
 from nsa.data.corpus import Corpus, open_corpus
 from nsa.data.errors import DataError
 from nsa.data.mix import MixedCorpus, MixPart, Turns
-from nsa.data.sources.chunked import digest_of
+from nsa.data.sources.base import digest_of
 from nsa.data.stream.eval_batches import EvalBatches
 from nsa.data.stream.packing import Batch, BatchBuilder, check_sizes
 from nsa.data.stream.rows import RowStream
@@ -33,30 +33,51 @@ MAX_FILES_IN_STATE = 1000  # of more files, a state does not say which of them h
 MAX_NAMED = 3  # files in an error
 
 
+class StreamOptions(TypedDict):
+    """Which rows a stream has, and which of them are this process's."""
+
+    tokenizer: Tokenizer
+    """of the model"""
+    sequence_length: int
+    """T, input tokens in a row"""
+    rows_per_batch: int
+    """B, rows of this rank in a batch"""
+    seed: int
+    """of the order of documents and rows"""
+    rank: NotRequired[int]
+    """which of the `world_size` disjoint shares; 0 unless given"""
+    world_size: NotRequired[int]
+    """shares in all; 1 unless given"""
+
+
+class StreamStatistics(NamedTuple):
+    """What making the batches so far has taken.
+
+    Attributes:
+        epoch_tokens: input tokens of an epoch, where they are known: when all documents, of one source, fit one window.
+        prepared_tokens: tokens of all windows opened.
+        prepare_s: seconds that making those windows took.
+    """
+
+    epoch_tokens: int | None
+    prepared_tokens: int
+    prepare_s: float
+
+
 def build_train_loader(
     config: DataConfig,
     *,
-    tokenizer: Tokenizer,
-    sequence_length: int,
-    rows_per_batch: int,
-    seed: int,
-    rank: int = 0,
-    world_size: int = 1,
     corpus: Corpus | MixedCorpus | None = None,
     read_ahead: bool = False,
+    **options: Unpack[StreamOptions],
 ) -> TrainLoader:
     """The endless training stream of `config`'s documents, without the held-out ones.
 
     Args:
         config: source, held-out documents and shuffle.
-        tokenizer: of the model.
-        sequence_length: T, input tokens in a row.
-        rows_per_batch: B, rows of this rank in a batch.
-        seed: of the order of documents and rows.
-        rank: which of the `world_size` disjoint shares.
-        world_size: shares in all.
         corpus: the corpus of `config`, where it is open already.
         read_ahead: make the next window on another thread while one is given out.
+        options: what `StreamOptions` lists.
 
     Raises:
         DataError: the source is missing or malformed, the held-out documents do not fit it, or an epoch has too few
@@ -64,14 +85,9 @@ def build_train_loader(
     """
     return TrainLoader(
         (corpus or open_corpus(config)).training_documents(),
-        tokenizer=tokenizer,
-        sequence_length=sequence_length,
-        rows_per_batch=rows_per_batch,
-        seed=seed,
-        rank=rank,
-        world_size=world_size,
         window_tokens=config.shuffle_window_tokens,
         read_ahead=read_ahead,
+        **options,
     )
 
 
@@ -89,10 +105,8 @@ def build_eval_batches(
         DataError: the source is missing or malformed, or no document is held out.
     """
     corpus = corpus or open_corpus(config)
-    source, documents = corpus.heldout_documents(tokenizer)
     return EvalBatches(
-        source,
-        documents,
+        corpus.heldout_documents(tokenizer),
         tokenizer=tokenizer,
         sequence_length=sequence_length,
         rows_per_batch=rows_per_batch,
@@ -111,7 +125,7 @@ class TrainLoader:
         documents: what to train on, or the parts of a mix.
         window_tokens: rows are shuffled among this many tokens, which are in memory at a time.
         read_ahead: make the next window on another thread while one is given out; two are then in memory.
-        tokenizer, sequence_length, rows_per_batch, seed, rank, world_size: as in `build_train_loader`.
+        tokenizer, sequence_length, rows_per_batch, seed, rank, world_size: as in `StreamOptions`.
 
     Raises:
         DataError: an epoch has too few tokens for one batch of all ranks.
@@ -191,7 +205,7 @@ class TrainLoader:
 
     @property
     def num_documents(self) -> int | None:
-        """Documents to train on; None where they are not counted, because they are read by blocks."""
+        """Documents to train on; None where they are not counted, because they are read by chunks."""
         counts = [part.documents.num_documents for part in self._parts]
         return None if None in counts else sum(count for count in counts if count is not None)
 
@@ -200,20 +214,13 @@ class TrainLoader:
         """Digest of documents, tokenizer, row length, seed and window: equal streams have equal ones."""
         return self._fingerprint
 
-    @property
-    def epoch_tokens(self) -> int | None:
-        """Input tokens of an epoch, where they are known: when all documents, of one source, fit one window."""
-        return self._streams[0].epoch_tokens if len(self._streams) == 1 else None
-
-    @property
-    def prepared_tokens(self) -> int:
-        """Tokens of all windows opened so far."""
-        return sum(stream.prepared_tokens for stream in self._streams)
-
-    @property
-    def prepare_s(self) -> float:
-        """Seconds that making those windows took."""
-        return sum(stream.prepare_s for stream in self._streams)
+    def statistics(self) -> StreamStatistics:
+        """What making the batches so far has taken."""
+        return StreamStatistics(
+            self._streams[0].epoch_tokens if len(self._streams) == 1 else None,
+            sum(stream.prepared_tokens for stream in self._streams),
+            sum(stream.prepare_s for stream in self._streams),
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """Where the stream stands after the batches given so far: JSON, equal on all ranks."""

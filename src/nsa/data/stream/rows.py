@@ -9,7 +9,7 @@ import numpy as np
 
 from nsa.data.stream.background import BackgroundFuture, in_background, join
 from nsa.data.stream.packing import Piece
-from nsa.data.stream.shuffle import TrainingDocuments, Window, WindowReader
+from nsa.data.stream.shuffle import ShuffleReader, ShuffleWindow, TrainingDocuments
 from nsa.data.tokenizers import Tokenizer
 
 
@@ -41,10 +41,10 @@ class RowStream:
         first_id: int = 0,
     ) -> None:
         self.documents, self.first_id, self._sequence_length = documents, first_id, sequence_length
-        self._reader = WindowReader(
+        self._reader = ShuffleReader(
             documents, tokenizer, sequence_length=sequence_length, seed=seed, window_tokens=window_tokens
         )
-        self._ahead: BackgroundFuture[Window] | None = None
+        self._ahead: BackgroundFuture[ShuffleWindow] | None = None
         self.prepared_tokens, self.prepare_s = 0, 0.0
         self._open(self._reader.read(0, 0, [], {}))
 
@@ -69,7 +69,7 @@ class RowStream:
     @property
     def is_whole_epoch(self) -> bool:
         """Whether the open window reaches the end of an epoch."""
-        return self.window.next_first == self.documents.num_units
+        return self.window.next_first == self.documents.num_chunks
 
     @property
     def epoch_tokens(self) -> int | None:
@@ -103,13 +103,13 @@ class RowStream:
         ahead, self._ahead = self._ahead, None
         self._open(ahead.result() if ahead else self._following(self.window)())
 
-    def _open(self, window: Window) -> None:
+    def _open(self, window: ShuffleWindow) -> None:
         self.window, self._row = window, 0
         self.prepared_tokens += window.num_tokens
         self.prepare_s += window.prepare_s
 
-    def _following(self, window: Window) -> Callable[[], Window]:
+    def _following(self, window: ShuffleWindow) -> Callable[[], ShuffleWindow]:
         """Makes the window behind another one."""
-        at_end = window.next_first == self.documents.num_units
+        at_end = window.next_first == self.documents.num_chunks
         first = 0 if at_end else window.next_first
         return lambda: self._reader.read(window.epoch + at_end, first, window.rest, window.tokens)

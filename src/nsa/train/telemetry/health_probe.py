@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nsa.eval.perplexity import TokenBatch
+from nsa.data.stream.packing import Batch
 from nsa.geometry import BlockGeometry
 from nsa.inspect.gates import record_gates
 from nsa.inspect.selection import nsa_layers, record_selection, selection_statistics
@@ -90,7 +90,7 @@ class HealthProbe:
     def __init__(
         self,
         loss: nn.Module,
-        batch: TokenBatch,
+        batch: Batch,
         geometry: BlockGeometry,
         device: torch.device,
         layers: Sequence[int] | None = None,
@@ -131,7 +131,7 @@ class HealthProbe:
         )
 
 
-def _first_row(batch: TokenBatch) -> tuple[Tensor, Tensor, Tensor]:
+def _first_row(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
     """Ids and labels `[1, T]` of the first row without padding at its end, and its documents' bounds."""
     ids, labels = batch.input_ids[:1], batch.labels[:1]
     length = int((labels[0] != IGNORED_LABEL).nonzero().max()) + 1
