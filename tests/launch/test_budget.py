@@ -168,7 +168,7 @@ def test_all_ranks_do_as_many_steps(tiny) -> None:
     steps = run_ranks(
         """
         import time
-        from nsa.train import budget
+        from nsa.launch import budget
         with setup_parallel("cpu") as parallel:
             budget.measure = lambda *_: budget.Costs(0.1 * (1 + parallel.rank), 0.0, 0.0, 0.0, 0.0, 1)
             report(budget.fit_to_budget(given, parallel, time.perf_counter() - parallel.rank)[0].train.steps)

@@ -26,7 +26,8 @@ import os, signal
 from pathlib import Path
 from nsa.config.run import RunConfig
 from nsa.launch.resume import prepare_resume
-from nsa.train.loop import prepare, train
+from nsa.launch.start import prepare
+from nsa.train.loop import train
 
 whole, stopped = (RunConfig.model_validate(values) for values in given)
 with setup_parallel("cpu", whole.train.parallel, timeout_s=100) as parallel:
@@ -101,10 +102,11 @@ def test_one_process_goes_on_where_two_were(runs: dict[str, Any], capsys: pytest
 FULL_DISK_THEN_RESUME = """
 import errno, os
 from pathlib import Path
-from nsa.runs.checkpoints import CheckpointError
+from nsa.runs.errors import CheckpointError
 from nsa.config.run import RunConfig
 from nsa.launch.resume import prepare_resume
-from nsa.train.loop import prepare, train
+from nsa.launch.start import prepare
+from nsa.train.loop import train
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
 honest = FileSystemWriter.write_data

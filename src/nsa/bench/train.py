@@ -89,7 +89,7 @@ class _Candidate:
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         with self.kernel():
-            record, _ = self.trainer.train_step()
+            record = self.trainer.train_step()
         self.mfus.append(NAN if record.mfu is None else record.mfu * record.step_s)
         if device.type == "cuda":
             self.peak_bytes = max(self.peak_bytes, torch.cuda.max_memory_allocated(device))

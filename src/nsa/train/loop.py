@@ -104,8 +104,8 @@ def fit(
         if asked := stop.agreed(failed=checkpointer.failed):
             break
         with telemetry.training_step(trainer.step + 1):
-            record, waits_s = trainer.train_step()
-        telemetry.step(record, waits_s, num_skipped=trainer.guard.num_skipped)
+            record = trainer.train_step()
+        telemetry.step(record, num_skipped=trainer.guard.num_skipped)
         status.step = trainer.step
         last = trainer.step == config.train.steps
         if measure and (last or trainer.step % measure == 0):

@@ -1,7 +1,7 @@
 """What a run consists of, and one optimizer step of it.
 
     trainer = Trainer(config)
-    record, waits_s = trainer.train_step()
+    record = trainer.train_step()
     print(record.loss, trainer.evaluate().val_bits_per_byte)
 
 Building a `Trainer` writes nothing and raises `ValueError` for a config that asks for something impossible. With
@@ -136,8 +136,8 @@ class Trainer:
         batch = next(iter(self.held_out))
         return HealthProbe(self.loss, batch, self.config.model.geometry, self.device, observe.health_layers)
 
-    def train_step(self) -> tuple[StepRecord, list[float]]:
-        """One optimizer step on `batch_tokens` tokens; returns its record and the single waits for data.
+    def train_step(self) -> StepRecord:
+        """One optimizer step on `batch_tokens` tokens.
 
         The loss is the sum over all micro-batches of all ranks divided by the number of all their valid labels, so
         that it and its gradient do not depend on how the step is cut into micro-batches or ranks.
@@ -159,7 +159,7 @@ class Trainer:
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         step_s = time.perf_counter() - start_s
-        return self._record(mean_loss, grad_norm, rate, step_s, waits_s, num_flops), waits_s
+        return self._record(mean_loss, grad_norm, rate, step_s, waits_s, num_flops)
 
     def _backward(self, micro_batches: list[TokenBatch], num_valid: float) -> Tensor:
         """Forward and backward of this rank's micro-batches; the sum of their losses."""
@@ -350,6 +350,7 @@ class Trainer:
             mfu=None if peak is None else flops_per_s / peak / self.parallel.world_size,
             step_s=step_s,
             fetch_s=sum(waits_s),
+            waits_s=tuple(waits_s),
         )
 
 

@@ -141,7 +141,7 @@ from pathlib import Path
 sys.path.append(given["tests"])
 from nsa.data.tokenizers import ByteTokenizer
 from nsa.loss import NextTokenLoss
-from nsa.runs.checkpoints import CheckpointError
+from nsa.runs.errors import CheckpointError
 from nsa.train.checkpoint.load import load_checkpoint
 from nsa.train.checkpoint.save import Checkpointer
 from nsa.train.parallel import distribute

@@ -31,8 +31,8 @@ from nsa.runs.host import this_machine
 from nsa.train.telemetry.progress import percentiles_ms
 
 NUM_WAITS = 256  # newest waits for data whose percentiles a beat holds
-
 REPORTED = frozenset(f.name for f in fields(Beat)) - {"unix_time_s", "progress_age_s", "counters"}
+"""The fields of a beat that others tell it; it knows the rest itself."""
 
 
 class Heartbeat:

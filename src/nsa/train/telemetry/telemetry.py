@@ -2,8 +2,8 @@
 
     with Telemetry(folder, config, parallel) as telemetry:
         with telemetry.training_step(1):
-            record, waits_s = trainer.train_step()
-        telemetry.step(record, waits_s, num_skipped=trainer.guard.num_skipped)
+            record = trainer.train_step()
+        telemetry.step(record, num_skipped=trainer.guard.num_skipped)
 
 Every rank beats, dumps its stacks on SIGUSR1 and records its profiler windows; rank 0 also writes the tables,
 TensorBoard and the terminal.
@@ -12,7 +12,7 @@ TensorBoard and the terminal.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from types import TracebackType
 
@@ -20,18 +20,18 @@ from nsa.config.run import RunConfig
 from nsa.runs.curves import draw_curves
 from nsa.runs.folder import RunFolder
 from nsa.runs.heartbeat import Phase, heartbeat_path, stacks_path
-from nsa.runs.tables import EvalRecord, StepRecord
+from nsa.runs.tables import TRAINING_COLUMNS, EvalRecord, StepRecord
 from nsa.train.parallel import Parallel
 from nsa.train.routes import routes
 from nsa.train.telemetry.eta import Deadline
 from nsa.train.telemetry.health_probe import ModelHealth
-from nsa.train.telemetry.heartbeat_writer import Heartbeat
+from nsa.train.telemetry.heartbeat_writer import REPORTED, Heartbeat
 from nsa.train.telemetry.profiler import StepWindows
 from nsa.train.telemetry.recorder import Recorder, SilentRecorder
 from nsa.train.telemetry.stacks import stacks_on_signal
 
 REDRAW_AFTER_S = 120.0  # since the curves were drawn last, as that takes a second or two
-IN_BEATS = ("step", "loss", "grad_norm", "lr", "tokens_per_s", "mfu", "step_s")
+IN_BEATS = tuple(name for name in TRAINING_COLUMNS if name in REPORTED)  # what a beat tells of a step
 
 
 class Telemetry:
@@ -101,11 +101,11 @@ class Telemetry:
         with self.windows.at(step):
             yield
 
-    def step(self, record: StepRecord, waits_s: Sequence[float], *, num_skipped: int) -> None:
+    def step(self, record: StepRecord, *, num_skipped: int) -> None:
         """An optimizer step is done; `num_skipped` steps of the run were skipped by a guard so far."""
-        self.heartbeat.update(waits_s=waits_s, **{name: getattr(record, name) for name in IN_BEATS})
+        self.heartbeat.update(waits_s=record.waits_s, **{name: getattr(record, name) for name in IN_BEATS})
         self.heartbeat.count("skipped_steps", num_skipped)
-        self.recorder.step(record, list(waits_s))
+        self.recorder.step(record)
 
     def evaluation(self, record: EvalRecord) -> None:
         """An evaluation is done; now and then the curves are drawn up to here."""
