@@ -73,12 +73,14 @@ class RoutingReport:
     Attributes:
         backend: that the call takes.
         reason: why.
+        is_fallback: whether a GPU runs something slower than its kernels, which nobody asked for.
         device, versions: where it runs, and on which torch and triton.
         stages: of the operator.
     """
 
     backend: str
     reason: str
+    is_fallback: bool
     device: str
     versions: dict[str, str]
     stages: tuple[StageRoute, ...]
@@ -116,7 +118,8 @@ def routing_report(
         module = "nsa.ops.reference" if chosen == "reference" else "nsa.ops.torch_native"
         stages = (StageRoute("all stages", module, {}, "PyTorch's own operators, on any device"),)
     device = torch.cuda.get_device_name(q.device) if q.is_cuda else platform.processor() or platform.machine()
-    return RoutingReport(chosen, reason, device, versions, stages)
+    is_fallback = backend == "auto" and q.device.type == "cuda" and chosen != "triton"
+    return RoutingReport(chosen, reason, is_fallback, device, versions, stages)
 
 
 def _why_not_triton(x: Tensor, *others: Tensor) -> str | None:

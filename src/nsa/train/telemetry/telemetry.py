@@ -21,8 +21,8 @@ from nsa.runs.curves import draw_curves
 from nsa.runs.folder import RunFolder
 from nsa.runs.heartbeat import Phase, heartbeat_path, stacks_path
 from nsa.runs.tables import TRAINING_COLUMNS, EvalRecord, StepRecord
+from nsa.train.model import training_route
 from nsa.train.parallel import Parallel
-from nsa.train.routes import routes
 from nsa.train.telemetry.eta import Deadline
 from nsa.train.telemetry.health_probe import ModelHealth
 from nsa.train.telemetry.heartbeat_writer import REPORTED, Heartbeat
@@ -72,10 +72,9 @@ class Telemetry:
             profile_steps=config.observe.profile_steps,
             memory_snapshot_steps=config.observe.memory_snapshot_steps,
         )
-
         self._drawn_s = time.monotonic()
-        found = routes(config.model, parallel.device, config.train.precision)
-        self.heartbeat.count("fallbacks", sum(route.is_fallback for route in found))
+        route = training_route(config, parallel.device)
+        self.heartbeat.count("fallbacks", int(route is not None and route.is_fallback))
 
     def __enter__(self) -> Telemetry:
         with ExitStack() as stack:
