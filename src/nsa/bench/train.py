@@ -32,9 +32,9 @@ from nsa.config.run import RunConfig
 from nsa.eval.perplexity import DeviceBatch, TokenBatch
 from nsa.train.parallel import Parallel, setup_parallel
 from nsa.train.trainer import Trainer
+from nsa.units import GIB
 
 DENSE_KERNELS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
-GIB = 2**30
 NAN = float("nan")
 PROFILE_ROWS, PROFILE_NAME = 32, 90  # kernels, and characters of their names, that are printed
 # One layer of width 128, 8 heads in 2 groups, 8 rows of 128 bytes.

@@ -27,6 +27,7 @@ from nsa.runs.files import append, open_to_append
 from nsa.runs.folder import write_text
 from nsa.terminal import printable
 
+FINAL_LOSSES = 20  # training losses whose mean stands for the end of training
 ESSENTIAL_COLUMNS = frozenset({"step", "tokens", "layer", "loss", "val_loss"})
 """Without these a table says nothing; others may be missing from one that another version wrote."""
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from nsa.runs.tables import FINAL_LOSSES
 from nsa.train.model import training_route
-from nsa.train.trainer import FINAL_LOSSES
 
 if TYPE_CHECKING:
     from nsa.train.trainer import Trainer

@@ -22,7 +22,7 @@ from rich.progress import (
 )
 
 from nsa.runs.tables import StepRecord
-from nsa.terminal import duration
+from nsa.units import duration
 
 
 class Progress:

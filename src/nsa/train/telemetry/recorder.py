@@ -25,8 +25,8 @@ class Recorder:
         folder: the run's folder.
         num_steps: optimizer steps of the whole run.
         log_every_steps: optimizer steps between lines on the terminal.
-        resume_step: continue the tables after this step, the checkpoint's: what came later is taken out of them. A new
-            run unless given.
+        start_step: continue the tables after this step, the checkpoint's: what came later is taken out of them; 0
+            begins them anew.
         deadline: when the run is to end; none unless given.
     """
 
@@ -36,15 +36,16 @@ class Recorder:
         *,
         num_steps: int,
         log_every_steps: int,
-        resume_step: int | None = None,
+        start_step: int = 0,
         deadline: Deadline | None = None,
     ) -> None:
         self.num_steps, self.log_every_steps = num_steps, log_every_steps
         self._eta = Eta(num_steps, deadline)
         self._waits_s: list[float] = []
-        purge_step = None if resume_step is None else resume_step + 1
+        resume_step = start_step or None
+        purge_step = start_step + 1 if start_step else 0
         with ExitStack() as stack:
-            self.progress = stack.enter_context(Progress(num_steps, done=resume_step or 0))
+            self.progress = stack.enter_context(Progress(num_steps, done=start_step))
             self._training = stack.enter_context(
                 CsvWriter(folder.training_csv, TRAINING_COLUMNS, resume_step=resume_step)
             )
@@ -118,7 +119,7 @@ class Board:
         note: takes the line about a board that has ended.
     """
 
-    def __init__(self, folder: Path, *, purge_step: int | None, note: Callable[[str], None]) -> None:
+    def __init__(self, folder: Path, *, purge_step: int, note: Callable[[str], None]) -> None:
         self._folder, self._note = folder, note
         self._writer: SummaryWriter | None = None
         with self._ends():

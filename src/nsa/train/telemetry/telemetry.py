@@ -41,7 +41,7 @@ class Telemetry:
         folder: the run's folder.
         config: of the run.
         parallel: this process among those of the run.
-        resume_step: step of the checkpoint that the run goes on from; None for a new run.
+        start_step: step of the checkpoint that the run goes on from; 0 for none.
         deadline: when the run is to end; none unless given.
     """
 
@@ -51,17 +51,17 @@ class Telemetry:
         config: RunConfig,
         parallel: Parallel,
         *,
-        resume_step: int | None = None,
+        start_step: int = 0,
         deadline: Deadline | None = None,
     ) -> None:
-        self.folder, self.config, self.parallel, self.resume_step = folder, config, parallel, resume_step
-        self.deadline = deadline
+        self.folder, self.config, self.parallel = folder, config, parallel
+        self.start_step, self.deadline = start_step, deadline
         self.heartbeat = Heartbeat(
             heartbeat_path(folder.path, parallel.rank),
             rank=parallel.rank,
             world_size=parallel.world_size,
             num_steps=config.train.steps,
-            start_step=max(resume_step or 0, 0),  # a run that begins again resumes before its first row
+            start_step=start_step,
             every_s=config.observe.heartbeat_s,
             device=parallel.device,
         )
@@ -149,4 +149,4 @@ class Telemetry:
             return SilentRecorder()
         train = self.config.train
         options = {"num_steps": train.steps, "log_every_steps": train.log_every_steps}
-        return Recorder(self.folder, **options, resume_step=self.resume_step, deadline=self.deadline)
+        return Recorder(self.folder, **options, start_step=self.start_step, deadline=self.deadline)
