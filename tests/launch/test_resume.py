@@ -142,7 +142,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_resumed(
     capsys.readouterr()
     resume(folder)
     out = capsys.readouterr().out
-    assert f"damaged checkpoint passed over: {part}" in out
+    assert f"damaged checkpoint skipped: {part}" in out
     assert f"resuming {folder} from step_000003" in out
     assert (folder / "checkpoints" / "damaged_step_000006").is_dir()
     assert table(folder) == table(whole)
@@ -165,7 +165,7 @@ def test_a_run_can_be_made_longer_and_the_change_is_recorded(tiny) -> None:
 
 
 def test_a_run_that_was_killed_while_it_closed_only_closes_again(tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    from nsa.train import run as module
+    from nsa.train import loop as module
 
     with monkeypatch.context() as patch:
         patch.setattr(module, "draw_curves", lambda *args: 1 / 0)

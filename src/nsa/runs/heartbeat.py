@@ -109,7 +109,7 @@ class HeartbeatReader:
     def __init__(self, path: Path, *, last: int = MAX_BEATS) -> None:
         self.path, self.last = path, last
         self._offset = 0
-        self._line: int | None = 0  # whole lines before the offset; None once some were passed over
+        self._line: int | None = 0  # whole lines before the offset; None once some were skipped
 
     def read(self) -> list[Beat]:
         """New beats, oldest first; a last line without its newline waits for the next read.

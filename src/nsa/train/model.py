@@ -36,14 +36,14 @@ def model_config(config: RunConfig, *, vocab_size: int, eos_token_id: int) -> NS
     layer_types = list(values.pop("layer_types"))
     if len(layer_types) == 1:
         layer_types *= config.model.num_hidden_layers
-    rope_theta = values.pop("rope_theta")
+    rope = {"rope_type": "default", **values.pop("rope_parameters"), "rope_theta": values.pop("rope_theta")}
     values = {name: value for name, value in values.items() if value is not None}
     values.setdefault("max_position_embeddings", config.train.sequence_length)
     return NSAConfig(
         **values,
         layer_types=layer_types,
         vocab_size=vocab_size,
-        rope_parameters={"rope_type": "default", "rope_theta": rope_theta},
+        rope_parameters=rope,
         eos_token_id=eos_token_id,
         bos_token_id=None,
         pad_token_id=None,
