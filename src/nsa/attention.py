@@ -22,6 +22,7 @@ from nsa.cache import NSACache
 from nsa.compress import block_starts, build_compression
 from nsa.gate import Gate
 from nsa.geometry import BRANCHES, BlockGeometry
+from nsa.model_options import head_sizes
 from nsa.ops.api import nsa_attention, nsa_decode
 from nsa.ops.call import DecodeAux, NSAAux
 from nsa.ops.packed import packed_positions
@@ -78,15 +79,10 @@ class NSAAttention(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        if num_heads < 1 or num_kv_heads < 1 or num_heads % num_kv_heads:
-            raise ValueError(f"num_heads {num_heads} must be a positive multiple of num_kv_heads {num_kv_heads}")
-        if head_dim is None and hidden_size % num_heads:
-            raise ValueError(f"hidden_size {hidden_size} is no multiple of num_heads {num_heads}; give head_dim")
         if compress_rope not in ("before", "after"):
             raise ValueError(f"compress_rope must be 'before' or 'after', not {compress_rope!r}")
         self.hidden_size, self.num_heads, self.num_kv_heads = hidden_size, num_heads, num_kv_heads
-        self.head_dim = head_dim or hidden_size // num_heads
-        self.value_head_dim = value_head_dim or self.head_dim
+        self.head_dim, self.value_head_dim = head_sizes(hidden_size, num_heads, num_kv_heads, head_dim, value_head_dim)
         self.geometry = geometry or BlockGeometry()
         self.compress_rope, self.shared_kv, self.backend = compress_rope, shared_kv, backend
         self.forced_branch: str | None = None

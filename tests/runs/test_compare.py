@@ -12,7 +12,7 @@ from made_up_beats import beat, holding, write_beats
 from made_up_runs import write_run
 from nsa.runs.compare import COMPARISON_COLUMNS, compare_runs
 from nsa.runs.curves import read_curves
-from nsa.runs.facts import duration, flat
+from nsa.runs.facts import flat
 from nsa.runs.folder import RunFolder
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -102,7 +102,6 @@ def test_nested_settings_become_dotted_keys() -> None:
         "optim": "none",
         "run.seed": "true",
     }
-    assert [duration(seconds) for seconds in (2.25, 90.0, 5400.0)] == ["2.2 s", "1.5 min", "1.50 h"]
 
 
 def test_a_table_of_a_million_steps_is_read_without_a_row_for_each(tmp_path: Path) -> None:

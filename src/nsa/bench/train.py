@@ -32,9 +32,9 @@ from nsa.config.run import RunConfig
 from nsa.data.stream.packing import Batch
 from nsa.train.parallel import Parallel, setup_parallel
 from nsa.train.trainer import Trainer
+from nsa.units import GIB
 
 DENSE_KERNELS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
-GIB = 2**30
 NAN = float("nan")
 PROFILE_ROWS, PROFILE_NAME = 32, 90  # kernels, and characters of their names, that are printed
 # One layer of width 128, 8 heads in 2 groups, 8 rows of 128 bytes.
@@ -89,7 +89,7 @@ class _Candidate:
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         with self.kernel():
-            record, _ = self.trainer.train_step()
+            record = self.trainer.train_step()
         self.mfus.append(NAN if record.mfu is None else record.mfu * record.step_s)
         if device.type == "cuda":
             self.peak_bytes = max(self.peak_bytes, torch.cuda.max_memory_allocated(device))

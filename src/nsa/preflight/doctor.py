@@ -25,9 +25,10 @@ import torch
 from torch import Tensor
 
 from nsa import BlockGeometry, mean_pool, nsa_attention
-from nsa.machine import GIB, PACKAGES, cpu_name, num_cpus, package_version, ram_gib
+from nsa.machine import PACKAGES, cpu_name, num_cpus, package_version, ram_gib
 from nsa.ops.routing import choose_backend
 from nsa.terminal import redacted
+from nsa.units import GIB
 
 PYTHON = (3, 11)
 TORCH = (2, 11), (2, 14)  # the first that works and the first that was not tried

@@ -32,8 +32,8 @@ from nsa.loss import NextTokenLoss
 from nsa.train.activation import checkpoint_activations
 from nsa.train.model import build_model, compile_layers
 from nsa.train.optim import build_optimizer
+from nsa.units import GIB
 
-GIB = 2**30
 OVERHEAD_GIB = {"cpu": 0.6, "cuda": 0.8}  # interpreter and libraries; CUDA context and kernels
 SLACK = 0.1  # share of the activations for work space inside operators, and for fragmentation
 BYTES_PER_PARAMETER = 4  # weights, gradients and both optimizer moments are fp32

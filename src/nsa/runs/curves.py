@@ -178,7 +178,7 @@ def running_mean(values: ArrayLike) -> list[float]:
     """A straight line fitted to each value and its neighbours on either side, at that value's place.
 
     In the middle of a curve that is their mean. Towards its ends, where one side has fewer, the line lags behind the
-    values nowhere: a mean of earlier values would lie above a falling loss. Values that are not finite are passed over.
+    values nowhere: a mean of earlier values would lie above a falling loss. Values that are not finite are skipped.
     """
     points = np.asarray(values, dtype=np.float64)
     count = len(points)

@@ -90,10 +90,10 @@ def test_a_resumed_stream_names_the_file_that_has_changed(suffix: str, tmp_path:
     state = loader.state_dict()
     change(path, b"text 41 ", b"test 41 ", replace=True, keep_times=True)
     with pytest.raises(ValueError, match=rf"the file two\.{suffix} has other contents; .*put them back as they were"):
-        build_train_loader(both, **SIZES).load_state_dict(state)
+        build_train_loader(both, **SIZES, start=state)
     one = both.model_copy(update={"paths": (str(paths[0]),)})
     with pytest.raises(ValueError, match=rf"the file two\.{suffix} is missing"):
-        build_train_loader(one, **SIZES).load_state_dict(state)
+        build_train_loader(one, **SIZES, start=state)
 
 
 def test_a_resumed_stream_in_memory_names_the_file_and_the_setting(tmp_path: Path) -> None:
@@ -102,15 +102,15 @@ def test_a_resumed_stream_in_memory_names_the_file_and_the_setting(tmp_path: Pat
     text = DataConfig(source="text", paths=(str(path),), heldout=0.1)
     state = build_train_loader(text, **SIZES).state_dict()
     with pytest.raises(ValueError, match="seed was 0 and is 1; documents"):
-        build_train_loader(text, **SIZES | {"seed": 1}).load_state_dict(state)
+        build_train_loader(text, **SIZES | {"seed": 1}, start=state)
     with pytest.raises(ValueError, match="which of them are held out"):
-        build_train_loader(text.model_copy(update={"heldout": 0.3}), **SIZES).load_state_dict(state)
+        build_train_loader(text.model_copy(update={"heldout": 0.3}), **SIZES, start=state)
     path.write_text("Word " * 400, encoding="utf-8")
     with pytest.raises(ValueError, match=r"the file a\.txt has other contents"):
-        build_train_loader(text, **SIZES).load_state_dict(state)
+        build_train_loader(text, **SIZES, start=state)
     del state["data"]
     with pytest.raises(ValueError, match="must be the same to resume"):
-        build_train_loader(text, **SIZES).load_state_dict(state)
+        build_train_loader(text, **SIZES, start=state)
 
 
 def test_a_thousand_files_do_not_fill_the_state(tmp_path: Path) -> None:

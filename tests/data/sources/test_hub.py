@@ -77,8 +77,8 @@ def test_a_run_can_be_resumed_with_the_other_access(hub: FakeHub, config: DataCo
     cached = build_train_loader(config, **sizes)
     for _ in range(5):
         next(cached)
-    streamed = build_train_loader(config.model_copy(update={"hub_access": "stream"}), **sizes)
-    streamed.load_state_dict(cached.state_dict())
+    stream = config.model_copy(update={"hub_access": "stream"})
+    streamed = build_train_loader(stream, **sizes, start=cached.state_dict())
     assert next(streamed).input_ids.tolist() == next(cached).input_ids.tolist()
 
 

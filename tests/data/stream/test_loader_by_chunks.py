@@ -93,9 +93,7 @@ def test_resume_continues_exactly(make_loader, num_batches: int, read_ahead: boo
     take(loader, num_batches)
     state = json.loads(json.dumps(loader.state_dict()))
     expected = take(loader, 90)
-    resumed = make_loader(read_ahead=not read_ahead)
-    take(resumed, 5)
-    resumed.load_state_dict(state)
+    resumed = make_loader(read_ahead=not read_ahead, start=state)
     assert_equal(take(resumed, 90), expected)
     assert resumed.state_dict() == loader.state_dict()
 
@@ -150,6 +148,7 @@ def test_held_out_documents_are_never_trained_on(make_loader, heldout) -> None:
 
 def test_a_state_of_other_chunks_or_held_out_documents_is_refused(make_loader) -> None:
     state = make_loader().state_dict()
-    for other in (make_loader(CountingChunks([9, *LENGTHS[1:]], CHUNK_SIZES)), make_loader(heldout=0.1)):
-        with pytest.raises(ValueError, match="must be the same to resume"):
-            other.load_state_dict(state)
+    with pytest.raises(ValueError, match="must be the same to resume"):
+        make_loader(CountingChunks([9, *LENGTHS[1:]], CHUNK_SIZES), start=state)
+    with pytest.raises(ValueError, match="must be the same to resume"):
+        make_loader(heldout=0.1, start=state)

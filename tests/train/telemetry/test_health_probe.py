@@ -132,7 +132,7 @@ def test_measuring_leaves_the_training_as_it_is(tiny) -> None:
     def losses(measured: bool) -> list[float]:
         trainer, found = Trainer(tiny(train={"steps": 4})), []
         for _ in range(4):
-            found.append(trainer.train_step()[0].loss)
+            found.append(trainer.train_step().loss)
             if measured:
                 assert trainer.measure_health() is not None
                 assert trainer.loss.training

@@ -1,7 +1,7 @@
 """The training stream and the evaluation batches of one run.
 
-The documents of an epoch come in an order drawn from (seed, epoch). They are taken a shuffle window at a time, tokenized, cut
-and packed into rows, and the window's rows are shuffled (`shuffle.py`), so that a batch mixes many documents even where
+The documents of an epoch come in an order drawn from (seed, epoch). They are taken a shuffle window at a time,
+tokenized, cut and packed into rows, and the window's rows are shuffled (`shuffle.py`), so that a batch mixes many documents even where
 one document fills eighty rows. What does not fill the window's last row opens the next window. The stream of rows does
 not depend on the number of ranks: of each world_size * rows_per_batch rows, rank r takes the r-th rows_per_batch ones.
 
@@ -10,6 +10,7 @@ not depend on the number of ranks: of each world_size * rows_per_batch rows, ran
     >>> next(loader).input_ids.shape
     torch.Size([4, 512])
     >>> state = loader.state_dict()          # a small JSON object, the same on all ranks
+    >>> loader = build_train_loader(DataConfig(), tokenizer=ByteTokenizer(), seed=0, **sizes, start=state)
 """
 
 from __future__ import annotations
@@ -69,6 +70,7 @@ def build_train_loader(
     *,
     corpus: Corpus | MixedCorpus | None = None,
     read_ahead: bool = False,
+    start: Mapping[str, Any] | None = None,
     **options: Unpack[StreamOptions],
 ) -> TrainLoader:
     """The endless training stream of `config`'s documents, without the held-out ones.
@@ -77,9 +79,11 @@ def build_train_loader(
         config: source, held-out documents and shuffle.
         corpus: the corpus of `config`, where it is open already.
         read_ahead: make the next window on another thread while one is given out.
+        start: the `state_dict` of a loader, whose number of ranks may differ, to begin exactly where it was taken.
         options: what `StreamOptions` lists.
 
     Raises:
+        ValueError: `start` belongs to other documents, another tokenizer, row length, seed or window.
         DataError: the source is missing or malformed, the held-out documents do not fit it, or an epoch has too few
             tokens for one batch of all ranks.
     """
@@ -87,6 +91,7 @@ def build_train_loader(
         (corpus or open_corpus(config)).training_documents(),
         window_tokens=config.shuffle_window_tokens,
         read_ahead=read_ahead,
+        start=start,
         **options,
     )
 
@@ -115,7 +120,7 @@ def build_eval_batches(
 
 
 class TrainLoader:
-    """An endless iterator of `Batch`es that can be stopped and continued at any batch.
+    """An endless iterator of `Batch`es; another one can begin where its `state_dict` was taken.
 
     Every label of the documents (each token but a document's first) comes exactly once in an epoch; only the last
     row of an epoch, where it is incomplete, is filled up with the next epoch's tokens. In a mix that holds for each
@@ -126,9 +131,11 @@ class TrainLoader:
         window_tokens: rows are shuffled among this many tokens, which are in memory at a time.
         read_ahead: make the next window on another thread while one is given out; two are then in memory.
         tokenizer, sequence_length, rows_per_batch, seed, rank, world_size: as in `StreamOptions`.
+        start: as in `build_train_loader`.
 
     Raises:
-        DataError: an epoch has too few tokens for one batch of all ranks.
+        ValueError: `start` is the state of other data.
+        DataError: an epoch has too few tokens for one batch of all ranks, or a document cannot be read.
     """
 
     def __init__(
@@ -143,6 +150,7 @@ class TrainLoader:
         world_size: int = 1,
         window_tokens: int = 2**24,
         read_ahead: bool = False,
+        start: Mapping[str, Any] | None = None,
     ) -> None:
         check_sizes(sequence_length, rows_per_batch)
         if not 0 <= rank < world_size:
@@ -164,6 +172,11 @@ class TrainLoader:
         }
         self._check_window(window_tokens)
         self._turns = Turns([part.weight for part in self._parts])
+        places: Sequence[Mapping[str, Any] | None] = [None] * len(self._parts)
+        if start is not None:
+            self._check_state(start)
+            places = start.get("mix", [start])
+            self._turns.taken = list(start.get("turns", [0]))
         total = sum(part.weight for part in self._parts)
         self._streams = [
             RowStream(
@@ -173,8 +186,9 @@ class TrainLoader:
                 seed=seed,
                 window_tokens=max(1, round(window_tokens * part.weight / total)),
                 first_id=part.first_id,
+                start=place,
             )
-            for part in self._parts
+            for part, place in zip(self._parts, places, strict=True)
         ]
         self._check_enough()
 
@@ -231,23 +245,13 @@ class TrainLoader:
             place = {"epoch": self.epoch, "mix": places, "turns": list(self._turns.taken)}
         return {**place, "fingerprint": self._fingerprint, "data": self._data}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue exactly where `state_dict` was taken; the number of ranks may differ.
-
-        Raises:
-            ValueError: the state belongs to other documents, another tokenizer, row length, seed or window.
-            DataError: the documents at that place cannot be read.
-        """
-        if state["fingerprint"] != self._fingerprint:
+    def _check_state(self, state: Mapping[str, Any]) -> None:
+        if state.get("fingerprint") != self._fingerprint:
             raise ValueError(
                 f"the loader's state is of other data: {_difference(state.get('data'), self._data)}; documents, "
                 f"held-out documents, tokenizer, sequence length, seed and shuffle window must be the same to resume: "
                 f"put them back as they were, or begin a new run"
             )
-        places = state.get("mix", [state])
-        for stream, place in zip(self._streams, places, strict=True):
-            stream.go_to(place)
-        self._turns.taken = list(state.get("turns", [0]))
 
     def _check_window(self, window_tokens: int) -> None:
         needed = self._rows_per_batch * self._world_size * self._sequence_length
@@ -259,10 +263,13 @@ class TrainLoader:
     def _check_enough(self) -> None:
         needed = self._rows_per_batch * self._world_size if len(self._parts) == 1 else 1
         for part, stream in zip(self._parts, self._streams, strict=True):
-            if stream.is_whole_epoch and len(stream.window.rows) < needed:
+            if stream.epoch_tokens is None:  # it takes several windows, each of more than a batch
+                continue
+            num_rows = stream.epoch_tokens // self._sequence_length
+            if num_rows < needed:
                 of_part = f" of {part.label}" if part.label else ""
                 raise DataError(
-                    f"the {stream.window.num_documents} training documents{of_part} fill {len(stream.window.rows)} "
+                    f"the {stream.window.num_documents} training documents{of_part} fill {num_rows} "
                     f"rows of {self._sequence_length} tokens, but one batch of all ranks takes {needed}; use shorter "
                     f"rows, fewer rows or more text"
                 )

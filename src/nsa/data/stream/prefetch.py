@@ -37,6 +37,7 @@ def build_prefetcher(
     *,
     corpus: Corpus | MixedCorpus | None = None,
     pin_memory_for: torch.device | None = None,
+    start: Mapping[str, Any] | None = None,
     **options: Unpack[StreamOptions],
 ) -> Prefetcher:
     """The stream of `build_train_loader`, made ahead on other threads.
@@ -46,15 +47,17 @@ def build_prefetcher(
         corpus: the corpus of `config`, where it is open already.
         pin_memory_for: CUDA device that the batches are for; they then lie in pinned memory, so that copies to it can
             run beside the computation (`non_blocking=True`).
+        start: as in `build_train_loader`.
         options: what `StreamOptions` lists.
 
     Raises:
+        ValueError: as `build_train_loader`.
         DataError: as `build_train_loader`, or the first window was not ready in time.
     """
     opened = corpus or open_corpus(config)
 
     def build() -> TrainLoader:
-        return build_train_loader(config, corpus=opened, read_ahead=True, **options)
+        return build_train_loader(config, corpus=opened, read_ahead=True, start=start, **options)
 
     is_alone = options.get("world_size", 1) == 1
     return Prefetcher(
@@ -97,11 +100,21 @@ class Prefetcher:
         pin_memory_for: torch.device | None = None,
         notify: Callable[[str], None] = say,
     ) -> None:
-        self._source, self._num_batches, self._pin_memory_for = source, num_batches, pin_memory_for
+        self._source = source
         self._first_batch_timeout_s, self._stall_timeout_s = first_batch_timeout_s, stall_timeout_s
         self._notify = notify
         self.last_wait_s = 0.0
-        self._start(build)
+        # The thread knows the channel and not this object, so that dropping this object, or the end of the process,
+        # ends the thread.
+        self._channel = _Channel(num_batches)
+        arguments = (build, self._channel, pin_memory_for)
+        self._thread = threading.Thread(target=_produce, args=arguments, name="nsa-data-batches", daemon=True)
+        weakref.finalize(self, _end, self._channel, self._thread)
+        self._thread.start()
+        self._is_first = True
+        first = self._wait("the first window of documents", first_batch_timeout_s)
+        self._loader, self._state, self._statistics = first
+        weakref.finalize(self, self._loader.close)
 
     def __iter__(self) -> Prefetcher:
         return self
@@ -139,43 +152,9 @@ class Prefetcher:
         """What making the batches handed out has taken."""
         return self._statistics
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue exactly where `state_dict` was taken; batches that were ready are dropped.
-
-        Raises:
-            ValueError: the state belongs to other data; see `TrainLoader.load_state_dict`.
-            DataTimeoutError: the thread does not come to an end, or the place takes too long to reach.
-        """
-        self.close()
-        self._thread.join(self._stall_timeout_s)
-        if self._thread.is_alive():
-            raise DataTimeoutError(
-                f"the loader of {self._source} does not stop within {self._stall_timeout_s:g} s; start the process anew"
-            )
-        loader = self._loader
-
-        def build() -> TrainLoader:
-            loader.load_state_dict(state)
-            return loader
-
-        self._start(build)
-
     def close(self) -> None:
         """End the thread as soon as it has its batch; a batch asked for afterwards is an error."""
         self._channel.close()
-
-    def _start(self, build: Callable[[], TrainLoader]) -> None:
-        # The thread knows the channel and not this object, so that dropping this object, or the end of the process,
-        # ends the thread.
-        self._channel = _Channel(self._num_batches)
-        arguments = (build, self._channel, self._pin_memory_for)
-        self._thread = threading.Thread(target=_produce, args=arguments, name="nsa-data-batches", daemon=True)
-        weakref.finalize(self, _end, self._channel, self._thread)
-        self._thread.start()
-        self._is_first = True
-        first = self._wait("the first window of documents", self._first_batch_timeout_s)
-        self._loader, self._state, self._statistics = first
-        weakref.finalize(self, self._loader.close)
 
     def _wait(self, what: str, timeout_s: float) -> _Made:
         start_s = time.monotonic()

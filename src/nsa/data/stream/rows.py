@@ -23,6 +23,7 @@ class RowStream:
         seed: of the order of documents and rows.
         window_tokens: rows are shuffled among this many tokens, which are in memory at a time.
         first_id: number of its first document among those of all sources.
+        start: where to begin, as `place` gave it; with the first document of the first epoch unless given.
 
     Attributes:
         window: the documents whose rows are given out.
@@ -39,6 +40,7 @@ class RowStream:
         seed: int,
         window_tokens: int,
         first_id: int = 0,
+        start: Mapping[str, Any] | None = None,
     ) -> None:
         self.documents, self.first_id, self._sequence_length = documents, first_id, sequence_length
         self._reader = ShuffleReader(
@@ -46,7 +48,9 @@ class RowStream:
         )
         self._ahead: BackgroundFuture[ShuffleWindow] | None = None
         self.prepared_tokens, self.prepare_s = 0, 0.0
-        self._open(self._reader.read(0, 0, [], {}))
+        place = start or {"epoch": 0, "first": 0, "carry": [], "row": 0}
+        carry = [Piece(*piece) for piece in place["carry"]]
+        self._open(self._reader.read(place["epoch"], place["first"], carry, {}), row=place["row"])
 
     def next_row(self) -> tuple[list[Piece], Mapping[int, np.ndarray]]:
         """The next row, and the tokens of the documents that it is of."""
@@ -87,24 +91,12 @@ class RowStream:
         carry = [list(piece) for piece in window.carry]
         return {"epoch": window.epoch, "first": window.first, "carry": carry, "row": self._row}
 
-    def go_to(self, place: Mapping[str, Any]) -> None:
-        """Continue where `place` was taken.
-
-        Raises:
-            DataError: the documents there cannot be read.
-        """
-        window = place["epoch"], place["first"], [Piece(*piece) for piece in place["carry"]]
-        self._ahead = None
-        if window != (self.window.epoch, self.window.first, self.window.carry):
-            self._open(self._reader.read(*window, known=self.window.tokens))
-        self._row = int(place["row"])
-
     def _next_window(self) -> None:
         ahead, self._ahead = self._ahead, None
         self._open(ahead.result() if ahead else self._following(self.window)())
 
-    def _open(self, window: ShuffleWindow) -> None:
-        self.window, self._row = window, 0
+    def _open(self, window: ShuffleWindow, row: int = 0) -> None:
+        self.window, self._row = window, row
         self.prepared_tokens += window.num_tokens
         self.prepare_s += window.prepare_s
 

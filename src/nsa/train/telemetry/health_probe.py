@@ -24,7 +24,7 @@ from nsa.inspect.gates import record_gates
 from nsa.inspect.selection import nsa_layers, record_selection, selection_statistics
 from nsa.inspect.statistics import GateStatistics, SelectionStatistics, pool_gates, pool_selection
 from nsa.loss import IGNORED_LABEL
-from nsa.runs.tables import HEALTH_COLUMNS
+from nsa.runs.tables import GATE_NUMBERS, SELECTION_NUMBERS
 
 
 @dataclass(frozen=True)
@@ -58,9 +58,9 @@ class ModelHealth:
     def rows(self) -> Iterator[dict[str, float | int]]:
         """A row of `health.csv` for each layer."""
         for layer, gate in self.gates.items():
-            gates = {f"gate_{name}": value for name, value in gate.as_dict().items()}
-            values = {"step": self.step, "layer": layer, **gates, **self.selections[layer].as_dict()}
-            yield {name: values[name] for name in HEALTH_COLUMNS}
+            gates = {f"gate_{name}": getattr(gate, name) for name in GATE_NUMBERS}
+            selection = {name: getattr(self.selections[layer], name) for name in SELECTION_NUMBERS}
+            yield {"step": self.step, "layer": layer, **gates, **selection}
 
     def beat_values(self) -> dict[str, Any]:
         """What a heartbeat tells of it."""
