@@ -65,9 +65,10 @@ def name_of_allocation() -> str:
     return ".".join(name for name in reversed(names) if name) or where_in_kernel(_running[1])
 
 
+@functools.cache
 def name_of_result(file: str, line: int, in_kernel: bool) -> str:
     """The variable that a line assigns to; none in a function that returns it, since its caller has a name for it."""
-    inside = [x for x in ast.walk(parsed(file)) if isinstance(x, ast.stmt) and x.lineno <= line <= (x.end_lineno or 0)]
+    inside = [x for x in statements(file) if x.lineno <= line <= (x.end_lineno or 0)]
     statement = inside[-1]
     if not isinstance(statement, ast.Assign) or not isinstance(statement.targets[0], ast.Name):
         return ""
@@ -79,8 +80,9 @@ def name_of_result(file: str, line: int, in_kernel: bool) -> str:
 
 
 @functools.cache
-def parsed(file: str) -> ast.Module:
-    return ast.parse(Path(file).read_text())
+def statements(file: str) -> list[ast.stmt]:
+    """All of a file, the outer before the inner."""
+    return [x for x in ast.walk(ast.parse(Path(file).read_text())) if isinstance(x, ast.stmt)]
 
 
 class SharedMemory:
