@@ -38,6 +38,18 @@ FORCED = BlockGeometry(4, 2, 64, 6, 2, 3, 150)
 BARE = BlockGeometry(4, 2, 64, 4, 0, 1, 40)  # no initial block
 
 
+# Of Hopper's own kernels, those that a stage must run, whatever the case.
+DENSE = {"hopper_forward_kernel", "hopper_key_kernel", "hopper_query_kernel"}
+UNIONS = {"hopper_union_forward_kernel", "hopper_union_query_kernel"}
+KERNELS = {
+    "compressed": DENSE,
+    "window": DENSE,
+    "whole": DENSE | {"hopper_score_kernel"},
+    "unions": UNIONS,
+    "later blocks": {"hopper_select_backward_kernel"},
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Case(Sizes):
     """A problem for Hopper's kernels.
@@ -62,20 +74,14 @@ class Case(Sizes):
         """Those of Hopper's own that must run."""
         names = set().union(*(KERNELS[stage] for stage in self.stages))
         if "whole" in self.stages and self.geometry.select_block_size == 64:
-            forward = UNIONS if self.by_unions else {"hopper_select_forward_kernel"}
-            names |= {"hopper_select_backward_kernel"} | forward
+            names.add("hopper_select_backward_kernel")
+            if not self.by_unions:
+                names.add("hopper_select_forward_kernel")
+            elif self.heads // self.groups >= 3:
+                names |= UNIONS
         return names
 
 
-DENSE = {"hopper_forward_kernel", "hopper_key_kernel", "hopper_query_kernel"}
-UNIONS = {"hopper_union_forward_kernel", "hopper_union_query_kernel"}
-KERNELS = {
-    "compressed": DENSE,
-    "window": DENSE,
-    "whole": DENSE | {"hopper_score_kernel"},
-    "unions": UNIONS,
-    "later blocks": {"hopper_select_backward_kernel"},
-}
 CASES = {
     "batch of two, two groups": Case(batch=2, tokens=75, heads=8, groups=2, dtype=torch.bfloat16),
     "many steps": Case(tokens=230, geometry=WIDE, multiprocessors=1, stages={"window"}),
