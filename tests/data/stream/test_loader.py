@@ -208,20 +208,17 @@ def test_a_window_holds_no_more_documents_than_it_needs(all_of, counting_tokeniz
 
 
 @pytest.mark.parametrize("epoch", [0, 1])
-def test_a_loader_that_starts_further_on_reads_the_window_there_alone(
-    counting_documents, counting_tokenizer, epoch: int
-) -> None:
+def test_a_loader_that_starts_further_on_reads_the_window_there_alone(all_of, counting_tokenizer, epoch: int) -> None:
     read: list[int] = []
 
     class Recording(Documents):
-        def text(self, index: int) -> str:
-            read.append(index)
-            return super().text(index)
+        def read(self, chunk: int) -> Sequence[Document]:
+            read.append(chunk)
+            return super().read(chunk)
 
     def build(**options) -> TrainLoader:
         source = Recording([str(index) for index in range(400)], [f"{index} 50" for index in range(400)])
-        documents = ChosenDocuments(source, range(400))
-        return TrainLoader(documents, tokenizer=counting_tokenizer, **SIZES, window_tokens=1000, **options)
+        return TrainLoader(all_of(source), tokenizer=counting_tokenizer, **SIZES, window_tokens=1000, **options)
 
     loader = build()
     while loader.epoch < epoch or loader.state_dict()["first"] < 200:
