@@ -1,9 +1,10 @@
 """The training stream and the evaluation batches of one run.
 
-The documents of an epoch come in an order drawn from (seed, epoch). They are taken a shuffle window at a time, tokenized, cut
-and packed into rows, and the window's rows are shuffled (`shuffle.py`), so that a batch mixes many documents even where
-one document fills eighty rows. What does not fill the window's last row opens the next window. The stream of rows does
-not depend on the number of ranks: of each world_size * rows_per_batch rows, rank r takes the r-th rows_per_batch ones.
+The documents of an epoch come in an order drawn from (seed, epoch). They are taken a shuffle window at a time,
+tokenized, cut and packed into rows, and the window's rows are shuffled (`shuffle.py`), so that a batch mixes many
+documents even where one document fills eighty rows. What does not fill the window's last row opens the next window. The
+stream of rows does not depend on the number of ranks: of each world_size * rows_per_batch rows, rank r takes the r-th
+rows_per_batch ones.
 
     >>> sizes = dict(sequence_length=512, rows_per_batch=4)
     >>> loader = build_train_loader(DataConfig(), tokenizer=ByteTokenizer(), seed=0, **sizes)
