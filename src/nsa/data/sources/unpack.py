@@ -1,6 +1,6 @@
 """Large compressed files, unpacked once into a folder, so that any part of them can be read when it is due.
 
-A compressed stream can only be read from its beginning; the blocks of a large file are read in drawn order. So the file
+A compressed stream can only be read from its beginning; the chunks of a large file are read in drawn order. So the file
 is unpacked to `FOLDER/unpacked/DIGEST`, named by the digest of the compressed contents, and found there the next time.
 """
 
