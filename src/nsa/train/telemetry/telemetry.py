@@ -124,7 +124,7 @@ class Telemetry:
 
     @contextmanager
     def dispensable(self, what: object) -> Iterator[None]:
-        """Around the writing of something that the run does not need: a full disk is reported, and the run continues."""
+        """Around writing what the run can do without: a full disk is reported, and the run continues."""
         try:
             yield
         except OSError as error:
