@@ -34,7 +34,7 @@ def test_runs_are_compared_against_the_first(tmp_path: Path) -> None:
     assert found["bits per byte"] == ["2.8854", "2.9287"]
     assert found["learning rate"] == ["0.001", "0.002"]
     assert (found["parameters"], found["steps"]) == (["1,000"] * 2, ["1 of 9"] * 2)
-    assert (found["tokens per second"], found["time in training steps"]) == (["100"] * 2, ["1.0 s"] * 2)
+    assert (found["tokens per second"], found["time in training steps"]) == (["100"] * 2, ["0:01"] * 2)
     assert found["device"] == ["a CPU, 2 threads"] * 2
     assert found["`optim.lr`"] == ["0.001", "0.002"]
     assert not {"`run.name`", "`train.steps`"} & found.keys()
@@ -54,7 +54,7 @@ def test_one_run_in_progress_is_shown_by_itself(tmp_path: Path) -> None:
     write_beats(run, [beat(unix_time_s=time.time() - 3, gpu_reserved_gib=1.5), beat(unix_time_s=time.time())])
     with holding(run, 0):
         found = rows(compare_runs([run], tmp_path / "one"))
-    assert found["state"][0].startswith("running, last beat 0.")
+    assert found["state"][0].startswith("running, last beat 0:0")
     assert found["memory"] == ["1.50 GiB a GPU"]
     assert "held-out loss against the first" not in found
     assert (tmp_path / "one.png").read_bytes().startswith(PNG)

@@ -13,10 +13,12 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
+import tyro
 from pydantic import Field, NonNegativeFloat, PositiveFloat, field_validator, model_validator
 
 from nsa.config.device_name import check_device_name
 from nsa.config.findings import check_allowed
+from nsa.config.yaml_file import parse_yaml
 from nsa.data.config import DataConfig
 from nsa.geometry import BlockGeometry
 from nsa.model_options import (
@@ -38,6 +40,18 @@ Steps = Annotated[int, Field(ge=1, le=10**9)]
 StepsOrNever = Annotated[int, Field(ge=0, le=10**9)]
 Seconds = Annotated[float, Field(gt=0, le=1e7)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
+
+# Keys of somebody else's; the rest of it is what `nsa train --help` shows.
+Mapping = Annotated[
+    dict[str, Any],
+    tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="{KEY: VALUE}",
+        instance_from_str=lambda words: parse_yaml(words[0], source="an option"),
+        is_instance=lambda value: isinstance(value, dict),
+        str_from_instance=lambda value: [str(value)],
+    ),
+]
 
 RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 MAX_PARAMETERS = 10**12
@@ -98,7 +112,7 @@ class ModelSection(Section):
     """Longest context the model is meant for; train.sequence_length unless given."""
     rope_theta: PositiveFloat = 10000.0
     """Base of the rotary position embedding."""
-    rope_parameters: dict[str, Any] = Field(default_factory=dict)
+    rope_parameters: Mapping = Field(default={})
     """Its scaling, as transformers defines it: {rope_type: yarn, factor: 4.0}; "linear", "ntk", "yarn" and "llama3" are
     known (docs/training.md); {} for none."""
     attention_bias: bool = False

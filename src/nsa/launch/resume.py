@@ -3,8 +3,8 @@
     stored = resumed_config(Path("runs/NAME"), ["--train.steps", "800"])
     outcome = train(*prepare_resume(stored))
 
-The newest checkpoint whose every file is as it was written decides where the run goes on; a run that was killed before
-its first checkpoint begins again. The stored config is used; `nsa.config.resume_keys` lists what may be changed.
+The run resumes from the newest checkpoint whose every file is as it was written; one that was killed before its first
+checkpoint begins again. The stored config is used; `nsa.config.resume_keys` lists what may be changed.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ IN_REPORT = {"description", "replaced_because", "held_out_documents"}  # what a 
 
 @dataclass(frozen=True)
 class ResumedFrom:
-    """Where a run goes on, for `status.json` and `env.json`.
+    """Where a run resumes, for `status.json` and `env.json`.
 
     Attributes:
         checkpoint: name of its folder, or None for a run that begins again.

@@ -1,4 +1,4 @@
-"""The config that a run goes on with: that of its newest checkpoint, which `config.yaml` can only change by name.
+"""The config that a run resumes with: that of its newest checkpoint, which `config.yaml` can only change by name.
 
 `config.yaml` may have been edited, emptied by a loss of power, or removed; `run_config.yaml` in the checkpoint has a
 checksum. Before the first checkpoint, the config in `env.json` stands for it.

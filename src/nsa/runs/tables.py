@@ -12,15 +12,11 @@ import csv
 import math
 import os
 import sys
-from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from types import TracebackType
 from typing import IO
-
-import numpy as np
-from numpy.typing import NDArray
 
 from nsa.inspect.statistics import GateStatistics, SelectionStatistics
 from nsa.runs.files import append, open_to_append
@@ -185,15 +181,6 @@ def iter_csv(path: Path, columns: Sequence[str]) -> Iterator[Row]:
                 raise ValueError(f"{where} has {len(cells)} cells, not {len(header)} as the first line; {MEND_TABLE}")
             found = dict(zip(header, cells, strict=True))
             yield {name: parse_cell(name, found.get(name, ""), where) for name in columns}
-
-
-def read_columns(path: Path, columns: Sequence[str]) -> dict[str, NDArray[np.float64]]:
-    """The columns of a table as arrays, for one with a row for each of many steps; an empty cell is NaN."""
-    found = {name: array("d") for name in columns}
-    for row in iter_csv(path, columns):
-        for name, value in row.items():
-            found[name].append(math.nan if value is None else value)
-    return {name: np.array(values, dtype=np.float64) for name, values in found.items()}
 
 
 def _whole_lines(file: IO[str]) -> Iterator[str]:

@@ -76,8 +76,6 @@ def compile_layers(model: NSAForCausalLM, backend: str = "inductor") -> None:
     Args:
         backend: of torch.compile.
     """
-    # DDP would have graphs cut where its buckets end; layers are pieces enough for its exchange to run beside backward.
-    torch._dynamo.config.optimize_ddp = False
     for layer in model.model.layers:
         # Dense attention over packed documents reads their bounds on the host where varlen_attn does not serve.
         whole = isinstance(layer.self_attn, NSAAttention)

@@ -82,7 +82,7 @@ class Checkpointer:
         keep: newest checkpoints that stay.
         keep_every_steps: checkpoints of multiples of this step stay too; 0 for none.
         tables: files that only grow; what is in them at `save` is copied into the checkpoint.
-        saved_step: step of the checkpoint that the run goes on from; 0 for none.
+        saved_step: step of the checkpoint that the run resumes from; 0 for none.
 
     Attributes:
         saved_step: step of the newest checkpoint, written or in flight; 0 before the first.

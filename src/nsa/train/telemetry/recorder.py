@@ -147,7 +147,7 @@ class Board:
             yield
         except OSError as error:
             self._writer = None
-            self._note(f"{self._folder} cannot be written: {error}; the run goes on without it")
+            self._note(f"{self._folder} cannot be written: {error}; the run continues without it")
 
 
 class SilentRecorder:

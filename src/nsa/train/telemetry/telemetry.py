@@ -41,7 +41,7 @@ class Telemetry:
         folder: the run's folder.
         config: of the run.
         parallel: this process among those of the run.
-        start_step: step of the checkpoint that the run goes on from; 0 for none.
+        start_step: step of the checkpoint that the run resumes from; 0 for none.
         deadline: when the run is to end; none unless given.
     """
 
@@ -124,11 +124,11 @@ class Telemetry:
 
     @contextmanager
     def dispensable(self, what: object) -> Iterator[None]:
-        """Around the writing of something that the run does not need: a full disk is told, and the run goes on."""
+        """Around writing what the run can do without: a full disk is reported, and the run continues."""
         try:
             yield
         except OSError as error:
-            self.note(f"{what} cannot be written: {error}; the run goes on without it")
+            self.note(f"{what} cannot be written: {error}; the run continues without it")
 
     def finish(self) -> None:
         """The loop is over; what it reported last is in the file when this returns."""
@@ -141,7 +141,7 @@ class Telemetry:
             with self.dispensable(self.folder.curves_png):
                 draw_curves(self.folder, self.folder.curves_png)
         except ValueError as error:
-            self.note(f"{self.folder.curves_png} cannot be drawn: {error}; the run goes on without it")
+            self.note(f"{self.folder.curves_png} cannot be drawn: {error}; the run continues without it")
         self._drawn_s = time.monotonic()
 
     def _recorder(self) -> Recorder | SilentRecorder:
