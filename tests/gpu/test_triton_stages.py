@@ -7,15 +7,19 @@ oracle; in the inputs' dtype it is the yardstick.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from gpu.planned import OTHER_CAPABILITY, plan_for, run_stage, run_whole
 from nsa import BlockGeometry
 from nsa.ops import reference, triton as backend
-from nsa.ops.triton import gpu
+from nsa.ops.triton.plan import Plan
 
 PAPER = BlockGeometry()
 SMALL = BlockGeometry(8, 4, 16, 4, 1, 2, 24)
@@ -130,34 +134,41 @@ def check(stage: str, case: Case, inputs: tuple[Tensor, ...], run, blocks: Tenso
         assert error(x, z) <= times * error(y, z) + floor, (stage, name, error(x, z), error(y, z))
 
 
+def run_operator(name: str, *arguments: Any) -> tuple[Tensor, Tensor]:
+    return getattr(torch.ops.nsa, name)(*arguments, "triton")
+
+
 @pytest.mark.parametrize("arguments", CASES, ids=str)
 def test_every_stage_is_as_exact_as_plain_mathematics(arguments):
-    case = Case(*arguments)
+    check_stages(Case(*arguments), run_operator)
+
+
+def check_stages(case: Case, run: Callable[..., tuple[Tensor, Tensor]], plan: Plan | None = None) -> None:
+    """Compare each stage as `run` runs it by name; `plan` is for what else runs."""
     shape, cu, start, scale = case.geometry.as_tuple(), case.cu, case.q_start, case.scale
     compressed = (case.q, case.k_cmp, case.v_cmp)
-    ops = torch.ops.nsa
-    check("compressed", case, compressed, lambda *x: ops.compressed_attention(*x, cu, shape, start, scale, "triton"))
+    check("compressed", case, compressed, lambda *x: run("compressed_attention", *x, cu, shape, start, scale))
     window = (case.q, case.k[:, case.k_start :].contiguous(), case.v[:, case.k_start :].contiguous())
-    tail = (cu, shape, start, case.k_start, scale, "triton")
-    check("window", case, window, lambda *x: ops.window_attention(*x, *tail))
-    _, lse = backend.compressed_attention_forward(*compressed, cu, shape, start, scale)
-    blocks = backend.select_blocks_forward(case.q, case.k_cmp, lse, cu, shape, start, scale)
-    chosen = (cu, shape, start, scale, "triton")
+    tail = (cu, shape, start, case.k_start, scale)
+    check("window", case, window, lambda *x: run("window_attention", *x, *tail))
+    _, lse = backend.compressed_attention_forward(*compressed, cu, shape, start, scale, plan=plan)
+    blocks = backend.select_blocks_forward(case.q, case.k_cmp, lse, cu, shape, start, scale, plan=plan)
+    chosen = (cu, shape, start, scale)
     keys = (case.q, case.k, case.v)
-    check("selected", case, keys, lambda *x: ops.selected_attention(*x, blocks, *chosen), blocks)
+    check("selected", case, keys, lambda *x: run("selected_attention", *x, blocks, *chosen), blocks)
 
 
-@pytest.mark.parametrize("union", [False, True])
+@pytest.mark.parametrize("unions", [False, True])
 @pytest.mark.parametrize("arguments", [c for c in CASES if c[8] == 0], ids=str)
-def test_the_whole_operator_is_as_exact_as_plain_mathematics(arguments, union, monkeypatch):
-    monkeypatch.setattr(backend, "_union_pays", lambda *_: union)
+def test_the_whole_operator_is_as_exact_as_plain_mathematics(arguments, unions):
     case = Case(*arguments)
     geometry, scale = case.geometry, case.scale
     gates = torch.randn(*case.q.shape[:3], 3, device="cuda").to(case.dtype)
     k_win, v_win = torch.randn_like(case.k), torch.randn_like(case.v)
     inputs = (case.q, case.k, case.v, case.k_cmp, case.v_cmp, k_win, v_win, gates)
-    tail = (case.cu, geometry.as_tuple(), scale, "triton")
-    blocks = torch.ops.nsa.attention(*inputs, *tail)[-1]
+    tail = (case.cu, geometry.as_tuple(), scale)
+    plan = plan_for(case.q, case.k_cmp, case.v, geometry, case.cu, unions=unions)
+    blocks = backend.attention_forward(*inputs, *tail, plan=plan)[-1]
     seen = [case.mask("compressed"), case.mask("selected", blocks), case.mask("window")]
 
     def by_stages(q, k, v, k_cmp, v_cmp, k_win, v_win, gates):
@@ -171,7 +182,7 @@ def test_the_whole_operator_is_as_exact_as_plain_mathematics(arguments, union, m
         return out, *grads
 
     exact, low = run(by_stages, torch.float64), run(by_stages, case.dtype)
-    mine = run(lambda *x: torch.ops.nsa.attention(*x, *tail)[0], case.dtype)
+    mine = run(lambda *x: run_whole(plan, x, *tail), case.dtype)
     names = ("out", "dq", "dk", "dv", "dk_cmp", "dv_cmp", "dk_win", "dv_win", "dgates")
     for name, x, y, z in zip(names, mine, low, exact, strict=True):
         # Where exact gradients are zero (one key), rounding leaves what it leaves of the terms that cancel.
@@ -181,9 +192,10 @@ def test_the_whole_operator_is_as_exact_as_plain_mathematics(arguments, union, m
 
 
 @pytest.mark.parametrize("arguments", [c for c in CASES if c[4] in (64, 128) and c[7] is not None], ids=str)
-def test_what_other_devices_run_is_as_exact_on_hopper(arguments, monkeypatch):
-    monkeypatch.setattr(gpu, "is_hopper", lambda x: False)
-    test_every_stage_is_as_exact_as_plain_mathematics(arguments)
+def test_what_other_devices_run_is_as_exact_on_hopper(arguments):
+    case = Case(*arguments)
+    plan = plan_for(case.q, case.k_cmp, case.v, case.geometry, case.cu, case.q_start, capability=OTHER_CAPABILITY)
+    check_stages(case, partial(run_stage, plan), plan)
 
 
 @pytest.mark.parametrize("arguments", [c for c in CASES if c[1] <= 300], ids=str)

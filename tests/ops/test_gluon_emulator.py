@@ -34,9 +34,9 @@ PROGRAM = Path(__file__).with_name("gluon_cases.py")
 PATHS = [str(Path(__file__).parents[2] / "src"), str(Path(__file__).parents[1])]
 NUM_CASES, NUM_SEEDS, NUM_PARTS = 41, 3, 4
 KERNELS = {
-    "hopper_forward_kernel", "hopper_key_kernel", "hopper_query_kernel", "hopper_score_kernel",
-    "hopper_select_forward_kernel", "hopper_select_backward_kernel", "hopper_union_forward_kernel",
-    "hopper_union_query_kernel",
+    "dense_forward_sm90_kernel", "dense_dkdv_sm90_kernel", "dense_dq_sm90_kernel", "scores_sm90_kernel",
+    "selected_forward_sm90_kernel", "selected_backward_sm90_kernel", "union_forward_sm90_kernel",
+    "union_dq_sm90_kernel",
 }  # fmt: skip
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
-from functools import partial
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,10 +20,9 @@ from triton.runtime.jit import JITFunction
 from nsa.geometry import BlockGeometry
 from nsa.ops import triton as backend
 from nsa.ops.paged import PagedView
-from nsa.ops.triton import gpu
-from nsa.ops.triton.dense import backward as dense_backward, forced, forward as dense_forward
-from nsa.ops.triton.selected import backward as selected_backward, forward as selected_forward, union as unions
-from nsa.ops.triton.topk import choice
+from nsa.ops.triton.gpu import Device
+from nsa.ops.triton.plan import Shapes, make_plan
+from nsa.ops.triton.tiles import choice_tile
 
 
 class NoGpuDriver:
@@ -55,37 +54,40 @@ def compile_only(architecture: int) -> list[tuple[str, Any]]:
         kernels.append((self.__name__, launch(self, *args, grid=grid, warmup=True, **options)))
 
     JITFunction.run = run
-    for module in (dense_forward, dense_backward, forced, choice, selected_forward, selected_backward, unions):
-        module.has_large_shared_memory = lambda x: architecture >= 90
-    gpu.is_hopper = lambda x: architecture == 90
     return kernels
 
 
-def launch_all(dtype: torch.dtype, group_size: int, head_dim: int, packed: bool) -> None:
+def launch_all(architecture: int, dtype: torch.dtype, group_size: int, head_dim: int, packed: bool) -> None:
     """Values have the size of keys, 128 at most."""
     geometry, T = BlockGeometry(), 2048
     q = torch.zeros(1, T, group_size, head_dim, dtype=dtype)
     k = torch.zeros(1, T, 1, head_dim, dtype=dtype)
     v = torch.zeros(1, T, 1, min(head_dim, 128), dtype=dtype)
     cu = torch.tensor([0, 100, T], dtype=torch.int32) if packed else None
+    N = geometry.num_compressed(T)
+    sizes = (1, T, group_size, 1, head_dim, v.shape[3], dtype, geometry, 2 if packed else 1, N)
+    shared_memory = 232448 if architecture >= 90 else 101376
+    device = Device(divmod(architecture, 10), shared_memory, num_multiprocessors=1, total_memory=2**40)
+    plan = make_plan(Shapes(*sizes), device)
     tail = (cu, geometry.as_tuple())
     k_cmp, v_cmp = (backend.mean_pool_forward(x, *tail, geometry.num_compressed(T)) for x in (k, v))
     backend.mean_pool_backward(k_cmp, *tail, T)
-    out, lse = backend.compressed_attention_forward(q, k_cmp, v_cmp, *tail, 0, 1.0)
-    backend.compressed_attention_backward(out, lse, q, k_cmp, v_cmp, out, lse, *tail, 0, 1.0)
-    blocks = backend.select_blocks_forward(q, k_cmp, lse, *tail, 0, 1.0)
-    choice.choice_tile = partial(choice.choice_tile, whole=0)  # as for more blocks
-    backend.select_blocks_forward(q, k_cmp, lse, *tail, 0, 1.0)
-    out, lse = backend.selected_attention_forward(q, k, v, blocks, *tail, 0, 1.0)
-    backend.selected_attention_backward(out, lse, q, k, v, out, lse, blocks, *tail, 0, 1.0)
-    out, lse = backend.window_attention_forward(q, k, v, *tail, 0, 0, 1.0)
-    backend.window_attention_backward(out, lse, q, k, v, out, lse, *tail, 0, 0, 1.0)
+    out, lse = backend.compressed_attention_forward(q, k_cmp, v_cmp, *tail, 0, 1.0, plan=plan)
+    backend.compressed_attention_backward(out, lse, q, k_cmp, v_cmp, out, lse, *tail, 0, 1.0, plan=plan)
+    blocks = backend.select_blocks_forward(q, k_cmp, lse, *tail, 0, 1.0, plan=plan)
+    in_chunks = choice_tile(geometry, geometry.num_select_blocks(T), whole=0)  # as for more blocks
+    plan = replace(plan, topk=replace(plan.topk, choice=replace(plan.topk.choice, tile=in_chunks)))
+    backend.select_blocks_forward(q, k_cmp, lse, *tail, 0, 1.0, plan=plan)
+    out, lse = backend.selected_attention_forward(q, k, v, blocks, *tail, 0, 1.0, plan=plan)
+    backend.selected_attention_backward(out, lse, q, k, v, out, lse, blocks, *tail, 0, 1.0, plan=plan)
+    out, lse = backend.window_attention_forward(q, k, v, *tail, 0, 0, 1.0, plan=plan)
+    backend.window_attention_backward(out, lse, q, k, v, out, lse, *tail, 0, 0, 1.0, plan=plan)
     tensors = (q, k, v, k_cmp, v_cmp, k, v, q[..., :3].contiguous())
     whole = (cu, geometry.as_tuple(), 1.0)
-    for union in (False, True):
-        backend._union_pays = lambda *_, union=union: union
-        out, *saved = backend.attention_forward(*tensors, *whole)
-        backend.attention_backward(out, *tensors, *saved, *whole)
+    for unions in (False, True):
+        plan = make_plan(Shapes(*sizes), device, unions)
+        out, *saved = backend.attention_forward(*tensors, *whole, plan=plan)
+        backend.attention_backward(out, *tensors, *saved, *whole, plan=plan)
     if packed:
         launch_decode(q[:, :1], k, v, geometry)
 
@@ -112,7 +114,7 @@ def launch_decode(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, geometry: B
 if __name__ == "__main__":
     architecture, dtype, group_size, head_dim, packed = sys.argv[1:]
     kernels = compile_only(int(architecture))
-    launch_all(getattr(torch, dtype), int(group_size), int(head_dim), packed == "1")
+    launch_all(int(architecture), getattr(torch, dtype), int(group_size), int(head_dim), packed == "1")
     for name, kernel in kernels:
         ptx = kernel.asm["ptx"]
         print(json.dumps({"kernel": name, "shared_bytes": kernel.metadata.shared, "wgmma": "wgmma" in ptx}))

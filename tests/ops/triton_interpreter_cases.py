@@ -8,6 +8,7 @@ A program of its own, because TRITON_INTERPRET is read when the kernels are defi
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 
@@ -17,7 +18,9 @@ from torch import Tensor
 
 from nsa.geometry import BlockGeometry
 from nsa.ops import reference, triton as backend
-from nsa.ops.triton.selected import backward as selected_backward, forward as selected_forward
+from nsa.ops.triton.gpu import read_device
+from nsa.ops.triton.plan import Plan, Shapes, make_plan
+from nsa.ops.triton.tiles import choice_tile
 from nsa.ops.triton.topk import choice
 
 SMALL = BlockGeometry(8, 4, 16, 4, 1, 2, 24)
@@ -73,8 +76,28 @@ class Case:
         self.q, self.k, self.v = self.draw(B, T, H, Dk), self.draw(B, S, Hkv, Dk), self.draw(B, S, Hkv, Dv)
         self.k_cmp, self.v_cmp = self.draw(B, N, Hkv, Dk), self.draw(B, N, Hkv, Dv)
         self.scale, self.stages, self.errors = Dk**-0.5, stages, {}
+        num_docs = B if bounds is None else len(bounds) - 1
+        self.shapes = Shapes(B, T, H, Hkv, Dk, Dv, self.dtype, geometry, num_docs, N, q_start)
+        self.plan = self.make_plan()
         if "e" in stages:
             self.q, self.k_cmp = torch.zeros_like(self.q), torch.zeros_like(self.k_cmp)
+
+    def make_plan(self, unions: bool | None = None) -> Plan:
+        """The plan of the case; with scratch for few tokens where it says so."""
+        plan = make_plan(self.shapes, read_device(self.q.device), unions)
+        if "k" not in self.stages:
+            return plan
+        listed = replace(
+            plan.listed,
+            forward=replace(plan.listed.forward, scratch_bytes=1),
+            backward=replace(plan.listed.backward, scratch_bytes=1),
+        )
+        selected = replace(
+            plan.selected,
+            forward=replace(plan.selected.forward, scratch_bytes=1),
+            backward=replace(plan.selected.backward, scratch_bytes=1),
+        )
+        return replace(plan, listed=listed, selected=selected)
 
     def draw(self, *shape: int) -> Tensor:
         return torch.randn(*shape, dtype=torch.float32).to(self.dtype)
@@ -86,14 +109,16 @@ class Case:
         exact = [x[:, :length].double().requires_grad_() for x, length in zip(inputs, lengths, strict=True)]
         cut = [x[:, : self.used] for x in before]
         expected = getattr(reference, name)(*exact, *cut, self.geometry, self.cu, *after)
-        out, lse = getattr(backend, f"{name}_forward")(*inputs, *before, self.cu, self.geometry.as_tuple(), *after)
+        out, lse = getattr(backend, f"{name}_forward")(
+            *inputs, *before, self.cu, self.geometry.as_tuple(), *after, plan=self.plan
+        )
         outside = [out[:, self.used :].abs().sum(), torch.isfinite(lse[:, self.used :]).sum()]
         self.errors[name] = max(relative_error(x[:, : self.used], y) for x, y in zip((out, lse), expected, strict=True))
         dout, dlse = self.draw(*out.shape), torch.randn(lse.shape)
         dlse = torch.where(torch.isfinite(lse), dlse, 0.0)
         # The gradients of rows outside any document must not leak into the keys.
         arguments = (dout, dlse, *inputs, out, lse, *before, self.cu, self.geometry.as_tuple(), *after)
-        grads = getattr(backend, f"{name}_backward")(*arguments)
+        grads = getattr(backend, f"{name}_backward")(*arguments, plan=self.plan)
         finite = torch.where(torch.isfinite(expected[1]), expected[1], 0.0)
         loss = (expected[0] * dout[:, : self.used].double()).sum() + (finite * dlse[:, : self.used].double()).sum()
         wanted = torch.autograd.grad(loss, exact, allow_unused=True) if loss.requires_grad else [None] * 3
@@ -128,9 +153,6 @@ class Case:
         if {"s", "t", "a"} & set(stages):
             self.choice(limit="t" in stages)
         if "s" in stages:
-            if "k" in stages:
-                selected_forward.select_forward = partial(selected_forward.select_forward, scratch_bytes=1)
-                selected_backward.select_backward = partial(selected_backward.select_backward, scratch_bytes=1)
             self.attention("selected_attention", (self.q, self.k, self.v), (self.blocks,), (self.q_start, self.scale))
         if "a" in stages:
             self.whole("whole", union=False)
@@ -140,7 +162,7 @@ class Case:
 
     def whole(self, name: str, union: bool) -> None:
         """Compare the whole operator with its stages by the reference, for gates of either sign."""
-        backend._union_pays = lambda *_: union
+        plan = self.make_plan(union)
         gates = self.draw(*self.q.shape[:3], 3)
         keys = (self.k, self.v, self.k_cmp, self.v_cmp, self.draw(*self.k.shape), self.draw(*self.v.shape))
         inputs = (self.q, *keys, gates)
@@ -155,11 +177,11 @@ class Case:
         )
         expected = sum(g[..., i, None] * branch for i, branch in enumerate(branches))
         constants = (self.cu, self.geometry.as_tuple(), self.scale)
-        out, *saved = backend.attention_forward(*inputs, *constants)
+        out, *saved = backend.attention_forward(*inputs, *constants, plan=plan)
         self.errors[name] = relative_error(out[:, : self.used], expected)
         self.errors[f"{name} blocks"] = float((saved[-1] != self.blocks).sum())
         dout = self.draw(*out.shape)
-        grads = backend.attention_backward(dout, *inputs, *saved, *constants)
+        grads = backend.attention_backward(dout, *inputs, *saved, *constants, plan=plan)
         wanted = torch.autograd.grad(
             expected, exact, dout[:, : self.used].double(), allow_unused=True, materialize_grads=True
         )
@@ -171,14 +193,14 @@ class Case:
 
     def choice(self, limit: bool) -> None:
         """Compare the chosen blocks; with `limit`, in chunks of few candidates and of few tokens."""
-        shape, tail = self.geometry.as_tuple(), (self.q_start, self.scale)
-        _, lse = backend.compressed_attention_forward(self.q, self.k_cmp, self.v_cmp, self.cu, shape, *tail)
-        before = choice.select_blocks, choice.choice_tile
+        shape, tail, plan = self.geometry.as_tuple(), (self.q_start, self.scale), self.plan
+        _, lse = backend.compressed_attention_forward(self.q, self.k_cmp, self.v_cmp, self.cu, shape, *tail, plan=plan)
         if limit:
-            choice.select_blocks = partial(before[0], scratch_bytes=1)
-            choice.choice_tile = lambda *args, **_: before[1](*args, max_chunk=128, whole=0)
-        self.blocks = backend.select_blocks_forward(self.q, self.k_cmp, lse, self.cu, shape, *tail)
-        choice.select_blocks, choice.choice_tile = before
+            num_blocks = self.geometry.num_select_blocks(self.q_start + self.q.shape[1])
+            tile = choice_tile(self.geometry, num_blocks, max_chunk=128, whole=0)
+            limited = replace(plan.topk.choice, tile=tile, scratch_bytes=1)
+            plan = replace(plan, topk=replace(plan.topk, choice=limited))
+        self.blocks = backend.select_blocks_forward(self.q, self.k_cmp, lse, self.cu, shape, *tail, plan=plan)
         q, lse = self.q[:, : self.used], lse[:, : self.used]
         if "e" in self.stages:  # the reference's sums round apart what is equal
             scores = reference.importance_scores(q, self.k_cmp, lse, self.geometry, *tail)
@@ -290,7 +312,7 @@ def choose_given(geometry: BlockGeometry, last: int, kind: str, options: dict, p
             scores[written:] = 0.0
             scores[1 : written + 1] += before[: num - 1]
         expected.append(best_blocks(scores, geometry))
-    tile = choice.choice_tile(geometry, last + 1, **options)
+    tile = choice_tile(geometry, last + 1, **options)
     out = torch.full([1, 3, 1, geometry.num_selected_blocks], -7, dtype=torch.int32)
     lists = torch.full([3 * tile["QUADS"] + 1], 4, dtype=torch.int32)
     calls = dict.fromkeys(("_append", "_read_quads", "_best"), 0)
@@ -323,6 +345,6 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     for name, case in CASES.items():
         print(json.dumps({"case": name, "dtype": case[10], "errors": Case(*case).run()}), flush=True)
-    for name, (*choice, paths) in CHOICES.items():
-        errors = choose_given(*choice, paths)
+    for name, (*given, paths) in CHOICES.items():
+        errors = choose_given(*given, paths)
         print(json.dumps({"case": f"choice: {name}", "dtype": "float32", "errors": errors}), flush=True)

@@ -22,7 +22,8 @@ from nsa.ops.triton import compress, decode
 from nsa.ops.triton.dense import backward as dense_backward, forced, forward as dense_forward
 from nsa.ops.triton.gates import Gated, gate_backward
 from nsa.ops.triton.gpu import KEY_SIZES, fit
-from nsa.ops.triton.layout import Layout, make_layout
+from nsa.ops.triton.layout import make_layout
+from nsa.ops.triton.plan import Plan, plan_call
 from nsa.ops.triton.selected import backward as selected_backward, forward as selected_forward, union as unions
 from nsa.ops.triton.topk import choice
 
@@ -45,98 +46,107 @@ def mean_pool_backward(dout: Tensor, cu_seqlens: Tensor | None, geometry: Geomet
 
 
 def compressed_attention_forward(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, geometry: Geometry, q_start: int, scale: float
-) -> tuple[Tensor, Tensor]:
-    return _dense_forward(q, k, v, cu_seqlens, BlockGeometry(*geometry), 0, q_start, 0, scale)
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, geometry: Geometry, q_start: int, scale: float,
+    plan: Plan | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return _dense_forward(q, k, v, cu_seqlens, BlockGeometry(*geometry), 0, q_start, 0, scale, plan)
 
 
 def compressed_attention_backward(
     dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-    cu_seqlens: Tensor | None, geometry: Geometry, q_start: int, scale: float,
+    cu_seqlens: Tensor | None, geometry: Geometry, q_start: int, scale: float, plan: Plan | None = None,
 ) -> Triple:  # fmt: skip
     shape = BlockGeometry(*geometry)
-    return _dense_backward(dout, dlse, q, k, v, out, lse, cu_seqlens, shape, 0, q_start, 0, scale)
+    return _dense_backward(dout, dlse, q, k, v, out, lse, cu_seqlens, shape, 0, q_start, 0, scale, plan)
 
 
 def window_attention_forward(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, geometry: Geometry, q_start: int, k_start: int,
-    scale: float,
+    scale: float, plan: Plan | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     shape = BlockGeometry(*geometry)
-    return _dense_forward(q, k, v, cu_seqlens, shape, shape.window_size, q_start, k_start, scale)
+    return _dense_forward(q, k, v, cu_seqlens, shape, shape.window_size, q_start, k_start, scale, plan)
 
 
 def window_attention_backward(
     dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
     cu_seqlens: Tensor | None, geometry: Geometry, q_start: int, k_start: int, scale: float,
+    plan: Plan | None = None,
 ) -> Triple:  # fmt: skip
     shape = BlockGeometry(*geometry)
     window = shape.window_size
-    return _dense_backward(dout, dlse, q, k, v, out, lse, cu_seqlens, shape, window, q_start, k_start, scale)
+    return _dense_backward(dout, dlse, q, k, v, out, lse, cu_seqlens, shape, window, q_start, k_start, scale, plan)
 
 
 def select_blocks_forward(
-    q: Tensor, k_cmp: Tensor, lse: Tensor, cu_seqlens: Tensor | None, geometry: Geometry, q_start: int, scale: float
-) -> Tensor:
+    q: Tensor, k_cmp: Tensor, lse: Tensor, cu_seqlens: Tensor | None, geometry: Geometry, q_start: int, scale: float,
+    plan: Plan | None = None,
+) -> Tensor:  # fmt: skip
     shape = BlockGeometry(*geometry)
+    plan = plan or plan_call(q, k_cmp, k_cmp, shape, cu_seqlens, num_compressed=k_cmp.shape[1], q_start=q_start)
     with torch.cuda.device_of(q):
         layout = make_layout(cu_seqlens, shape, q.shape[1], k_cmp.shape[1])
-        return choice.select_blocks(fit(q, KEY_SIZES), fit(k_cmp, KEY_SIZES), lse, shape, layout, q_start, scale)
+        queries, keys = fit(q, KEY_SIZES), fit(k_cmp, KEY_SIZES)
+        return choice.select_blocks(queries, keys, lse, shape, layout, q_start, scale, plan.topk)
 
 
 def selected_attention_forward(
     q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, cu_seqlens: Tensor | None, geometry: Geometry,
-    q_start: int, scale: float,
+    q_start: int, scale: float, plan: Plan | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     shape = BlockGeometry(*geometry)
+    stage = (plan or plan_call(q, k, v, shape, cu_seqlens)).listed.forward
     with torch.cuda.device_of(q):
         layout = make_layout(cu_seqlens, shape, q.shape[1], 0)
         out, lse = selected_forward.select_forward(
-            fit(q, KEY_SIZES), fit(k, KEY_SIZES), fit(v), block_indices, shape, layout, q_start, scale
+            fit(q, KEY_SIZES), fit(k, KEY_SIZES), fit(v), block_indices, shape, layout, q_start, scale, stage
         )
         return _cut(out, v), lse
 
 
 def selected_attention_backward(
     dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, block_indices: Tensor,
-    cu_seqlens: Tensor | None, geometry: Geometry, q_start: int, scale: float,
+    cu_seqlens: Tensor | None, geometry: Geometry, q_start: int, scale: float, plan: Plan | None = None,
 ) -> Triple:  # fmt: skip
     shape = BlockGeometry(*geometry)
+    listed = (plan or plan_call(q, k, v, shape, cu_seqlens)).listed
     with torch.cuda.device_of(q):
         layout = make_layout(cu_seqlens, shape, q.shape[1], 0)
         dout, rows = _rows(dout, dlse, out, lse)
+        queries, keys, values = fit(q, KEY_SIZES), fit(k, KEY_SIZES), fit(v)
         dq, dk, dv = selected_backward.select_backward(
-            dout, fit(q, KEY_SIZES), fit(k, KEY_SIZES), fit(v), rows, block_indices, shape, layout, q_start, scale
+            dout, queries, keys, values, rows, block_indices, shape, layout, q_start, scale, listed
         )
         return _cut(dq, q), _cut(dk, k), _cut(dv, v)
 
 
 def attention_forward(
     q: Tensor, k: Tensor, v: Tensor, k_cmp: Tensor, v_cmp: Tensor, k_win: Tensor, v_win: Tensor, gates: Tensor,
-    cu_seqlens: Tensor | None, geometry: Geometry, scale: float,
+    cu_seqlens: Tensor | None, geometry: Geometry, scale: float, plan: Plan | None = None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """All stages with what they share made once: layout, fitting tensors, forced blocks and gates."""
     shape = BlockGeometry(*geometry)
+    plan = plan or plan_call(q, k, v, shape, cu_seqlens, num_compressed=k_cmp.shape[1])
     with torch.cuda.device_of(q):
         layout = make_layout(cu_seqlens, shape, q.shape[1], k_cmp.shape[1])
         queries, keys, values = fit(q, KEY_SIZES), fit(k, KEY_SIZES), fit(v)
         keys_cmp, values_cmp = fit(k_cmp, KEY_SIZES), fit(v_cmp)
         keys_win, values_win = (keys, values) if k_win is k and v_win is v else (fit(k_win, KEY_SIZES), fit(v_win))
-        out_cmp, lse_cmp = dense_forward.dense_forward(queries, keys_cmp, values_cmp, shape, layout, 0, 0, 0, scale)
-        blocks = choice.select_blocks(queries, keys_cmp, lse_cmp, shape, layout, 0, scale)
-        window = shape.window_size
+        out_cmp, lse_cmp = dense_forward.dense_forward(
+            queries, keys_cmp, values_cmp, shape, layout, 0, 0, 0, scale, plan.compressed.forward
+        )
+        blocks = choice.select_blocks(queries, keys_cmp, lse_cmp, shape, layout, 0, scale, plan.topk)
         out_win, lse_win = dense_forward.dense_forward(
-            queries, keys_win, values_win, shape, layout, window, 0, 0, scale
+            queries, keys_win, values_win, shape, layout, shape.window_size, 0, 0, scale, plan.window.forward
         )
         out = torch.empty_like(out_cmp)
         gated = Gated(out_cmp, out_win, gates.contiguous(), out)
-        selected = (queries, keys, values, blocks, shape, layout, 0, scale)
-        ratio = unions.forward_ratio(queries, values, q.shape[2] // k.shape[2], shape)
-        if _union_pays(queries, keys, shape, layout, ratio):
+        selected = (queries, keys, values, blocks, shape, layout, 0, scale, plan.selected.forward)
+        if plan.selected.forced is None:
             out_slc, lse_slc = unions.union_forward(*selected, gated)
         else:
-            known = forced.forced_forward(queries, keys, values, shape, layout, 0, scale)
-            out_slc, lse_slc = selected_forward.select_forward(*selected, forced=known, gated=gated)
+            known = forced.forced_forward(queries, keys, values, shape, layout, 0, scale, plan.selected.forced)
+            out_slc, lse_slc = selected_forward.select_forward(*selected, known, gated)
         return *(_cut(x, v) for x in (out, out_cmp, out_slc, out_win)), lse_cmp, lse_slc, lse_win, blocks
 
 
@@ -144,9 +154,11 @@ def attention_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, k_cmp: Tensor, v_cmp: Tensor, k_win: Tensor, v_win: Tensor,
     gates: Tensor, out_cmp: Tensor, out_slc: Tensor, out_win: Tensor, lse_cmp: Tensor, lse_slc: Tensor,
     lse_win: Tensor, block_indices: Tensor, cu_seqlens: Tensor | None, geometry: Geometry, scale: float,
+    plan: Plan | None = None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Gradients of all tensors in the order of `attention_forward`; one dQ is added up by the three branches."""
     shape = BlockGeometry(*geometry)
+    plan = plan or plan_call(q, k, v, shape, cu_seqlens, num_compressed=k_cmp.shape[1])
     with torch.cuda.device_of(q):
         layout = make_layout(cu_seqlens, shape, q.shape[1], k_cmp.shape[1])
         dout, gates, queries = dout.contiguous(), gates.contiguous(), fit(q, KEY_SIZES)
@@ -154,44 +166,38 @@ def attention_backward(
         dbranch = torch.empty_like(dout)  # of one branch after another
 
         def rows(out: Tensor, lse: Tensor, branch: int) -> tuple[Tensor, dense_backward.Rows]:
-            gate_backward(dout, out.contiguous(), gates, branch, dbranch, dgates, delta)
+            gate_backward(dout, out.contiguous(), gates, branch, dbranch, dgates, delta, plan.gates.tile)
             return fit(dbranch), dense_backward.Rows(lse, delta)
 
         gradient, of_cmp = rows(out_cmp, lse_cmp, 0)
         dq, dk_cmp, dv_cmp = dense_backward.dense_backward(
-            gradient, queries, fit(k_cmp, KEY_SIZES), fit(v_cmp), of_cmp, shape, layout, 0, 0, 0, scale
+            gradient, queries, fit(k_cmp, KEY_SIZES), fit(v_cmp), of_cmp, shape, layout, 0, 0, 0, scale, plan.compressed
         )
         gradient, of_win = rows(out_win, lse_win, 2)
         window, keys = shape.window_size, (fit(k_win, KEY_SIZES), fit(v_win))
         dq, dk_win, dv_win = dense_backward.dense_backward(
-            gradient, queries, *keys, of_win, shape, layout, window, 0, 0, scale, dq
+            gradient, queries, *keys, of_win, shape, layout, window, 0, 0, scale, plan.window, dq
         )
         gradient, of_slc = rows(out_slc, lse_slc, 1)
-        selected = (gradient, queries, fit(k, KEY_SIZES), fit(v), of_slc, block_indices, shape, layout, 0, scale, dq)
-        ratio = unions.backward_ratio(queries, selected[3], q.shape[2] // k.shape[2], shape)
-        union = _union_pays(queries, k, shape, layout, ratio)
-        if union:
-            unions.union_query_backward(*selected)
-        dq, dk, dv = selected_backward.select_backward(*selected, queries=not union)
+        selected = (gradient, queries, fit(k, KEY_SIZES), fit(v), of_slc, block_indices, shape, layout, 0, scale)
+        if plan.selected.dq:
+            unions.union_dq(*selected, plan.selected.dq, dq)
+        dq, dk, dv = selected_backward.select_backward(*selected, plan.selected, dq)
         grads = (dq, dk, dv, dk_cmp, dv_cmp, dk_win, dv_win)
         inputs = (q, k, v, k_cmp, v_cmp, k_win, v_win)
         return *(_cut(x, like) for x, like in zip(grads, inputs, strict=True)), dgates
 
 
-def _union_pays(q: Tensor, k: Tensor, geometry: BlockGeometry, layout: Layout | None, ratio: float) -> bool:
-    docs = q.shape[0] if layout is None else layout.cu_seqlens.numel() - 1
-    group = q.shape[2] // k.shape[2]
-    return unions.union_pays(q.shape[0] * q.shape[1], docs, group, geometry, ratio)
-
-
 def _dense_forward(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, geometry: BlockGeometry, window: int,
-    q_start: int, k_start: int, scale: float,
+    q_start: int, k_start: int, scale: float, plan: Plan | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    plan = plan or plan_call(q, k, v, geometry, cu_seqlens, num_compressed=0 if window else k.shape[1])
+    stage = plan.window.forward if window else plan.compressed.forward
     with torch.cuda.device_of(q):
         layout = make_layout(cu_seqlens, geometry, q.shape[1], k.shape[1])
         out, lse = dense_forward.dense_forward(
-            fit(q, KEY_SIZES), fit(k, KEY_SIZES), fit(v), geometry, layout, window, q_start, k_start, scale
+            fit(q, KEY_SIZES), fit(k, KEY_SIZES), fit(v), geometry, layout, window, q_start, k_start, scale, stage
         )
         return _cut(out, v), lse
 
@@ -199,13 +205,16 @@ def _dense_forward(
 def _dense_backward(
     dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
     cu_seqlens: Tensor | None, geometry: BlockGeometry, window: int, q_start: int, k_start: int, scale: float,
+    plan: Plan | None,
 ) -> Triple:  # fmt: skip
+    plan = plan or plan_call(q, k, v, geometry, cu_seqlens, num_compressed=0 if window else k.shape[1])
+    branch = plan.window if window else plan.compressed
     with torch.cuda.device_of(q):
         layout = make_layout(cu_seqlens, geometry, q.shape[1], k.shape[1])
         dout, rows = _rows(dout, dlse, out, lse)
         q_fit, k_fit, v_fit = fit(q, KEY_SIZES), fit(k, KEY_SIZES), fit(v)
         dq, dk, dv = dense_backward.dense_backward(
-            dout, q_fit, k_fit, v_fit, rows, geometry, layout, window, q_start, k_start, scale
+            dout, q_fit, k_fit, v_fit, rows, geometry, layout, window, q_start, k_start, scale, branch
         )
         return _cut(dq, q), _cut(dk, k), _cut(dv, v)
 

@@ -49,6 +49,16 @@ class Layout(NamedTuple):
     cmp_doc_end: Tensor
 
 
+def num_documents(layout: Layout | None) -> int:
+    """Packed documents; 0 for input that is not packed."""
+    return 0 if layout is None else layout.cu_seqlens.numel() - 1
+
+
+def document_pointers(layout: Layout | None, unused: Tensor, *names: str) -> tuple[Tensor, ...]:
+    """Tensors of a layout by name, for a kernel; without one `unused` in their place, which it does not read then."""
+    return tuple(unused if layout is None else getattr(layout, name) for name in names)
+
+
 def make_layout(cu_seqlens: Tensor | None, geometry: BlockGeometry, total: int, num_compressed: int) -> Layout | None:
     """Where the documents lie, worked out on the device; None for input that is not packed."""
     if cu_seqlens is None:
