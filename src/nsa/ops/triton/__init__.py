@@ -1,11 +1,13 @@
 """The Triton backend: the functions that `nsa.ops.registry` calls, `<stage>_forward` and `<stage>_backward`.
 
 Reading order: `layout.py` (which keys a query sees, packed documents) and `gpu.py` (devices, tensors fit for kernels);
-`compress.py` (mean pooling) and `gates.py` (the gated sum); `dense/` (compressed and window branch), `topk/` (the
-choice of blocks), `selected/` (the selected branch), each with the kernels for every GPU and, in `*_sm90.py`, those in
-Gluon for Hopper, which share `sm90.py`; `decode/` (one step of a paged cache); `report.py` (which of them run).
+`plan.py` (which kernels run for which shapes on which GPU, and why) and `tiles.py` (their tiles); `compress.py` (mean
+pooling) and `gates.py` (the gated sum); `dense/` (compressed and window branch), `topk/` (the choice of blocks),
+`selected/` (the selected branch), each with the kernels for every GPU and, in `*_sm90.py`, those in Gluon for Hopper,
+which share `sm90.py`; `decode/` (one step of a paged cache).
 
-Arguments and shapes are those of the operators in `nsa.ops.registry`; `geometry` is `BlockGeometry.as_tuple()`.
+Arguments and shapes are those of the operators in `nsa.ops.registry`; `geometry` is `BlockGeometry.as_tuple()`. `plan`
+is what runs; without one, what `nsa.ops.triton.plan` chooses for the tensors.
 Nothing here waits for the device, keeps state between calls, or depends on the order in which programs run.
 """
 

@@ -11,7 +11,7 @@ one with stages replaced.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -46,8 +46,7 @@ SM90_FORWARD_RATIO_OF_FEW_HEADS, FEW_HEADS = 3.6, 8
 # With heads of 64 blocks by tokens are never slower on Hopper.
 DQ_RATIO, SM90_DQ_RATIO, SM90_DQ_RATIO_OF_64 = 2.0, 1.7, 0.0
 
-SM90_REASON = "a Hopper GPU, heads of 64 or 128, or keys of 192 with values of 128"
-SM90_SCORES_REASON = f"a Hopper GPU, keys of 64, 128 or 192, up to {MAX_SM90_SCORES_GROUP} heads a group"
+SM90_REASON = "a Hopper GPU, fp16 or bf16, heads of 64 or 128, or keys of 192 with values of 128"
 BY_UNION = "neighbours choose from few blocks at this length, so that tiles run over the union of theirs"
 BY_BLOCK = "tokens choose from many blocks at this length, so that blocks run over the tokens that chose them"
 
@@ -221,109 +220,155 @@ def make_plan(shapes: Shapes, device: Device, unions: bool | None = None) -> Pla
     Raises:
         ValueError: a head is larger than the kernels take.
     """
-    padded = tiles.power_of_2(shapes.value_head_dim)
-    gates = {"PADDED": padded, "ROWS": max(1, GATE_ELEMENTS // padded)}
+    planner = _Planner(shapes, device)
     return Plan(
-        compressed=_plan_dense(shapes, device, windowed=False),
-        window=_plan_dense(shapes, device, windowed=True),
-        topk=_plan_topk(shapes, device),
-        selected=_plan_selected(shapes, device, unions),
-        listed=Selected(
-            None,
-            _plan_blocks(shapes, device, sm90=False, why="lists may be any"),
-            None,
-            _plan_blocks_backward(shapes, device, with_dq=True, why="lists may be any"),
-        ),
-        gates=Stage(("gate_backward",), gates, _reason(shapes, device)),
+        compressed=planner.dense(windowed=False),
+        window=planner.dense(windowed=True),
+        topk=planner.topk(),
+        selected=planner.selected(unions),
+        listed=planner.listed(),
+        gates=planner.gates(),
     )
 
 
-def _fits_sm90(shapes: Shapes, device: Device, value_size: int | None = None) -> bool:
-    """Whether Hopper's own kernels take such heads; their results differ from the others' by rounding only."""
-    sizes = (shapes.key_size, shapes.value_size if value_size is None else value_size)
-    return device.is_hopper and shapes.dtype in (torch.float16, torch.bfloat16) and sizes in SM90_HEADS
+class _Planner:
+    """Decides for one set of shapes and a device.
 
+    Attributes:
+        fits_sm90: Hopper's own kernels take such heads; their results differ from the others' by rounding only.
+        programs: tile of a persistent kernel, whose programs are one for each multiprocessor.
+        what: the dtype, the wider of the two heads, and whether shared memory is large: what most tiles depend on.
+        reason: for the tiles of kernels for every GPU.
+    """
 
-def _reason(shapes: Shapes, device: Device) -> str:
-    """Why a kernel for every GPU has the tile that it has."""
-    memory = "Hopper's shared memory" if device.has_large_shared_memory else "99 KiB of shared memory"
-    sizes = (shapes.key_size, shapes.value_size)
-    padded = "" if sizes == (shapes.head_dim, shapes.value_head_dim) else f", padded to {sizes[0]}/{sizes[1]}"
-    return f"{shapes.dtype}, {memory}{padded}"
+    def __init__(self, shapes: Shapes, device: Device) -> None:
+        self.shapes, self.device, self.group_size = shapes, device, shapes.group_size
+        self.fits_sm90 = self.takes_heads(shapes.value_size)
+        self.programs: Tile = {"programs": device.num_multiprocessors}
+        large, sizes = device.has_large_shared_memory, (shapes.key_size, shapes.value_size)
+        self.what = (shapes.dtype, max(sizes), large)
+        padded = "" if sizes == (shapes.head_dim, shapes.value_head_dim) else f", padded to {sizes[0]}/{sizes[1]}"
+        memory = "Hopper's shared memory" if large else "99 KiB of shared memory"
+        self.reason = f"{shapes.dtype}, {memory}{padded}"
 
+    def takes_heads(self, value_size: int) -> bool:
+        narrow = self.shapes.dtype in (torch.float16, torch.bfloat16)
+        return self.device.is_hopper and narrow and (self.shapes.key_size, value_size) in SM90_HEADS
 
-def _what(shapes: Shapes, device: Device) -> tuple[torch.dtype, int, bool]:
-    """What most tiles depend on."""
-    return shapes.dtype, max(shapes.key_size, shapes.value_size), device.has_large_shared_memory
+    def stage(
+        self, name: str, is_sm90: bool, sm90_tile: Tile, tile: Tile, why: str = "", others: tuple[str, ...] = (),
+        scratch_bytes: int = 0,
+    ) -> Stage:  # fmt: skip
+        """A stage with Hopper's own kernel or with the one for every GPU, and `others` beside it."""
+        reason = "; ".join(filter(None, (SM90_REASON if is_sm90 else self.reason, why)))
+        kernels = (f"{name}_sm90" if is_sm90 else name, *others)
+        return Stage(kernels, sm90_tile if is_sm90 else tile, reason, self.device.scratch_bytes(scratch_bytes))
 
-
-def _plan_dense(shapes: Shapes, device: Device, windowed: bool) -> Dense:
-    if _fits_sm90(shapes, device):
-        programs = {"programs": device.num_multiprocessors}
+    def dense(self, windowed: bool) -> Dense:
+        by_key = tiles.dkdv_tile(*self.what)
+        # A tile of whole tokens is a box of q and dout; other group sizes are loaded row by row.
+        by_key = {**by_key, "TMA": by_key["BLOCK_M"] % self.group_size == 0}
+        held_keys = 2 * dkdv_sm90.KEYS.value if self.fits_sm90 else by_key["BLOCK_N"]
         return Dense(
-            Stage(("dense_forward_sm90",), programs, SM90_REASON),
-            Stage(("dense_dkdv_sm90",), {}, SM90_REASON),
-            Stage(("dense_dq_sm90",), programs, SM90_REASON),
-            1 if windowed else _num_splits(shapes, device, 2 * dkdv_sm90.KEYS.value),
+            self.stage("dense_forward", self.fits_sm90, self.programs, tiles.forward_tile(*self.what)),
+            self.stage("dense_dkdv", self.fits_sm90, {}, by_key),
+            self.stage("dense_dq", self.fits_sm90, self.programs, tiles.dq_tile(*self.what)),
+            1 if windowed else self.num_splits(held_keys),
         )
-    reason, what = _reason(shapes, device), _what(shapes, device)
-    by_key = tiles.dkdv_tile(*what)
-    # A tile of whole tokens is a box of q and dout; other group sizes are loaded row by row.
-    boxes = by_key["BLOCK_M"] % shapes.group_size == 0
-    return Dense(
-        Stage(("dense_forward",), tiles.forward_tile(*what), reason),
-        Stage(("dense_dkdv",), {**by_key, "TMA": boxes}, reason),
-        Stage(("dense_dq",), tiles.dq_tile(*what), reason),
-        1 if windowed else _num_splits(shapes, device, by_key["BLOCK_N"]),
-    )
 
+    def num_splits(self, held_keys: int) -> int:
+        """Into how many parts the rows that see compressed keys are cut, so that all multiprocessors have even work."""
+        shapes = self.shapes
+        heads = shapes.batch * shapes.num_kv_heads
+        if heads * shapes.num_compressed == 0:
+            return 1
+        wanted = -(-16 * self.device.num_multiprocessors // (heads * -(-shapes.num_compressed // held_keys)))
+        longest = -(-shapes.tokens * self.group_size // 1024)
+        bytes_each = 4 * heads * shapes.num_compressed * (shapes.key_size + shapes.value_size)
+        return max(1, min(wanted, longest, MAX_SPLIT_BYTES // bytes_each))
 
-def _num_splits(shapes: Shapes, device: Device, block_n: int) -> int:
-    """Into how many parts the rows that see compressed keys are cut, so that all multiprocessors have even work."""
-    keys = shapes.batch * shapes.num_kv_heads * shapes.num_compressed
-    if keys == 0:
-        return 1
-    programs = shapes.batch * shapes.num_kv_heads * -(-shapes.num_compressed // block_n)
-    wanted = -(-16 * device.num_multiprocessors // programs)
-    longest = -(-shapes.tokens * shapes.group_size // 1024)
-    return max(1, min(wanted, longest, MAX_SPLIT_BYTES // (4 * keys * (shapes.key_size + shapes.value_size))))
+    def topk(self) -> TopK:
+        geometry, key_size = self.shapes.geometry, self.shapes.key_size
+        # Values play no part. One wide head a group leaves Hopper's kernel no room.
+        takes_group = (2 if key_size > 64 else 1) <= self.group_size <= MAX_SM90_SCORES_GROUP
+        is_sm90 = self.takes_heads(min(key_size, 128)) and takes_group
+        dtype, _, large = self.what
+        tile = tiles.scores_tile(dtype, key_size, self.group_size, self.shapes.num_compressed, large)
+        sm90_tile = {"TOKENS": scores_sm90.tile_tokens(self.group_size), **self.programs}
+        block_n = scores_sm90.KEYS.value if is_sm90 else tile["BLOCK_N"]
+        span, reach = geometry.strides_per_select, geometry.compress_block_size // geometry.compress_stride
+        pooled = block_n % span == 0 and span & (span - 1) == 0 and reach <= span + 1
+        num_blocks = geometry.num_select_blocks(self.shapes.q_start + self.shapes.tokens)
+        # Keys' sums, many for a block, leave no registers for large steps.
+        choice = tiles.choice_tile(geometry, num_blocks, max_chunk=256 if pooled else 128)
+        why = f"{num_blocks} blocks at most, searched {'in chunks' if choice['QUADS'] else 'at once'}"
+        scratch_bytes = self.device.scratch_bytes(TOPK_SCRATCH_BYTES)
+        scores = self.stage("scores", is_sm90, sm90_tile, tile, f"{self.group_size} heads a group")
+        return TopK(scores, Stage(("choice",), choice, why, scratch_bytes), pooled)
 
+    def selected(self, unions: bool | None) -> Selected:
+        if unions is None:
+            by_union, dq_by_union = (union_pays(self.shapes, ratio) for ratio in self.union_ratios())
+        else:
+            by_union = dq_by_union = unions
+        if by_union:
+            tokens, tile = union_sm90.tile_tokens(self.group_size), tiles.forward_tile(*self.what)
+            forced, forward = None, self.union("union_forward", tokens, tile)
+        else:
+            forced, forward = self.forced(), self.blocks_forward(self.fits_sm90_blocks(), BY_BLOCK)
+        if not dq_by_union:
+            return Selected(forced, forward, None, self.blocks_backward(True, BY_BLOCK))
+        dq = self.union("union_dq", union_dq_sm90.tile_tokens(self.group_size), tiles.dq_tile(*self.what))
+        return Selected(forced, forward, dq, self.blocks_backward(False))
 
-def _plan_topk(shapes: Shapes, device: Device) -> TopK:
-    geometry, group = shapes.geometry, shapes.group_size
-    # Values play no part. One wide head a group leaves Hopper's kernel no room.
-    fits = _fits_sm90(shapes, device, value_size=min(shapes.key_size, 128))
-    if fits and (2 if shapes.key_size > 64 else 1) <= group <= MAX_SM90_SCORES_GROUP:
-        tile, block_n = {"TOKENS": scores_sm90.tile_tokens(group), "programs": device.num_multiprocessors}, KEYS.value
-        scores = Stage(("scores_sm90",), tile, SM90_SCORES_REASON)
-    else:
-        large = device.has_large_shared_memory
-        tile = tiles.scores_tile(shapes.dtype, shapes.key_size, group, shapes.num_compressed, large)
-        scores, block_n = Stage(("scores",), tile, _reason(shapes, device)), tile["BLOCK_N"]
-    span, reach = geometry.strides_per_select, geometry.compress_block_size // geometry.compress_stride
-    pooled = block_n % span == 0 and span & (span - 1) == 0 and reach <= span + 1
-    num_blocks = geometry.num_select_blocks(shapes.q_start + shapes.tokens)
-    # Keys' sums, many for a block, leave no registers for large steps.
-    tile = tiles.choice_tile(geometry, num_blocks, max_chunk=256 if pooled else 128)
-    reason = f"{num_blocks} blocks at most, searched {'in chunks' if tile['QUADS'] else 'at once'}"
-    return TopK(scores, Stage(("choice",), tile, reason, device.scratch_bytes(TOPK_SCRATCH_BYTES)), pooled)
+    def union_ratios(self) -> tuple[float, float]:
+        """Below which ratios unions are the faster forward and the faster way to dQ."""
+        if not self.fits_sm90_unions():
+            return FORWARD_RATIO, DQ_RATIO
+        forward = SM90_FORWARD_RATIO_OF_FEW_HEADS if self.group_size <= FEW_HEADS else SM90_FORWARD_RATIO
+        return forward, SM90_DQ_RATIO if self.shapes.key_size > 64 else SM90_DQ_RATIO_OF_64
 
+    def fits_sm90_unions(self) -> bool:
+        """Whether a block is one step of Hopper's own kernels and a group of warps holds whole tokens."""
+        whole = union_sm90.MIN_HEADS <= self.group_size <= ROWS.value
+        return self.fits_sm90 and self.shapes.geometry.select_block_size == KEYS.value and whole
 
-def _plan_selected(shapes: Shapes, device: Device, unions: bool | None) -> Selected:
-    forward_ratio, dq_ratio = _union_ratios(shapes, device)
-    forward_by_union = union_pays(shapes, forward_ratio) if unions is None else unions
-    dq_by_union = union_pays(shapes, dq_ratio) if unions is None else unions
-    forced: Stage | None = None
-    dq: Stage | None = None
-    if forward_by_union:
-        forward = _plan_union(shapes, device, "union_forward", tiles.forward_tile, union_sm90.tile_tokens)
-    else:
-        forced = _plan_forced(shapes, device)
-        forward = _plan_blocks(shapes, device, _fits_sm90_panels(shapes, device), BY_BLOCK)
-    if dq_by_union:
-        dq = _plan_union(shapes, device, "union_dq", tiles.dq_tile, union_dq_sm90.tile_tokens)
-    backward = _plan_blocks_backward(shapes, device, not dq_by_union, BY_BLOCK)
-    return Selected(forced, forward, dq, backward)
+    def union(self, name: str, sm90_tokens: int, tile: Tile) -> Stage:
+        sm90_tile = {"TOKENS": sm90_tokens, **self.programs}
+        tile = tiles.union_tile(tile, self.group_size, self.shapes.geometry)
+        return self.stage(name, self.fits_sm90_unions(), sm90_tile, tile, BY_UNION, ("union",))
+
+    def forced(self) -> Stage:
+        # Where keys have a tail and rows are copied, Hopper's kernel would spill.
+        has_tail, whole_tokens = self.shapes.key_size > self.shapes.value_size, ROWS.value % self.group_size == 0
+        if self.fits_sm90 and (whole_tokens or not has_tail):
+            return Stage(("dense_forward_sm90",), self.programs, SM90_REASON)
+        dtype, widest, large = self.what
+        return Stage(("forced_forward",), tiles.forced_tile(dtype, widest, self.group_size, large), self.reason)
+
+    def fits_sm90_blocks(self) -> bool:
+        block = self.shapes.geometry.select_block_size
+        return self.fits_sm90 and block // sub_block_ratio(block) == panels_sm90.BLOCK.value
+
+    def blocks_forward(self, is_sm90: bool, why: str) -> Stage:
+        tile, others = tiles.selected_forward_tile(*self.what), ("selected_reduce",)
+        return self.stage("selected_forward", is_sm90, {}, tile, why, others, FORWARD_SCRATCH_BYTES)
+
+    def blocks_backward(self, with_dq: bool, why: str = "") -> Stage:
+        tile = tiles.selected_backward_tile(*self.what, with_dq=with_dq)
+        others = ("selected_dq_reduce", "selected_dkdv_reduce") if with_dq else ("selected_dkdv_reduce",)
+        is_sm90 = self.fits_sm90_blocks()
+        return self.stage("selected_backward", is_sm90, {}, tile, why, others, BACKWARD_SCRATCH_BYTES)
+
+    def listed(self) -> Selected:
+        # Hopper's forward takes blocks that lie before their tokens alone, as forced ones apart leave them.
+        why = "lists may be any"
+        return Selected(None, self.blocks_forward(False, why), None, self.blocks_backward(True, why))
+
+    def gates(self) -> Stage:
+        padded = tiles.power_of_2(self.shapes.value_head_dim)
+        tile = {"PADDED": padded, "ROWS": max(1, GATE_ELEMENTS // padded)}
+        return Stage(("gate_backward",), tile, self.reason)
 
 
 def union_pays(shapes: Shapes, ratio: float) -> bool:
@@ -332,8 +377,8 @@ def union_pays(shapes: Shapes, ratio: float) -> bool:
     Args:
         ratio: see FORWARD_RATIO.
     """
-    geometry, group = shapes.geometry, shapes.group_size
-    tokens = min(tiles.MAX_UNION_TOKENS, UNION_ROWS // group)
+    geometry, group_size = shapes.geometry, shapes.group_size
+    tokens = min(tiles.MAX_UNION_TOKENS, UNION_ROWS // group_size)
     blocks = max(1, shapes.batch * shapes.tokens // max(1, shapes.num_docs) // geometry.select_block_size)
     if tokens == 0 or blocks > 64 * geometry.num_selected_blocks:
         return False
@@ -342,62 +387,4 @@ def union_pays(shapes: Shapes, ratio: float) -> bool:
         listed = min(seen, geometry.num_selected_blocks)
         chosen += listed
         unions += seen * (1 - (1 - listed / seen) ** tokens)
-    return unions * UNION_ROWS < ratio * chosen * tokens * group
-
-
-def _union_ratios(shapes: Shapes, device: Device) -> tuple[float, float]:
-    """Below which ratios unions are the faster forward and the faster way to dQ."""
-    if not _fits_sm90_unions(shapes, device):
-        return FORWARD_RATIO, DQ_RATIO
-    forward = SM90_FORWARD_RATIO_OF_FEW_HEADS if shapes.group_size <= FEW_HEADS else SM90_FORWARD_RATIO
-    return forward, SM90_DQ_RATIO if shapes.key_size > 64 else SM90_DQ_RATIO_OF_64
-
-
-def _fits_sm90_unions(shapes: Shapes, device: Device) -> bool:
-    """Whether Hopper's own kernels run over unions: a block is one step, a group of warps holds whole tokens."""
-    whole = union_sm90.MIN_HEADS <= shapes.group_size <= ROWS.value
-    return _fits_sm90(shapes, device) and shapes.geometry.select_block_size == KEYS.value and whole
-
-
-def _plan_union(
-    shapes: Shapes, device: Device, name: str, tile_of: Callable[..., Tile], sm90_tokens: Callable[[int], int]
-) -> Stage:
-    group = shapes.group_size
-    if _fits_sm90_unions(shapes, device):
-        tile = {"TOKENS": sm90_tokens(group), "programs": device.num_multiprocessors}
-        return Stage((f"{name}_sm90", "union"), tile, f"{SM90_REASON}; {BY_UNION}")
-    tile = tiles.union_tile(tile_of(*_what(shapes, device)), group, shapes.geometry)
-    return Stage((name, "union"), tile, f"{_reason(shapes, device)}; {BY_UNION}")
-
-
-def _plan_forced(shapes: Shapes, device: Device) -> Stage:
-    # Hopper's kernel would spill where keys have a tail and rows are copied.
-    if _fits_sm90(shapes, device) and (shapes.key_size == shapes.value_size or ROWS.value % shapes.group_size == 0):
-        return Stage(("dense_forward_sm90",), {"programs": device.num_multiprocessors}, SM90_REASON)
-    dtype, widest, large = _what(shapes, device)
-    tile = tiles.forced_tile(dtype, widest, shapes.group_size, large)
-    return Stage(("forced_forward",), tile, _reason(shapes, device))
-
-
-def _fits_sm90_panels(shapes: Shapes, device: Device) -> bool:
-    """Whether Hopper's own kernels run the selected branch block by block."""
-    block = shapes.geometry.select_block_size
-    return _fits_sm90(shapes, device) and block // sub_block_ratio(block) == panels_sm90.BLOCK.value
-
-
-def _plan_blocks(shapes: Shapes, device: Device, sm90: bool, why: str) -> Stage:
-    """Block by block; Hopper's own kernel takes blocks before their tokens alone, as forced ones apart leave them."""
-    scratch = device.scratch_bytes(FORWARD_SCRATCH_BYTES)
-    if sm90:
-        return Stage(("selected_forward_sm90", "selected_reduce"), {}, f"{SM90_REASON}; {why}", scratch)
-    tile = tiles.selected_forward_tile(*_what(shapes, device))
-    return Stage(("selected_forward", "selected_reduce"), tile, f"{_reason(shapes, device)}; {why}", scratch)
-
-
-def _plan_blocks_backward(shapes: Shapes, device: Device, with_dq: bool, why: str) -> Stage:
-    scratch = device.scratch_bytes(BACKWARD_SCRATCH_BYTES)
-    sums = ("selected_dq_reduce", "selected_dkdv_reduce") if with_dq else ("selected_dkdv_reduce",)
-    if _fits_sm90_panels(shapes, device):
-        return Stage(("selected_backward_sm90", *sums), {}, f"{SM90_REASON}; {why}", scratch)
-    tile = tiles.selected_backward_tile(*_what(shapes, device), with_dq=with_dq)
-    return Stage(("selected_backward", *sums), tile, f"{_reason(shapes, device)}; {why}", scratch)
+    return unions * UNION_ROWS < ratio * chosen * tokens * group_size
