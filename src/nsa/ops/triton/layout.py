@@ -1,4 +1,4 @@
-"""What all kernels share: which keys a query sees, where packed documents begin, tile sizes, tensors fit for kernels.
+"""What all kernels share: which keys a query sees, and where packed documents begin.
 
 Every query sees an interval of keys in the compressed and window branches, and both ends of it never decrease with the
 query, packed documents included. That is all that the dense kernels know about causality, documents and windows.
