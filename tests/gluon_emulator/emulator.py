@@ -12,7 +12,7 @@ partition, deadlocks, results read before their wait, accesses out of bounds, wh
 and what is still in flight when a program ends.
 
     with emulate(seed=3):
-        hopper_forward(q, k, v, out, lse, ...)  # on CPU tensors
+        dense_forward_sm90(q, k, v, out, lse, ...)  # on CPU tensors
 """
 
 from __future__ import annotations

@@ -7,17 +7,21 @@ oracle; in the inputs' dtype it is the yardstick.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from attention_cases import SMALL, Sizes
+from gpu.planned import OTHER_CAPABILITY, plan_for, run_stage, run_whole
 from nsa import BlockGeometry
 from nsa.ops import reference, triton as backend
-from nsa.ops.call import Call
-from nsa.ops.triton import gpu
+from nsa.ops.call import AttentionInputs, Call
+from nsa.ops.triton.plan import Plan
 
 PAPER = BlockGeometry()
 
@@ -150,31 +154,38 @@ def check(stage: str, case: Problem, inputs: tuple[Tensor, ...], run, blocks: Te
         assert error(x, z) <= times * error(y, z) + floor, (stage, name, error(x, z), error(y, z))
 
 
+def run_operator(name: str, *arguments: Any) -> tuple[Tensor, Tensor]:
+    *tensors, call = arguments
+    return getattr(torch.ops.nsa, name)(*tensors, *call.flatten(), "triton")
+
+
 @pytest.mark.parametrize("sizes", CASES, ids=str)
 def test_every_stage_is_as_exact_as_plain_mathematics(sizes):
-    case = Problem(sizes)
-    compressed, tail = (case.q, case.k_cmp, case.v_cmp), (*case.call.flatten(), "triton")
-    ops = torch.ops.nsa
-    check("compressed", case, compressed, lambda *x: ops.compressed_attention(*x, *tail))
+    check_stages(Problem(sizes), run_operator)
+
+
+def check_stages(case: Problem, run: Callable[..., tuple[Tensor, Tensor]], plan: Plan | None = None) -> None:
+    """Compare each stage as `run` runs it by name; `plan` is for what else runs."""
+    compressed, call = (case.q, case.k_cmp, case.v_cmp), case.call
+    check("compressed", case, compressed, lambda *x: run("compressed_attention", *x, call))
     window = (case.q, case.k[:, case.k_start :].contiguous(), case.v[:, case.k_start :].contiguous())
-    check("window", case, window, lambda *x: ops.window_attention(*x, *tail))
-    _, lse = backend.compressed_attention_forward(*compressed, case.call)
-    blocks = backend.select_blocks_forward(case.q, case.k_cmp, lse, case.call)
+    check("window", case, window, lambda *x: run("window_attention", *x, call))
+    _, lse = backend.compressed_attention_forward(*compressed, call, plan=plan)
+    blocks = backend.select_blocks_forward(case.q, case.k_cmp, lse, call, plan=plan)
     keys = (case.q, case.k, case.v)
-    check("selected", case, keys, lambda *x: ops.selected_attention(*x, blocks, *tail), blocks)
+    check("selected", case, keys, lambda *x: run("selected_attention", *x, blocks, call), blocks)
 
 
-@pytest.mark.parametrize("union", [False, True])
+@pytest.mark.parametrize("unions", [False, True])
 @pytest.mark.parametrize("sizes", [x for x in CASES if x.q_start == 0], ids=str)
-def test_the_whole_operator_is_as_exact_as_plain_mathematics(sizes, union, monkeypatch):
-    monkeypatch.setattr(backend, "_union_pays", lambda *_: union)
+def test_the_whole_operator_is_as_exact_as_plain_mathematics(sizes, unions):
     case = Problem(sizes)
     scale = case.scale
     gates = torch.randn(*case.q.shape[:3], 3, device="cuda").to(case.dtype)
     k_win, v_win = torch.randn_like(case.k), torch.randn_like(case.v)
     inputs = (case.q, case.k, case.v, case.k_cmp, case.v_cmp, k_win, v_win, gates)
-    tail = (*case.call.flatten(), "triton")
-    blocks = torch.ops.nsa.attention(*inputs, *tail)[-1]
+    plan = plan_for(case.q, case.k_cmp, case.v, case.geometry, case.cu, unions=unions)
+    blocks = backend.attention_forward(AttentionInputs(*inputs), case.call, plan=plan)[1].block_indices
     seen = [case.mask("compressed"), case.mask("selected", blocks), case.mask("window")]
 
     def by_stages(q, k, v, k_cmp, v_cmp, k_win, v_win, gates):
@@ -188,7 +199,7 @@ def test_the_whole_operator_is_as_exact_as_plain_mathematics(sizes, union, monke
         return out, *grads
 
     exact, low = run(by_stages, torch.float64), run(by_stages, case.dtype)
-    mine = run(lambda *x: torch.ops.nsa.attention(*x, *tail)[0], case.dtype)
+    mine = run(lambda *x: run_whole(plan, x, case.call), case.dtype)
     names = ("out", "dq", "dk", "dv", "dk_cmp", "dv_cmp", "dk_win", "dv_win", "dgates")
     for name, x, y, z in zip(names, mine, low, exact, strict=True):
         # Where exact gradients are zero (one key), rounding leaves what it leaves of the terms that cancel.
@@ -198,9 +209,10 @@ def test_the_whole_operator_is_as_exact_as_plain_mathematics(sizes, union, monke
 
 
 @pytest.mark.parametrize("sizes", [x for x in CASES if x.head_dim in (64, 128) and x.documents], ids=str)
-def test_what_other_devices_run_is_as_exact_on_hopper(sizes, monkeypatch):
-    monkeypatch.setattr(gpu, "is_hopper", lambda x: False)
-    test_every_stage_is_as_exact_as_plain_mathematics(sizes)
+def test_what_other_devices_run_is_as_exact_on_hopper(sizes):
+    case = Problem(sizes)
+    plan = plan_for(case.q, case.k_cmp, case.v, case.geometry, case.cu, case.q_start, capability=OTHER_CAPABILITY)
+    check_stages(case, partial(run_stage, plan), plan)
 
 
 @pytest.mark.parametrize("sizes", [x for x in CASES if x.tokens <= 300], ids=str)

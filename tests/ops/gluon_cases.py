@@ -5,10 +5,8 @@ Plain kernels around them run in the emulator too.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Set
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import pytest
@@ -19,16 +17,11 @@ from attention_cases import Sizes
 from nsa.geometry import BlockGeometry
 from nsa.ops import reference, triton as backend
 from nsa.ops.call import AttentionInputs, Call
-from nsa.ops.triton import gpu, report
 from nsa.ops.triton.dense import backward as dense_backward
+from nsa.ops.triton.gpu import Device
 from nsa.ops.triton.layout import make_layout
-from nsa.ops.triton.selected import (
-    backward as selected_backward,
-    forward as selected_forward,
-    forward_sm90 as selected_forward_sm90,
-    union as unions,
-)
-from nsa.ops.triton.topk import choice
+from nsa.ops.triton.plan import Plan, Shapes, make_plan
+from nsa.ops.triton.selected import forward as selected_forward, forward_sm90 as selected_forward_sm90, union as unions
 
 WIDE = BlockGeometry(8, 4, 16, 4, 1, 2, 150)
 EDGE = BlockGeometry(8, 4, 16, 4, 1, 2, 127)  # intervals begin and end one from where a step does
@@ -40,14 +33,14 @@ BARE = BlockGeometry(4, 2, 64, 4, 0, 1, 40)  # no initial block
 
 
 # Of Hopper's own kernels, those that a stage must run, whatever the case.
-DENSE = {"hopper_forward_kernel", "hopper_key_kernel", "hopper_query_kernel"}
-UNIONS = {"hopper_union_forward_kernel", "hopper_union_query_kernel"}
+DENSE = {"dense_forward_sm90_kernel", "dense_dkdv_sm90_kernel", "dense_dq_sm90_kernel"}
+UNIONS = {"union_forward_sm90_kernel", "union_dq_sm90_kernel"}
 KERNELS = {
     "compressed": DENSE,
     "window": DENSE,
-    "whole": DENSE | {"hopper_score_kernel"},
+    "whole": DENSE | {"scores_sm90_kernel"},
     "unions": UNIONS,
-    "later blocks": {"hopper_select_backward_kernel"},
+    "later blocks": {"selected_backward_sm90_kernel"},
 }
 
 
@@ -75,9 +68,9 @@ class Case(Sizes):
         """Those of Hopper's own that must run."""
         names = set().union(*(KERNELS[stage] for stage in self.stages))
         if "whole" in self.stages and self.geometry.select_block_size == 64:
-            names.add("hopper_select_backward_kernel")
+            names.add("selected_backward_sm90_kernel")
             if not self.by_unions:
-                names.add("hopper_select_forward_kernel")
+                names.add("selected_forward_sm90_kernel")
             elif self.heads // self.groups >= 3:
                 names |= UNIONS
         return names
@@ -182,7 +175,6 @@ CASES = {
     ),
 }  # fmt: skip
 NAMES = ("q", "k", "v", "k_cmp", "v_cmp", "k_win", "v_win", "gates")
-MODULES = [module for name, module in sorted(sys.modules.items()) if name.startswith("nsa.ops.triton.")]
 
 
 def row_error(x: Tensor, expected: Tensor) -> float:
@@ -199,19 +191,19 @@ def row_error(x: Tensor, expected: Tensor) -> float:
 
 
 def imitate(case: Case, patch: pytest.MonkeyPatch) -> None:
-    """Have the wrappers decide as on a Hopper of the case."""
-    patch.setattr(gpu, "is_hopper", lambda x: True)
-    for module in MODULES:
-        if hasattr(module, "num_multiprocessors"):
-            patch.setattr(module, "num_multiprocessors", lambda x: case.multiprocessors)
-    patch.setattr(unions, "union_pays", lambda *_: case.by_unions)
+    """Short ranges of tokens, where a case wants them."""
     if case.short_ranges:
         patch.setattr(selected_forward_sm90, "RANGE_ROWS", 1)
         patch.setattr(selected_forward_sm90, "RANGE_BYTES", 1)
-    if case.small_scratch:
-        limits = ((selected_forward, "select_forward", 2**18), (selected_backward, "select_backward", 2**18))
-        for module, name, scratch_bytes in (*limits, (choice, "select_blocks", 1)):
-            patch.setattr(module, name, partial(getattr(module, name), scratch_bytes=scratch_bytes))
+
+
+def with_small_scratch(plan: Plan) -> Plan:
+    """The plan with scratch for few tokens at a time."""
+    topk = replace(plan.topk, choice=replace(plan.topk.choice, scratch_bytes=1))
+    forward, backward = (
+        replace(stage, scratch_bytes=2**18) for stage in (plan.selected.forward, plan.selected.backward)
+    )
+    return replace(plan, topk=topk, selected=replace(plan.selected, forward=forward, backward=backward))
 
 
 class Comparison:
@@ -227,11 +219,18 @@ class Comparison:
         self.q = self.draw(B, T, H, D)
         self.compressed = (self.draw(B, N, Hkv, D), self.draw(B, N, Hkv, self.value_size))
         self.window = (self.draw(B, S - case.k_start, Hkv, D), self.draw(B, S - case.k_start, Hkv, self.value_size))
-        self.reported: set[str] = set()
+        self.planned: set[str] = set()
         self.scale = (2 if "whole" in case.stages else 1) * D**-0.5
         self.errors: dict[str, float] = {}
         self.numbers = (B, S, Hkv, N)
         self.call = Call(self.geometry, self.scale, self.cu, case.q_start, case.k_start)
+        sizes = (B, T, H, Hkv, D, self.value_size, self.dtype, self.geometry)
+        shapes = Shapes(*sizes, B if case.documents is None else len(case.documents) - 1, N, case.q_start)
+        device = Device((9, 0), 232448, case.multiprocessors, total_memory=2**40)
+        self.plan = make_plan(shapes, device, unions=case.by_unions)
+        if case.small_scratch:
+            self.plan = with_small_scratch(self.plan)
+        self.by_union = make_plan(shapes, device, unions=True).selected
 
     def draw(self, *shape: int) -> Tensor:
         return torch.randn(*shape).to(self.dtype)
@@ -257,14 +256,14 @@ class Comparison:
         inputs = (self.q, k, v)
         exact = [x[:, :length].double().requires_grad_() for x, length in zip(inputs, lengths, strict=True)]
         expected = getattr(reference, name)(*exact, self.geometry, self.cu, *numbers)
-        out, lse = getattr(backend, f"{name}_forward")(*inputs, self.call)
+        out, lse = getattr(backend, f"{name}_forward")(*inputs, self.call, plan=self.plan)
         self.errors[f"{name} out"] = row_error(out[:, :used], expected[0])
         self.errors[f"{name} lse"] = row_error(lse[:, :used], expected[1])
         outside = [out[:, used:].abs().sum(), torch.isfinite(lse[:, used:]).sum()]
 
         # The gradients of rows outside any document must not leak into the keys.
         dout, dlse = self.draw(*out.shape), torch.where(torch.isfinite(lse), torch.randn(lse.shape), 0.0)
-        grads = getattr(backend, f"{name}_backward")(dout, dlse, *inputs, out, lse, self.call)
+        grads = getattr(backend, f"{name}_backward")(dout, dlse, *inputs, out, lse, self.call, plan=self.plan)
         finite = torch.where(torch.isfinite(expected[1]), expected[1], 0.0)
         loss = (expected[0] * dout[:, :used].double()).sum() + (finite * dlse[:, :used].double()).sum()
         wanted = torch.autograd.grad(loss, exact, allow_unused=True, materialize_grads=True)
@@ -284,7 +283,9 @@ class Comparison:
         before = self.draw(*dq.shape)
         expected = before.double() + dq.double()
         numbers = (self.q_start, self.k_start if window else 0, self.scale)
-        mine = dense_backward.dense_backward(dout, *inputs, rows, self.geometry, layout, window, *numbers, before)[0]
+        branch = self.plan.window if window else self.plan.compressed
+        what = (self.geometry, layout, window, *numbers, branch, before)
+        mine = dense_backward.dense_backward(dout, *inputs, rows, *what)[0]
         self.errors[f"{name} dq on top"] = row_error(mine, expected)
 
     def lists(self) -> Tensor:
@@ -324,7 +325,7 @@ class Comparison:
         expected, expected_lse = reference.selected_attention(q, *exact, *what)
         gated = selected_forward.Gated(cmp, win, gates, torch.empty_like(cmp))
         for name, given in (("", None), ("gated ", gated)):
-            what = (lists, self.geometry, layout, self.q_start, self.scale, given)
+            what = (lists, self.geometry, layout, self.q_start, self.scale, self.by_union.forward, given)
             out, lse = unions.union_forward(self.q, k, v, *what)
             self.errors[f"unions {name}out"] = row_error(out[:, :used], expected)
             self.errors[f"unions {name}lse"] = row_error(lse[:, :used], expected_lse)
@@ -341,9 +342,10 @@ class Comparison:
         wanted[:, :used] = torch.autograd.grad(loss, q)[0]
         rows = dense_backward.Rows(lse, dense_backward.make_delta(out, dout, dlse))
         what = (dout, self.q, k, v, rows, lists, self.geometry, layout, self.q_start, self.scale)
-        self.errors["unions dq"] = row_error(unions.union_query_backward(*what), wanted)
+        what += (self.by_union.dq,)
+        self.errors["unions dq"] = row_error(unions.union_dq(*what), wanted)
         on_top = before.double() + wanted
-        self.errors["unions dq on top"] = row_error(unions.union_query_backward(*what, before), on_top)
+        self.errors["unions dq on top"] = row_error(unions.union_dq(*what, before), on_top)
 
     def later(self) -> None:
         """The selected branch alone, whose lists may hold blocks that a token does not see yet."""
@@ -353,9 +355,10 @@ class Comparison:
         lists = torch.full((B, S, Hkv, self.geometry.num_selected_blocks), -1, dtype=torch.int32)
         lists[..., 0] = own[None, :, None]
         lists[..., 1] = torch.where(own < 3, 3, -1)[None, :, None]
-        out, lse = backend.selected_attention_forward(self.q, k, v, lists, self.call)
+        tail = (lists, self.call)
+        out, lse = backend.selected_attention_forward(self.q, k, v, *tail, plan=self.plan)
         dout = self.draw(*out.shape)
-        grads = backend.selected_attention_backward(dout, None, self.q, k, v, out, lse, lists, self.call)
+        grads = backend.selected_attention_backward(dout, None, self.q, k, v, out, lse, *tail, plan=self.plan)
         exact = [x.double().requires_grad_() for x in (self.q, k, v)]
         expected, _ = reference.selected_attention(*exact, lists, self.geometry, self.cu, self.q_start, self.scale)
         self.errors["later"] = row_error(out, expected)
@@ -368,9 +371,9 @@ class Comparison:
         D, used = self.q.shape[3], self.used
         k, v = self.draw(B, S, Hkv, D), self.draw(B, S, Hkv, self.value_size)
         inputs = AttentionInputs(self.q, k, v, *self.compressed, *self.window, self.draw(*self.q.shape[:3], 3))
-        out, saved = backend.attention_forward(inputs, self.call)
+        out, saved = backend.attention_forward(inputs, self.call, plan=self.plan)
         dout = self.draw(*out.shape)
-        grads = backend.attention_backward(dout, inputs, saved, self.call)
+        grads = backend.attention_backward(dout, inputs, saved, self.call, plan=self.plan)
 
         lengths = [N if name.endswith("cmp") else used for name in NAMES]
         exact = [x[:, :length].double().requires_grad_() for x, length in zip(inputs, lengths, strict=True)]
@@ -392,5 +395,4 @@ class Comparison:
             self.errors[f"whole d{name}"] = row_error(x[:, :length], y)
             outside.append(x[:, length:].abs().sum())
         self.errors["whole outside"] = float(sum(outside))
-        stages = report.kernels(self.q, inputs[1], inputs[2], self.geometry, B)
-        self.reported = {f"{name}_kernel" for stage in stages for name in stage.kernels.split(", ")}
+        self.planned = {f"{name}_kernel" for _, stage in self.plan.stages() for name in stage.kernels}

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import pytest
@@ -18,7 +18,9 @@ from attention_cases import Sizes
 from nsa.geometry import BlockGeometry
 from nsa.ops import reference, triton as backend
 from nsa.ops.call import AttentionInputs, Call
-from nsa.ops.triton.selected import backward as selected_backward, forward as selected_forward
+from nsa.ops.triton.gpu import read_device
+from nsa.ops.triton.plan import Plan, Shapes, make_plan
+from nsa.ops.triton.tiles import choice_tile
 from nsa.ops.triton.topk import choice as choices
 
 NAMES = ("q", "k", "v", "k_cmp", "v_cmp", "k_win", "v_win", "gates")
@@ -109,8 +111,28 @@ class Comparison:
         self.scale = Dk**-0.5
         self.errors: dict[str, float] = {}
         self.call = Call(case.geometry, self.scale, self.cu, case.q_start, case.k_start)
+        num_docs = B if case.documents is None else len(case.documents) - 1
+        self.shapes = Shapes(B, T, H, Hkv, Dk, Dv, self.dtype, self.geometry, num_docs, N, case.q_start)
+        self.plan = self.make_plan()
         if case.equal_scores:
             self.q, self.k_cmp = torch.zeros_like(self.q), torch.zeros_like(self.k_cmp)
+
+    def make_plan(self, unions: bool | None = None) -> Plan:
+        """The plan of the case; with scratch for few tokens where it says so."""
+        plan = make_plan(self.shapes, read_device(self.q.device), unions)
+        if not self.case.small_scratch:
+            return plan
+        listed = replace(
+            plan.listed,
+            forward=replace(plan.listed.forward, scratch_bytes=1),
+            backward=replace(plan.listed.backward, scratch_bytes=1),
+        )
+        selected = replace(
+            plan.selected,
+            forward=replace(plan.selected.forward, scratch_bytes=1),
+            backward=replace(plan.selected.backward, scratch_bytes=1),
+        )
+        return replace(plan, listed=listed, selected=selected)
 
     def draw(self, *shape: int) -> Tensor:
         return torch.randn(*shape, dtype=torch.float32).to(self.dtype)
@@ -122,13 +144,14 @@ class Comparison:
         exact = [x[:, :length].double().requires_grad_() for x, length in zip(inputs, lengths, strict=True)]
         cut = [x[:, : self.used] for x in before]
         expected = getattr(reference, name)(*exact, *cut, self.geometry, self.cu, *after)
-        out, lse = getattr(backend, f"{name}_forward")(*inputs, *before, self.call)
+        out, lse = getattr(backend, f"{name}_forward")(*inputs, *before, self.call, plan=self.plan)
         outside = [out[:, self.used :].abs().sum(), torch.isfinite(lse[:, self.used :]).sum()]
         self.errors[name] = max(relative_error(x[:, : self.used], y) for x, y in zip((out, lse), expected, strict=True))
         dout, dlse = self.draw(*out.shape), torch.randn(lse.shape)
         dlse = torch.where(torch.isfinite(lse), dlse, 0.0)
         # The gradients of rows outside any document must not leak into the keys.
-        grads = getattr(backend, f"{name}_backward")(dout, dlse, *inputs, out, lse, *before, self.call)
+        arguments = (dout, dlse, *inputs, out, lse, *before, self.call)
+        grads = getattr(backend, f"{name}_backward")(*arguments, plan=self.plan)
         finite = torch.where(torch.isfinite(expected[1]), expected[1], 0.0)
         loss = (expected[0] * dout[:, : self.used].double()).sum() + (finite * dlse[:, : self.used].double()).sum()
         wanted = torch.autograd.grad(loss, exact, allow_unused=True) if loss.requires_grad else [None] * 3
@@ -173,6 +196,7 @@ class Comparison:
 
     def whole(self, name: str, union: bool) -> None:
         """Compare the whole operator with its stages by the reference, for gates of either sign."""
+        plan = self.make_plan(union)
         gates = self.draw(*self.q.shape[:3], 3)
         keys = (self.k, self.v, self.k_cmp, self.v_cmp, self.draw(*self.k.shape), self.draw(*self.v.shape))
         inputs = AttentionInputs(self.q, *keys, gates)
@@ -186,13 +210,11 @@ class Comparison:
             reference.window_attention(q, k_win, v_win, *tail, 0, self.scale)[0],
         )
         expected = sum(g[..., i, None] * branch for i, branch in enumerate(branches))
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(backend, "_union_pays", lambda *_: union)
-            out, saved = backend.attention_forward(inputs, self.call)
-            dout = self.draw(*out.shape)
-            grads = backend.attention_backward(dout, inputs, saved, self.call)
+        out, saved = backend.attention_forward(inputs, self.call, plan=plan)
         self.errors[name] = relative_error(out[:, : self.used], expected)
         self.errors[f"{name} blocks"] = float((saved[-1] != self.blocks).sum())
+        dout = self.draw(*out.shape)
+        grads = backend.attention_backward(dout, inputs, saved, self.call, plan=plan)
         wanted = torch.autograd.grad(
             expected, exact, dout[:, : self.used].double(), allow_unused=True, materialize_grads=True
         )
@@ -204,14 +226,14 @@ class Comparison:
 
     def choice(self, limit: bool) -> None:
         """Compare the chosen blocks; with `limit`, in chunks of few candidates and of few tokens."""
-        tail = (self.q_start, self.scale)
-        _, lse = backend.compressed_attention_forward(self.q, self.k_cmp, self.v_cmp, self.call)
-        select_blocks, choice_tile = choices.select_blocks, choices.choice_tile
-        with pytest.MonkeyPatch.context() as patch:
-            if limit:
-                patch.setattr(choices, "select_blocks", partial(select_blocks, scratch_bytes=1))
-                patch.setattr(choices, "choice_tile", lambda *x, **_: choice_tile(*x, max_chunk=128, whole=0))
-            self.blocks = backend.select_blocks_forward(self.q, self.k_cmp, lse, self.call)
+        tail, plan = (self.q_start, self.scale), self.plan
+        _, lse = backend.compressed_attention_forward(self.q, self.k_cmp, self.v_cmp, self.call, plan=plan)
+        if limit:
+            num_blocks = self.geometry.num_select_blocks(self.q_start + self.q.shape[1])
+            tile = choice_tile(self.geometry, num_blocks, max_chunk=128, whole=0)
+            limited = replace(plan.topk.choice, tile=tile, scratch_bytes=1)
+            plan = replace(plan, topk=replace(plan.topk, choice=limited))
+        self.blocks = backend.select_blocks_forward(self.q, self.k_cmp, lse, self.call, plan=plan)
         q, lse = self.q[:, : self.used], lse[:, : self.used]
         if self.case.equal_scores:  # the reference's sums round apart what is equal
             scores = reference.importance_scores(q, self.k_cmp, lse, self.geometry, *tail)
@@ -355,7 +377,7 @@ def choose_given(choice: Choice) -> dict[str, float]:
             scores[written:] = 0.0
             scores[1 : written + 1] += before[: num - 1]
         expected.append(best_blocks(scores, geometry))
-    tile = choices.choice_tile(geometry, last + 1, **choice.options)
+    tile = choice_tile(geometry, last + 1, **choice.options)
     out = torch.full([1, 3, 1, geometry.num_selected_blocks], -7, dtype=torch.int32)
     lists = torch.full([3 * tile["QUADS"] + 1], 4, dtype=torch.int32)
     calls = dict.fromkeys(("_append", "_read_quads", "_best"), 0)
@@ -385,8 +407,4 @@ def choose_given(choice: Choice) -> dict[str, float]:
 
 def compare(case: Case) -> dict[str, float]:
     """The errors of a case's stages."""
-    with pytest.MonkeyPatch.context() as patch:
-        if case.small_scratch:
-            for module, name in ((selected_forward, "select_forward"), (selected_backward, "select_backward")):
-                patch.setattr(module, name, partial(getattr(module, name), scratch_bytes=1))
-        return Comparison(case).run()
+    return Comparison(case).run()

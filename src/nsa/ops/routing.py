@@ -123,9 +123,13 @@ def routing_report(
     chosen, reason = explain_backend(backend, q, v)
     versions = {"torch": str(torch.__version__)}
     if chosen == "triton":
-        kernels = importlib.import_module("nsa.ops.triton.report").kernels
-        docs = q.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
-        stages = tuple(StageRoute(*kernel) for kernel in kernels(q, k, v, geometry, docs))
+        plan = importlib.import_module("nsa.ops.triton.plan").plan_call
+        tokens = q.shape[1]
+        most = geometry.num_compressed(tokens) if cu_seqlens is None else geometry.max_num_compressed(tokens)
+        stages = tuple(
+            StageRoute(name, ", ".join(stage.kernels), dict(stage.tile), stage.reason)
+            for name, stage in plan(q, k, v, geometry, cu_seqlens, most).stages()
+        )
         versions["triton"] = importlib.import_module("triton").__version__
     else:
         module = "nsa.ops.reference" if chosen == "reference" else "nsa.ops.torch_native"

@@ -1,14 +1,14 @@
 """Backward of the selected branch on Hopper, in Gluon: the next tile's rows arrive under the present tile's products.
 
-Items, scratch and steps are those of `select_bwd`, whose kernel waits for each tile's rows: Triton issues the copies of
-the next tile behind the present one. Here a program of four warps, two on a multiprocessor, orders them first, and
+Items, scratch and steps are those of `backward.py`, whose kernel waits for each tile's rows: Triton issues the copies
+of the next tile behind the present one. Here a program of four warps, two on a multiprocessor, orders them first, and
 knows their tokens a tile before. Offsets within a chunk fit 32 bits, and heads are cut into panels of 64 columns, so
 that all that a step needs fits the registers.
 
 Beside dK of keys of 192, registers and shared memory have room for tiles of 32 rows only. A product has 64 rows at
 least: those of dQ are then its columns, and dQ leaves transposed.
 
-Shapes are those of `select_bwd`; blocks of 64 tokens.
+Shapes are those of `backward.py`; blocks of 64 tokens.
 """
 
 # Kernels are typed by Triton, not by Python.
@@ -32,9 +32,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from nsa.ops.triton.gates import Rows
-from nsa.ops.triton.gpu import LOG2E, hopper_serves
-from nsa.ops.triton.layout import Layout
-from nsa.ops.triton.selected.invert import Chunk, Inversion, item_keys
+from nsa.ops.triton.gpu import LOG2E
+from nsa.ops.triton.layout import Layout, document_pointers
+from nsa.ops.triton.selected.invert import Chunk, Inversion, ItemGradients, item_keys
 from nsa.ops.triton.selected.panels_sm90 import (
     BLOCK,
     ROWS,
@@ -56,13 +56,8 @@ from nsa.ops.triton.sm90 import make_barriers
 QUERY_PANELS = gl.constexpr(2)  # panels of a transposed dQ in flight at once: three do not fit the registers
 
 
-def hopper_select_backward_serves(q: Tensor, v: Tensor, sub_block: int) -> bool:
-    """Whether the kernel takes these fitting tensors and blocks."""
-    return hopper_serves(q, v) and sub_block == BLOCK.value
-
-
 @gluon.jit(do_not_specialize=["T", "S", "q_start", "head_start", "token_start", "num_tokens", "bound"])
-def hopper_select_backward_kernel(
+def selected_backward_sm90_kernel(
     q_ptr, k_desc, v_desc, dout_ptr, lse_ptr, delta_ptr, part_ptr, dk_ptr, dv_ptr, key_ptr, entries_ptr, item_ptr,
     doc_ptr, doc_end_ptr, base_ptr, scale_log2, log2e, T, S, q_start, head_start, token_start, num_tokens, bound,
     G: gl.constexpr, HKV: gl.constexpr, DK: gl.constexpr, DV: gl.constexpr, ROWS: gl.constexpr, RATIO: gl.constexpr,
@@ -234,21 +229,19 @@ def hopper_select_backward_kernel(
     mbarrier.invalidate(k_full.index(0))  # not before, or the compiler gives its place to something else
 
 
-def hopper_select_backward(
-    q: Tensor, k: Tensor, v: Tensor, dout: Tensor, rows: Rows, part: Tensor, item_dk: Tensor, item_dv: Tensor,
-    item_key: Tensor, inversion: Inversion, table: Tensor, layout: Layout | None, chunk: Chunk, q_start: int,
-    scale: float, queries: bool,
+def selected_backward_sm90(
+    q: Tensor, k: Tensor, v: Tensor, dout: Tensor, rows: Rows, part: Tensor, grads: ItemGradients,
+    inversion: Inversion, table: Tensor, layout: Layout | None, chunk: Chunk, q_start: int, scale: float,
+    with_dq: bool,
 ) -> None:  # fmt: skip
-    """Write what `select_backward_kernel` gives for a chunk of tensors that the kernel serves."""
+    """Write what `selected_backward_kernel` gives for a chunk."""
     T, H, Dk = q.shape[1:]
     S, Hkv = k.shape[1:3]
-    G = H // Hkv
-    documents = (q, q, q) if layout is None else (layout.doc_start, layout.doc_end, layout.block_base)
     bound = table.shape[1]
-    hopper_select_backward_kernel[(bound, chunk.head_end - chunk.head)](
-        q, describe_panels(k), describe_panels(v), dout, *rows, part, item_dk, item_dv, item_key, inversion.entries,
-        table, *documents, scale * LOG2E, LOG2E, T, S, q_start, chunk.head, chunk.token,
-        chunk.token_end - chunk.token, bound,
-        G=G, HKV=Hkv, DK=Dk, DV=v.shape[3], ROWS=ROWS.value // (2 if Dk > 128 else 1), RATIO=inversion.ratio,
-        SLOTS=inversion.slots, PACKED=layout is not None, QUERIES=queries, num_warps=4,
+    selected_backward_sm90_kernel[(bound, chunk.num_heads)](
+        q, describe_panels(k), describe_panels(v), dout, *rows, part, *grads, inversion.entries, table,
+        *document_pointers(layout, q, "doc_start", "doc_end", "block_base"), scale * LOG2E, LOG2E, T, S, q_start,
+        chunk.head, chunk.token, chunk.num_tokens, bound,
+        G=H // Hkv, HKV=Hkv, DK=Dk, DV=v.shape[3], ROWS=ROWS.value // (2 if Dk > 128 else 1), RATIO=inversion.ratio,
+        SLOTS=inversion.slots, PACKED=layout is not None, QUERIES=with_dq, num_warps=4,
     )  # fmt: skip

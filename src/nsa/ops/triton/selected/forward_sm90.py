@@ -1,10 +1,10 @@
 """Forward of the selected branch's free blocks on Hopper, in Gluon: the next tile's rows arrive under the present one.
 
-Items and scratch are those of `select_fwd`. Queries have one place, so that four programs fit a multiprocessor: the
+Items and scratch are those of `forward.py`. Queries have one place, so that four programs fit a multiprocessor: the
 next tile's are ordered as soon as the present one's scores are there. Lanes exchange results, so that each stores eight
 columns that lie together.
 
-Shapes are those of `select_fwd`; blocks of 64 tokens, before all tokens that chose them (`forced` holds the others),
+Shapes are those of `forward.py`; blocks of 64 tokens, before all tokens that chose them (`forced` holds the others),
 so that nothing is masked.
 """
 
@@ -29,8 +29,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from nsa.ops.triton.gpu import LOG2E, hopper_serves
-from nsa.ops.triton.layout import Layout
+from nsa.ops.triton.gpu import LOG2E
+from nsa.ops.triton.layout import Layout, document_pointers
 from nsa.ops.triton.selected.invert import Chunk, Inversion, Items, item_keys
 from nsa.ops.triton.selected.panels_sm90 import (
     BLOCK,
@@ -55,13 +55,8 @@ def range_tokens(num_blocks: int, row_bytes: int, group_size: int, segment: int,
     return max(min(rows // group_size, most) // segment, 1) * segment
 
 
-def hopper_select_forward_serves(q: Tensor, v: Tensor, sub_block: int, peeled: bool) -> bool:
-    """Whether the kernel takes these fitting tensors and blocks, of which `peeled` are the free ones alone."""
-    return hopper_serves(q, v) and peeled and sub_block == BLOCK.value
-
-
 @gluon.jit(do_not_specialize=["T", "head_start", "token_start", "num_tokens", "num_heads", "bound"])
-def hopper_select_forward_kernel(
+def selected_forward_sm90_kernel(
     q_ptr, k_desc, v_desc, part_ptr, part_lse_ptr, entries_ptr, item_ptr, doc_ptr, base_ptr, scale_log2, T, head_start,
     token_start, num_tokens, num_heads, bound,
     G: gl.constexpr, HKV: gl.constexpr, DK: gl.constexpr, DV: gl.constexpr, RATIO: gl.constexpr, SLOTS: gl.constexpr,
@@ -157,11 +152,11 @@ def hopper_select_forward_kernel(
     mbarrier.invalidate(k_full.index(0))  # not before, or the compiler gives its place to something else
 
 
-def hopper_select_forward(
+def selected_forward_sm90(
     q: Tensor, k: Tensor, v: Tensor, part: Tensor, part_lse: Tensor, inversion: Inversion, items: Items,
     layout: Layout | None, chunk: Chunk, shift: int, free: int, scale: float,
 ) -> None:  # fmt: skip
-    """Write what `select_forward_kernel` gives for a chunk of whole ranges and tensors that the kernel serves.
+    """Write what `selected_forward_kernel` gives for a chunk of whole ranges and tensors that the kernel serves.
 
     Args:
         shift: slots of a token before its free ones.
@@ -169,12 +164,12 @@ def hopper_select_forward(
     """
     B, T, H, Dk = q.shape
     Hkv, bound, tokens = k.shape[2], items.table.shape[2], chunk.token_end - chunk.token
-    documents = (q, q) if layout is None else (layout.doc_start, layout.block_base)
     table = items.table[chunk.token // items.range_tokens :]
     grid = (bound, chunk.head_end - chunk.head, triton.cdiv(tokens, items.range_tokens))
-    hopper_select_forward_kernel[grid](
-        q, describe_panels(k), describe_panels(v), part, part_lse, inversion.entries, table, *documents, scale * LOG2E,
-        T, chunk.head, chunk.token, tokens, B * Hkv, bound,
+    selected_forward_sm90_kernel[grid](
+        q, describe_panels(k), describe_panels(v), part, part_lse, inversion.entries, table,
+        *document_pointers(layout, q, "doc_start", "block_base"), scale * LOG2E, T, chunk.head, chunk.token, tokens,
+        B * Hkv, bound,
         G=H // Hkv, HKV=Hkv, DK=Dk, DV=v.shape[3], RATIO=inversion.ratio, SLOTS=inversion.slots, FREE=free, SHIFT=shift,
         PACKED=layout is not None, num_warps=4,
     )  # fmt: skip

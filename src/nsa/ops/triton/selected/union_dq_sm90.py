@@ -1,6 +1,6 @@
 """dQ of the selected branch over unions of blocks on Hopper, in Gluon: two groups of rows share every load.
 
-The rows, lists and skips of `hopper_union` with the steps of `hopper_bwd_queries`; a tile has two groups of four warps.
+The rows, lists and skips of `union_sm90.py` with the steps of `dense/dq_sm90.py`; a tile has two groups of four warps.
 Nothing waits across steps, so that a group skips every block that none of its tokens chose.
 """
 
@@ -26,14 +26,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from nsa.geometry import BlockGeometry
 from nsa.ops.triton.dense.dq_sm90 import KEYS, ROWS, STAGES, copy_query_rows, load_rows
-from nsa.ops.triton.gpu import LOG2E, num_multiprocessors
+from nsa.ops.triton.gpu import LOG2E
 from nsa.ops.triton.selected.union_sm90 import list_of_tile, tokens_of_part
 from nsa.ops.triton.sm90 import describe_box, describe_parts, make_barriers, num_rounds, row_offsets, tile_of_round
 
 GROUPS = gl.constexpr(2)  # groups of four warps
 
 
-def query_tile_tokens(group_size: int) -> int:
+def tile_tokens(group_size: int) -> int:
     """Tokens of a tile."""
     return GROUPS.value * (ROWS.value // group_size)
 
@@ -208,7 +208,7 @@ def _row_partition(
 
 
 @gluon.jit(do_not_specialize=["T", "q_start", "num_tiles", "heads"])
-def hopper_union_query_kernel(
+def union_dq_sm90_kernel(
     q_desc, q_tail_desc, k_desc, k_tail_desc, v_desc, dout_desc, dq_desc, dq_tail_desc, q_ptr, dout_ptr, dq_ptr,
     lse_ptr, delta_ptr, start_ptr, mask_ptr, count_ptr, scale, scale_log2, log2e, T, q_start, num_tiles, heads,
     G: gl.constexpr, HKV: gl.constexpr, D: gl.constexpr, TAIL: gl.constexpr, TOKENS: gl.constexpr, COUNT: gl.constexpr,
@@ -254,14 +254,15 @@ def hopper_union_query_kernel(
     ], [4, 1], [240, 24])  # fmt: skip
 
 
-def hopper_union_query_backward(
+def union_dq_sm90(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, dq: Tensor, starts: Tensor,
-    masks: Tensor, counts: Tensor, geometry: BlockGeometry, q_start: int, scale: float, add: bool,
+    masks: Tensor, counts: Tensor, geometry: BlockGeometry, q_start: int, scale: float, add: bool, programs: int,
 ) -> None:  # fmt: skip
     """Write dq, or add to it.
 
     Args:
-        starts, masks, counts: `Unions` of `query_tile_tokens` tokens.
+        starts, masks, counts: `Unions` of `tile_tokens` tokens.
+        programs: at most, one for each multiprocessor.
     """
     B, T, H, Dk = q.shape
     Hkv, D = k.shape[2], v.shape[3]
@@ -269,7 +270,7 @@ def hopper_union_query_backward(
     boxes = ROWS.value % G == 0
     box = (ROWS.value // G, G) if boxes else (ROWS.value, 1)
     num_tiles = counts.shape[1]
-    hopper_union_query_kernel[(min(num_multiprocessors(q), num_tiles * B * Hkv),)](
+    union_dq_sm90_kernel[(min(programs, num_tiles * B * Hkv),)](
         *describe_parts(q, D, *box), *describe_parts(k, D, KEYS.value, 1), describe_box(v, KEYS.value, 1),
         describe_box(dout, *box), *describe_parts(dq, D, *box), q, dout, dq, lse, delta, starts, masks, counts,
         scale, scale * LOG2E, LOG2E, T, q_start, num_tiles, B * Hkv,

@@ -1,11 +1,11 @@
 """Forward of the selected branch over unions of blocks on Hopper, in Gluon: three groups of rows share every load.
 
-As in `hopper_fwd`, a program is persistent, one warp loads by TMA, and groups of four warps hold 64 rows (token, head)
-each: TOKENS whole tokens, so that a tile and its union have three times as many. A group skips the blocks that none of
-its own tokens chose; of the others each row takes those of its token. A block that all rows lie behind needs no mask by
-key.
+As in `dense/forward_sm90.py`, a program is persistent, one warp loads by TMA, and groups of four warps hold 64 rows
+(token, head) each: TOKENS whole tokens, so that a tile and its union have three times as many. A group skips the blocks
+that none of its own tokens chose; of the others each row takes those of its token. A block that all rows lie behind
+needs no mask by key.
 
-Shapes and unions are those of `select_union`; `hopper_union_serves` says which shapes come here.
+Shapes and unions are those of `union.py`.
 """
 
 # Kernels are typed by Triton, not by Python.
@@ -30,8 +30,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from nsa.geometry import BlockGeometry
 from nsa.ops.triton.dense.forward_sm90 import GROUPS, STAGES, TAIL_STAGES, scores
-from nsa.ops.triton.gates import Gated, add_branches
-from nsa.ops.triton.gpu import LN2, LOG2E, hopper_serves, num_multiprocessors
+from nsa.ops.triton.gates import Gated, add_branches, gate_pointers
+from nsa.ops.triton.gpu import LN2, LOG2E
 from nsa.ops.triton.sm90 import (
     KEYS,
     ROWS,
@@ -47,12 +47,6 @@ from nsa.ops.triton.sm90 import (
 )
 
 MIN_HEADS = 3  # of a group: a tile's tokens are then no more than a mask has bits
-
-
-def hopper_union_serves(q: Tensor, v: Tensor, group_size: int, geometry: BlockGeometry) -> bool:
-    """Whether the kernel takes these fitting tensors: a block is one step, a group of warps holds whole tokens."""
-    fits = geometry.select_block_size == KEYS.value and MIN_HEADS <= group_size <= ROWS.value
-    return fits and hopper_serves(q, v)
 
 
 def tile_tokens(group_size: int) -> int:
@@ -264,7 +258,7 @@ def _row_partition(
 
 
 @gluon.jit(do_not_specialize=["T", "q_start", "num_tiles", "heads"])
-def hopper_union_forward_kernel(
+def union_forward_sm90_kernel(
     q_desc, q_tail_desc, k_desc, k_tail_desc, v_desc, out_desc, sum_desc, q_ptr, out_ptr, lse_ptr, cmp_ptr, win_ptr,
     gate_ptr, sum_ptr, start_ptr, mask_ptr, count_ptr, scale_log2, T, q_start, num_tiles, heads,
     G: gl.constexpr, HKV: gl.constexpr, D: gl.constexpr, TAIL: gl.constexpr, TOKENS: gl.constexpr, COUNT: gl.constexpr,
@@ -313,14 +307,15 @@ def hopper_union_forward_kernel(
     ], [4, 4, 1], [160, 160, 24])  # fmt: skip
 
 
-def hopper_union_forward(
+def union_forward_sm90(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, starts: Tensor, masks: Tensor, counts: Tensor,
-    geometry: BlockGeometry, q_start: int, scale: float, gated: Gated | None,
+    geometry: BlockGeometry, q_start: int, scale: float, gated: Gated | None, programs: int,
 ) -> None:  # fmt: skip
-    """Write what `union_forward` gives for tensors that `hopper_union_serves` takes, and the gated sum.
+    """Write what `union_forward` gives, and the gated sum.
 
     Args:
         starts, masks, counts: `Unions` of `tile_tokens` tokens.
+        programs: at most, one for each multiprocessor.
     """
     B, T, H, Dk = q.shape
     Hkv, D = k.shape[2], v.shape[3]
@@ -328,8 +323,8 @@ def hopper_union_forward(
     boxes = ROWS.value % G == 0
     box = (ROWS.value // G, G) if boxes else (ROWS.value, 1)
     num_tiles = counts.shape[1]
-    branches = gated or Gated(out, out, out, out)
-    hopper_union_forward_kernel[(min(num_multiprocessors(q), num_tiles * B * Hkv),)](
+    branches = gate_pointers(gated, out)
+    union_forward_sm90_kernel[(min(programs, num_tiles * B * Hkv),)](
         *describe_parts(q, D, *box), *describe_parts(k, D, KEYS.value, 1), describe_box(v, KEYS.value, 1),
         describe_box(out, *box), describe_box(branches.out, *box), q, out, lse, *branches, starts, masks, counts,
         scale * LOG2E, T, q_start, num_tiles, B * Hkv,

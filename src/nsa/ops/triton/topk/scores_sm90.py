@@ -1,10 +1,10 @@
-"""Importance of the selection blocks on Hopper, in Gluon: the score kernel of `score_topk` with parts side by side.
+"""Importance of the selection blocks on Hopper, in Gluon: the score kernel of `scores.py` with parts side by side.
 
 Four warps gather the queries of the next tile and load compressed keys by TMA. Three groups of four warps take turns at
 the keys: one multiplies its 64 keys with the tile's queries while the others take exponentials and store. Sums over a
 block's keys stay within a thread, of up to 16 heads a group.
 
-Columns, tiles and what is stored are those of `score_topk`.
+Columns, tiles and what is stored are those of `scores.py`.
 """
 
 # Kernels are typed by Triton, not by Python.
@@ -29,10 +29,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from nsa.geometry import BlockGeometry
-from nsa.ops.triton.gpu import LOG2E, num_multiprocessors
-from nsa.ops.triton.layout import place_of_tile
+from nsa.ops.triton.gpu import LOG2E
+from nsa.ops.triton.layout import Layout, document_pointers, num_documents, place_of_tile
 from nsa.ops.triton.selected.invert import Chunk
 from nsa.ops.triton.sm90 import describe_parts, make_barriers, num_rounds, tile_of_round
+from nsa.ops.triton.tiles import Tile
+from nsa.ops.triton.topk.scores import Scores, tiles_of_chunk
 
 COLUMNS = gl.constexpr(128)  # (head, token) of a tile
 KEYS = gl.constexpr(64)  # keys of a step, as one wgmma takes
@@ -127,7 +129,7 @@ def _store_mass(
     head_ptr, p, key, width, first_token, token_start, token_end, TOKENS: gl.constexpr, HEADS: gl.constexpr,
     SPAN: gl.constexpr, REACH: gl.constexpr, POOLED: gl.constexpr,
 ):  # fmt: skip
-    """Store the sums over the heads of a group, or what they give to the blocks; see `score_topk`."""
+    """Store the sums over the heads of a group, or what they give to the blocks; see `scores.py`."""
     # A thread takes neighbouring keys of one token, so that a short block's sum is its own.
     NEAR: gl.constexpr = KEYS * TOKENS // 128
     LAYOUT: gl.constexpr = gl.BlockedLayout([NEAR, 1], [KEYS // NEAR, 32 * NEAR // KEYS], [1, 4], [0, 1])
@@ -234,7 +236,7 @@ def _key_partition(
         "heads",
     ]
 )  # fmt: skip
-def hopper_score_kernel(
+def scores_sm90_kernel(
     q_ptr, k_desc, k_tail_desc, lse_ptr, mass_ptr, cu_ptr, cu_cmp_ptr, scale_log2, log2e,
     T, N, q_start, num_docs, steps, head_start, token_start, token_end, first_tile, num_tiles, heads, width,
     G: gl.constexpr, HKV: gl.constexpr, D: gl.constexpr, TAIL: gl.constexpr, SIZE: gl.constexpr, STRIDE: gl.constexpr,
@@ -286,19 +288,20 @@ def tile_tokens(group_size: int) -> int:
     return COLUMNS.value // triton.next_power_of_2(group_size)
 
 
-def hopper_score(
-    q: Tensor, k_cmp: Tensor, lse: Tensor, mass: Tensor, bounds: tuple[Tensor, Tensor], geometry: BlockGeometry,
-    chunk: Chunk, first_tile: int, num_tiles: int, num_docs: int, q_start: int, scale: float, width: int, packed: bool,
-    pooled: bool,
+def scores_sm90(
+    q: Tensor, k_cmp: Tensor, lse: Tensor, scores: Scores, geometry: BlockGeometry, layout: Layout | None,
+    chunk: Chunk, q_start: int, scale: float, tile: Tile,
 ) -> None:  # fmt: skip
-    """Write what `score_kernel` gives for a chunk of tensors that `hopper_serves` takes, tiles of `tile_tokens`."""
+    """Write what `plain_scores` gives; `tile` has the tokens of a tile and the most programs."""
     T, H, Dk = q.shape[1:]
-    N, Hkv = k_cmp.shape[1:3]
-    heads, D = chunk.head_end - chunk.head, min(Dk, 128)
-    hopper_score_kernel[(min(num_multiprocessors(q), num_tiles * heads),)](
-        q, *describe_parts(k_cmp, D, KEYS.value, 1), lse, mass, *bounds, scale * LOG2E, LOG2E,
+    N, Hkv, num_docs = k_cmp.shape[1], k_cmp.shape[2], num_documents(layout)
+    D, heads = min(Dk, 128), chunk.num_heads
+    first_tile, num_tiles = tiles_of_chunk(chunk, tile["TOKENS"], num_docs)
+    scores_sm90_kernel[(min(tile["programs"], num_tiles * heads),)](
+        q, *describe_parts(k_cmp, D, KEYS.value, 1), lse, scores.mass,
+        *document_pointers(layout, scores.mass, "cu_seqlens", "cu_compressed"), scale * LOG2E, LOG2E,
         T, N, q_start, num_docs, (num_docs + 1).bit_length(), chunk.head, chunk.token, chunk.token_end, first_tile,
-        num_tiles, heads, width, G=H // Hkv, HKV=Hkv, D=D, TAIL=Dk - D, SIZE=geometry.compress_block_size,
-        STRIDE=geometry.compress_stride, BLOCK=geometry.select_block_size, PACKED=packed, POOLED=pooled,
-        TOKENS=tile_tokens(H // Hkv), STAGES=TAIL_STAGES if Dk > D else STAGES, num_warps=4,
+        num_tiles, heads, scores.width, G=H // Hkv, HKV=Hkv, D=D, TAIL=Dk - D, SIZE=geometry.compress_block_size,
+        STRIDE=geometry.compress_stride, BLOCK=geometry.select_block_size, PACKED=layout is not None,
+        POOLED=scores.pooled, TOKENS=tile["TOKENS"], STAGES=TAIL_STAGES if Dk > D else STAGES, num_warps=4,
     )  # fmt: skip
