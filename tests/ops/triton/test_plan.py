@@ -14,6 +14,7 @@ from triton.runtime.jit import JITFunction
 
 from nsa import BlockGeometry
 from nsa.ops import routing, triton as backend
+from nsa.ops.call import AttentionInputs, Call
 from nsa.ops.triton.gpu import Device, read_device
 from nsa.ops.triton.plan import Plan, Shapes, make_plan, plan_call
 
@@ -167,10 +168,9 @@ def test_what_is_planned_is_launched_and_nothing_else(device, unions, monkeypatc
     plan = make_plan(what, device, unions)
     q, k, v = (torch.zeros(1, 300, heads, 64, dtype=what.dtype) for heads in (8, 2, 2))
     k_cmp, v_cmp = (x[:, : what.num_compressed].contiguous() for x in (k, v))
-    inputs = (q, k, v, k_cmp, v_cmp, k, v, q[..., :3].contiguous())
-    constants = (None, SMALL.as_tuple(), 1.0)
-    out, *saved = backend.attention_forward(*inputs, *constants, plan=plan)
-    backend.attention_backward(out, *inputs, *saved, *constants, plan=plan)
+    inputs = AttentionInputs(q, k, v, k_cmp, v_cmp, k, v, q[..., :3].contiguous())
+    out, branches = backend.attention_forward(inputs, Call(SMALL, 1.0), plan)
+    backend.attention_backward(out, inputs, branches, Call(SMALL, 1.0), plan)
     planned = {f"{name}_kernel" for _, stage in plan.stages() for name in stage.kernels}
     assert planned == launched.keys() & VOCABULARY
     for _, stage in plan.stages():
@@ -186,7 +186,7 @@ def test_another_tile_of_a_plan_is_what_is_launched(monkeypatch):
     plan = replace(plan, window=replace(plan.window, forward=replace(plan.window.forward, kernels=("dense_forward",))))
     plan = replace(plan, window=replace(plan.window, forward=replace(plan.window.forward, tile=tile)))
     q = torch.zeros(1, 100, 64, 64, dtype=torch.bfloat16)
-    backend.window_attention_forward(q, q[:, :, :4], q[:, :, :4], None, SMALL.as_tuple(), 0, 0, 1.0, plan=plan)
+    backend.window_attention_forward(q, q[:, :, :4], q[:, :, :4], Call(SMALL, 1.0), plan)
     assert tile.items() <= launches[-1].items()
 
 
