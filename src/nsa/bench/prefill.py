@@ -45,6 +45,7 @@ from nsa.ops.api import (
     selected_attention,
     window_attention,
 )
+from nsa.units import GIB
 
 DENSE_BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,
