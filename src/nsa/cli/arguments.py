@@ -60,10 +60,13 @@ def _parse(
         words, options = split_options(arguments, {**config_kinds, **kinds})
         values = {name: option_value(kinds[name], options[name], f"--{name}") for name in options if name in kinds}
         overrides = [word for name in options if name not in kinds for word in (f"--{name}", *options[name])]
-        values |= _positional_values(positional, words)
-        if missing := _missing(kind, values, positional):
+        named, rest = _positional_values(positional, words)
+        values |= named
+        missing = _missing(kind, values, positional)
+        if rest or missing:
             hint = f"; {_usage(kind, command, takes_keys=bool(config_kinds))}{hint}"
-            raise OptionError(f"{' and '.join(missing)} must be given")
+            said = f"{rest[0][:60]!r} is one word too many" if rest else f"{' and '.join(missing)} must be given"
+            raise OptionError(said)
         return _build(kind, values), overrides
     except OptionError as error:
         if not (kinds or config_kinds):
@@ -122,16 +125,15 @@ def _option_name(field_name: str) -> str:
     return field_name.rstrip("_")
 
 
-def _positional_values(positional: Mapping[str, Any], words: Sequence[str]) -> dict[str, Any]:
+def _positional_values(positional: Mapping[str, Any], words: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """The values of the words, and the words that are too many."""
     values: dict[str, Any] = {}
     rest = list(words)
     for name, kind in positional.items():
         taken, rest = (rest, []) if _takes_many(kind) else (rest[:1], rest[1:])
         if taken:
             values[name] = option_value(kind, taken, name.upper())
-    if rest:
-        raise OptionError(f"{rest[0][:60]!r} is one word too many")
-    return values
+    return values, rest
 
 
 def _takes_many(kind: Any) -> bool:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from nsa.config.load import ConfigError, override_config, parse_config, read_config
+from nsa.config.load import ConfigError, override_config, parse_config, read_config, read_overrides
 from nsa.config.resume_keys import ALLOWED, ALLOWED_SECTIONS, is_allowed
 from nsa.config.run import RunConfig
 from nsa.runs.checkpoints import RUN_CONFIG, FileSum, Listing, is_complete, step_folders
@@ -48,6 +48,7 @@ def resumed_config(run: Path, overrides: Sequence[str] = ()) -> StoredConfig:
     """
     if not run.is_dir():
         raise ValueError(f"{run} is no run folder; give the folder of a run, such as runs/NAME")
+    read_overrides(overrides)  # a slip in them is told first
     stored = stored_config(run)
     config = override_config(stored.wanted, overrides)
     refused = [name for name in changed_keys(stored.wanted, config) if not is_allowed(name)]

@@ -64,7 +64,7 @@ def test_a_recorder_that_resumes_continues_tables_and_tensorboard_after_the_step
             recorder.step(StepRecord(step=step, loss=float(step), **values))
         recorder.evaluation(EvalRecord(5, 4.0, 1.0, 1.0))
     time.sleep(1.0)  # TensorBoard orders event files by the second in their names
-    with Recorder(folder, **options, resume_step=3) as recorder:
+    with Recorder(folder, **options, start_step=3) as recorder:
         recorder.step(StepRecord(step=4, loss=40.0, **values))
     assert column(read_csv(folder.training_csv, TRAINING_COLUMNS), "loss") == [1.0, 2.0, 3.0, 40.0]
     assert [row["step"] for row in read_csv(folder.val_csv, VALIDATION_COLUMNS)] == [0]

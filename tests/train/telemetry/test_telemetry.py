@@ -181,7 +181,7 @@ def test_a_resumed_run_continues_its_tables_and_says_where_it_began(tiny, tmp_pa
     with Telemetry(RunFolder(tmp_path), tiny(), parallel) as telemetry:
         for step in (3, 4):
             telemetry.step(replace(RECORD, step=step), num_skipped=0)
-    with Telemetry(RunFolder(tmp_path), tiny(), parallel, resume_step=3) as telemetry:
+    with Telemetry(RunFolder(tmp_path), tiny(), parallel, start_step=3) as telemetry:
         pass
     assert [row["step"] for row in read_csv(tmp_path / "training.csv", TRAINING_COLUMNS)] == [3]
     last = read_heartbeats(heartbeat_path(tmp_path, 0))[-1]
