@@ -48,7 +48,8 @@ def wgmma_layout(COLUMNS):
 
 @gluon.constexpr_function
 def line_layout(COLUMNS):
-    """Rows spread over four warps, 16 bytes a thread: neighbours read and write whole lines of memory."""
+    """Rows spread over four warps: neighbours read and write whole lines of memory."""
+    # 16 bytes, 8 numbers, are the most that a thread copies at once: 256 numbers a warp.
     return gl.BlockedLayout([1, 8], [256 // COLUMNS, COLUMNS // 8], [4, 1], [1, 0])
 
 
@@ -208,40 +209,41 @@ class Pipe:
         return 2 * rows * (columns + self.TAIL)
 
     @gluon.jit
-    def place(self, step, PART: gl.constexpr = 0):
-        """Number of a tile and of its barriers."""
+    def buffer(self, step, PART: gl.constexpr = 0):
+        """Number of a tile's place in shared memory and of its barriers."""
         return step % self.STAGES * self.PARTS + PART
 
     @gluon.jit
     def tile(self, step, PART: gl.constexpr = 0):
         """The first D columns of a tile."""
-        return as_matrix(self.smem.index(self.place(step, PART)))
+        return as_matrix(self.smem.index(self.buffer(step, PART)))
 
     @gluon.jit
     def tail_tile(self, step, PART: gl.constexpr = 0):
         """The TAIL columns after them; the first D again if there are none."""
-        return as_matrix(self.tail.index(self.place(step, PART)))
+        return as_matrix(self.tail.index(self.buffer(step, PART)))
 
     @gluon.jit
     def producer_wait(self, step, PART: gl.constexpr = 0):
         """Wait until a tile is free."""
         # Every consumer has let go of the tile's round before. Before the first there is none: a fresh barrier takes
         # the opposite phase for over, so that the producer does not wait.
-        mbarrier.wait(self.empty.index(self.place(step, PART)), (step // self.STAGES & 1) ^ 1)
+        mbarrier.wait(self.empty.index(self.buffer(step, PART)), (step // self.STAGES & 1) ^ 1)
 
     @gluon.jit
     def producer_acquire(self, step, BYTES: gl.constexpr, PART: gl.constexpr = 0):
         """Wait until a tile is free and announce BYTES for it, which counts as an arrival."""
         self.producer_wait(step, PART)
-        mbarrier.expect(self.full.index(self.place(step, PART)), BYTES)
+        mbarrier.expect(self.full.index(self.buffer(step, PART)), BYTES)
 
     @gluon.jit
     def copy(self, step, coordinates, PART: gl.constexpr = 0):
         """TMA begins to copy a box to a tile that was acquired."""
-        place = self.place(step, PART)
-        tma.async_copy_global_to_shared(self.desc, coordinates, self.full.index(place), self.smem.index(place))
+        buffer = self.buffer(step, PART)
+        full = self.full.index(buffer)
+        tma.async_copy_global_to_shared(self.desc, coordinates, full, self.smem.index(buffer))
         if self.TAIL > 0:
-            tma.async_copy_global_to_shared(self.tail_desc, coordinates, self.full.index(place), self.tail.index(place))
+            tma.async_copy_global_to_shared(self.tail_desc, coordinates, full, self.tail.index(buffer))
 
     @gluon.jit
     def load(self, step, coordinates, PART: gl.constexpr = 0):
@@ -252,22 +254,22 @@ class Pipe:
     @gluon.jit
     def copy_rows(self, step, x_ptr, tile, shape, PART: gl.constexpr = 0):
         """Threads begin to copy the rows of a tile of queries, see `Shape.copy_rows`."""
-        place = self.place(step, PART)
-        shape.copy_rows(x_ptr, self.smem.index(place), tile, shape.D + self.TAIL)
+        buffer = self.buffer(step, PART)
+        shape.copy_rows(x_ptr, self.smem.index(buffer), tile, shape.D + self.TAIL)
         if self.TAIL > 0:
-            shape.copy_rows(x_ptr + shape.D, self.tail.index(place), tile, shape.D + self.TAIL)
+            shape.copy_rows(x_ptr + shape.D, self.tail.index(buffer), tile, shape.D + self.TAIL)
 
     @gluon.jit
     def consumer_wait(self, step, PART: gl.constexpr = 0):
         """Wait until a tile is full."""
         # All of its bytes have arrived, which the producer announced.
-        mbarrier.wait(self.full.index(self.place(step, PART)), step // self.STAGES & 1)
+        mbarrier.wait(self.full.index(self.buffer(step, PART)), step // self.STAGES & 1)
 
     @gluon.jit
     def consumer_release(self, step, PART: gl.constexpr = 0):
         """Let go of a tile: what read it must be over."""
         # The producer waits for all consumers before it fills the tile again.
-        mbarrier.arrive(self.empty.index(self.place(step, PART)), count=1)
+        mbarrier.arrive(self.empty.index(self.buffer(step, PART)), count=1)
 
 
 @gluon.jit
@@ -326,20 +328,21 @@ def num_rounds(num_tiles):
     """How many tiles a program takes when they are dealt out there and back, the heaviest first."""
     programs = gl.num_programs(0)
     full = num_tiles // programs
-    place = gl.program_id(0)
+    number = gl.program_id(0)
     if full % 2 == 1:
-        place = programs - 1 - place
-    return full + (place < num_tiles - full * programs).to(gl.int32)
+        number = programs - 1 - number
+    return full + (number < num_tiles - full * programs).to(gl.int32)
 
 
 @gluon.jit
-def tile_of_round(turn, num_tiles, heads, HKV: gl.constexpr, TILE: gl.constexpr):
+def tile_of_round(round, num_tiles, heads, HKV: gl.constexpr, TILE: gl.constexpr):
     """First row, sequence and group of a program's tile in a round."""
+    # There and back: who had the heaviest tile of a round has the lightest of the next one.
     programs = gl.num_programs(0)
-    place = gl.program_id(0)
-    if turn % 2 == 1:
-        place = programs - 1 - place
-    work = turn * programs + place
+    number = gl.program_id(0)
+    if round % 2 == 1:
+        number = programs - 1 - number
+    work = round * programs + number
     return (num_tiles - 1 - work // heads) * TILE, work % heads // HKV, work % heads % HKV
 
 

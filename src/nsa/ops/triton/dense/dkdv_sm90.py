@@ -1,10 +1,10 @@
 """dK and dV of the compressed and the window branch on Hopper, in Gluon: loads beside products.
 
-As in `dense_bwd`, a program holds keys and runs over the rows that see them. One warp loads by TMA, or four copy rows
+As in `backward.py`, a program holds keys and runs over the rows that see them. One warp loads by TMA, or four copy rows
 where whole tokens do not fill a tile (BOXES); two groups of four warps hold 64 keys each. A product is issued before
 the arithmetic that does not need it: dP under the exponentials, dV under dS.
 
-Shapes, intervals and splits are those of `dense_bwd`; lse and delta come as rows, see `pack_rows`.
+Shapes, intervals and splits are those of `backward.py`; lse and delta come as rows, see `pack_rows`.
 """
 
 # Kernels are typed by Triton, not by Python.
@@ -54,6 +54,7 @@ STAGES = gl.constexpr(3)  # steps in flight
 def _pack_rows_kernel(
     lse_ptr, delta_ptr, out_ptr, T, padded, log2e, H: tl.constexpr, HKV: tl.constexpr, BLOCK: tl.constexpr
 ):
+    """Lay out BLOCK rows of a group, log-sum-exps in base 2 and deltas; see `pack_rows`."""
     G: tl.constexpr = H // HKV
     head = tl.program_id(1)
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -100,6 +101,14 @@ class KeyTile:
         """Steps of NUM rows."""
         return gl.cdiv(gl.maximum(self.end - self.begin, 0), NUM)
 
+    @gluon.jit
+    def steps_of(self, rows, NUM: gl.constexpr):
+        """The first step with some of `rows`, and the end of these steps."""
+        num_steps = self.num_steps(NUM)
+        start = gl.minimum(gl.maximum(rows.begin - self.begin, 0) // NUM, num_steps)
+        stop = gl.minimum(gl.cdiv(gl.maximum(rows.end - self.begin, 0), NUM), num_steps)
+        return start, gl.maximum(stop, start)
+
 
 @aggregate
 class Output:
@@ -126,7 +135,7 @@ def _load_rows(pipe, line_pipe, x_ptr, step, head, rows, shape):
     else:
         pipe.copy_rows(step, x_ptr, rows, shape)
         # Every thread arrives when its own copies have: TMA counts bytes, `cp.async` does not.
-        async_copy.mbarrier_arrive(pipe.full.index(pipe.place(step)), increment_count=False)
+        async_copy.mbarrier_arrive(pipe.full.index(pipe.buffer(step)), increment_count=False)
 
 
 @gluon.jit
@@ -185,9 +194,7 @@ def _key_partition(
     keys = tile.part(PART)
     rows = mask.of_tile(keys.key, KEYS, shape)
     score_mask = mask.of_keys(rows, keys.key + gl.arange(0, KEYS, gl.SliceLayout(1, S_LAYOUT)), shape)
-    num_steps = tile.num_steps(ROWS)
-    start = gl.minimum(gl.maximum(rows.begin - tile.begin, 0) // ROWS, num_steps)
-    stop = gl.maximum(gl.minimum(gl.cdiv(gl.maximum(rows.end - tile.begin, 0), ROWS), num_steps), start)
+    start, stop = tile.steps_of(rows, ROWS)
     _skip_steps(0, start, q_pipe, dout_pipe)
 
     none = gl.zeros([KEYS, ROWS], gl.float32, S_LAYOUT)
@@ -231,7 +238,7 @@ def _key_partition(
         else:
             dk = warpgroup_mma_wait(0, deps=[dk])
         q_pipe.consumer_release(step)
-    _skip_steps(stop, num_steps, q_pipe, dout_pipe)
+    _skip_steps(stop, tile.num_steps(ROWS), q_pipe, dout_pipe)
     _store_keys(output.dk_ptr, dk * output.scale, keys, output.shift, mask.S, shape.HKV, D + TAIL)
     if TAIL > 0:
         _store_keys(output.dk_ptr + D, dk_tail * output.scale, keys, output.shift, mask.S, shape.HKV, D + TAIL)
@@ -248,7 +255,7 @@ def hopper_key_kernel(
     """dK and dV of 128 keys from the rows of a split, ROWS of them a step."""
     k_pipe = make_pipe(k_desc, k_tail_desc, 1, GROUPS, TAIL, 0)
     v_pipe = make_companion(k_pipe, v_desc)
-    arrivals: gl.constexpr = 1 if BOXES else 129  # one for lse and delta, and every thread that copies rows
+    arrivals: gl.constexpr = 1 if BOXES else 129  # one for lse or delta, and every thread that copies rows
     q_pipe = make_pipe(q_desc, q_tail_desc, STAGES, 1, TAIL, GROUPS, arrivals)
     dout_pipe = make_pipe(dout_desc, dout_desc, STAGES, 1, 0, GROUPS, arrivals)
     lse_pipe = make_companion(q_pipe, row_desc)

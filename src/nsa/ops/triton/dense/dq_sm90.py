@@ -1,9 +1,9 @@
 """dQ of the compressed and the window branch on Hopper, in Gluon: loads beside products.
 
-As in `dense_bwd`, a program holds rows and runs over their keys. One warp loads by TMA; two groups of four warps hold
+As in `backward.py`, a program holds rows and runs over their keys. One warp loads by TMA; two groups of four warps hold
 64 rows each, which they copy themselves where whole tokens do not fill a tile (BOXES).
 
-Shapes and intervals are those of `dense_bwd`.
+Shapes and intervals are those of `backward.py`.
 """
 
 # Kernels are typed by Triton, not by Python.
@@ -131,10 +131,10 @@ def _store_tile(gradient, q_pipe, round, rows, shape, PART: gl.constexpr):
     TAIL: gl.constexpr = shape.TAIL
     if shape.BOXES:
         fence_async_shared()  # dQ was written by threads, TMA reads it
-        place = q_pipe.place(round, PART)
-        tma.async_copy_shared_to_global(gradient.desc, shape.box(rows), q_pipe.smem.index(place))
+        buffer = q_pipe.buffer(round, PART)
+        tma.async_copy_shared_to_global(gradient.desc, shape.box(rows), q_pipe.smem.index(buffer))
         if TAIL > 0:
-            tma.async_copy_shared_to_global(gradient.tail_desc, shape.box(rows), q_pipe.tail.index(place))
+            tma.async_copy_shared_to_global(gradient.tail_desc, shape.box(rows), q_pipe.tail.index(buffer))
         tma.store_wait(0)  # before the next queries may overwrite it
         q_pipe.consumer_release(round, PART)
     else:
@@ -148,6 +148,43 @@ def _store_tile(gradient, q_pipe, round, rows, shape, PART: gl.constexpr):
 
 
 @gluon.jit
+def _sum_keys(q, q_tail, dout, lse, delta, k_pipe, v_pipe, step, keys, mask, scale_log2):
+    """dQ of a part's rows before its scale, its columns after the first D, and the number of the next step."""
+    D: gl.constexpr = q.shape[1]
+    TAIL: gl.constexpr = k_pipe.TAIL
+    S_LAYOUT: gl.constexpr = wgmma_layout(KEYS)
+    Q_LAYOUT: gl.constexpr = wgmma_layout(D)
+    none = gl.zeros([ROWS, KEYS], gl.float32, S_LAYOUT)
+    dq = gl.zeros([ROWS, D], gl.float32, Q_LAYOUT)
+    dq_tail = dq
+    if TAIL > 0:
+        dq_tail = gl.zeros([ROWS, TAIL], gl.float32, S_LAYOUT)
+    for key_start in range(keys.begin, keys.end, KEYS):
+        k_pipe.consumer_wait(step)
+        s = begin_scores(q, q_tail, k_pipe, step, none)
+        v_pipe.consumer_wait(step)
+        dp = warpgroup_mma(dout, v_pipe.tile(step).permute([1, 0]), none, use_acc=False, is_async=True)
+        s = warpgroup_mma_wait(1, deps=[s])  # dP goes on under the exponentials
+        p = gl.exp2(s * scale_log2 - lse[:, None])
+        p = mask.apply(p, key_start, 0.0)
+        dp = warpgroup_mma_wait(0, deps=[dp])
+        v_pipe.consumer_release(step)  # the product that read the values is over
+        ds = (p * (dp - delta[:, None])).to(q.dtype)
+        operand = gl.convert_layout(ds, gl.DotOperandLayout(0, Q_LAYOUT, 2))
+        dq = warpgroup_mma(operand, k_pipe.tile(step), dq, is_async=True)
+        if TAIL > 0:
+            operand = gl.convert_layout(ds, gl.DotOperandLayout(0, S_LAYOUT, 2))
+            dq_tail = warpgroup_mma(operand, k_pipe.tail_tile(step), dq_tail, is_async=True)
+            dq = warpgroup_mma_wait(1, deps=[dq])
+            dq_tail = warpgroup_mma_wait(0, deps=[dq_tail])
+        else:
+            dq = warpgroup_mma_wait(0, deps=[dq])
+        k_pipe.consumer_release(step)  # all products that read the keys are over
+        step += 1
+    return dq, dq_tail, step
+
+
+@gluon.jit
 def _row_partition(
     PART: gl.constexpr, inputs, gradient, q_pipe, dout_pipe, k_pipe, v_pipe, shape, mask, schedule, scales
 ):  # fmt: skip
@@ -158,7 +195,6 @@ def _row_partition(
     Q_LAYOUT: gl.constexpr = wgmma_layout(D)
     ROW: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
     dtype: gl.constexpr = q_pipe.smem.dtype
-    none = gl.zeros([ROWS, KEYS], gl.float32, S_LAYOUT)
     step = 0
     rounds = schedule.num_rounds()
     if not shape.BOXES and q_pipe.STAGES == 2:
@@ -175,13 +211,10 @@ def _row_partition(
         delta = gl.load(inputs.delta_ptr + index)
         q, q_tail = q_pipe.tile(round, PART), q_pipe.tail_tile(round, PART)
         dout = dout_pipe.tile(round, PART)
-        dq = gl.zeros([ROWS, D], gl.float32, Q_LAYOUT)
-        dq_tail = dq
-        before = dq.to(dtype)
+        before = gl.zeros([ROWS, D], dtype, Q_LAYOUT)
         before_tail = before
         if TAIL > 0:
-            dq_tail = gl.zeros([ROWS, TAIL], gl.float32, S_LAYOUT)
-            before_tail = dq_tail.to(dtype)
+            before_tail = gl.zeros([ROWS, TAIL], dtype, S_LAYOUT)
         if gradient.ADD:  # read long before it is needed
             before = load_rows(gradient.ptr, index, live, D, D + TAIL, Q_LAYOUT)
             if TAIL > 0:
@@ -195,29 +228,9 @@ def _row_partition(
             fence_async_shared()  # rows were written by threads, the products read them as TMA does
             if q_pipe.STAGES == 2 and round + 1 < rounds:
                 _copy_rows(inputs, q_pipe, dout_pipe, round + 1, schedule.tile(round + 1).part(PART), shape, PART)
-        for key_start in range(keys.begin, keys.end, KEYS):
-            k_pipe.consumer_wait(step)
-            s = begin_scores(q, q_tail, k_pipe, step, none)
-            v_pipe.consumer_wait(step)
-            dp = warpgroup_mma(dout, v_pipe.tile(step).permute([1, 0]), none, use_acc=False, is_async=True)
-            s = warpgroup_mma_wait(1, deps=[s])  # dP goes on under the exponentials
-            p = gl.exp2(s * scales.scale_log2 - lse[:, None])
-            p = row_mask.apply(p, key_start, 0.0)
-            dp = warpgroup_mma_wait(0, deps=[dp])
-            v_pipe.consumer_release(step)  # the product that read the values is over
-            ds = (p * (dp - delta[:, None])).to(dtype)
-            dq = warpgroup_mma(
-                gl.convert_layout(ds, gl.DotOperandLayout(0, Q_LAYOUT, 2)), k_pipe.tile(step), dq, is_async=True
-            )
-            if TAIL > 0:
-                ds = gl.convert_layout(ds, gl.DotOperandLayout(0, S_LAYOUT, 2))
-                dq_tail = warpgroup_mma(ds, k_pipe.tail_tile(step), dq_tail, is_async=True)
-                dq = warpgroup_mma_wait(1, deps=[dq])
-                dq_tail = warpgroup_mma_wait(0, deps=[dq_tail])
-            else:
-                dq = warpgroup_mma_wait(0, deps=[dq])
-            k_pipe.consumer_release(step)
-            step += 1
+        dq, dq_tail, step = _sum_keys(
+            q, q_tail, dout, lse, delta, k_pipe, v_pipe, step, keys, row_mask, scales.scale_log2
+        )
         # The queries are done with: their place holds the result until it is written.
         q.store((dq * scales.scale + before.to(gl.float32)).to(dtype))
         if TAIL > 0:

@@ -1,4 +1,4 @@
-"""Which keys Hopper's forward attends to for the forced blocks: two intervals for each row, numbered as one for a tile.
+"""Which keys `forward_sm90.py` takes for the forced blocks: two intervals for each row, numbered as one for a tile.
 
 Numbers below `early` are the initial blocks of the tile's first document, in whole steps; from there on they are the
 keys from the first local block of the tile's first token on. Later documents of a tile begin within it, so that all of

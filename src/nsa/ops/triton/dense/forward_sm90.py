@@ -8,7 +8,7 @@ computes exponentials while others multiply; each issues the next scores and the
 et al., FlashAttention-3, arXiv 2407.08608, section 3). Programs are persistent, one for each multiprocessor: the next
 tile's queries arrive under the present tile.
 
-Shapes and intervals are those of `dense_fwd`, for forced blocks those of `hopper_forced`; `hopper_serves` says which
+Shapes and intervals are those of `forward.py`, for forced blocks those of `forced_sm90.py`; `hopper_serves` says which
 shapes come here.
 """
 
@@ -49,7 +49,7 @@ from nsa.ops.triton.sm90 import (
     wgmma_layout,
 )
 
-GROUPS = gl.constexpr(3)  # groups of four warps
+GROUPS = gl.constexpr(3)  # groups of four warps: with 160 registers a thread, three fill a multiprocessor
 STAGES, TAIL_STAGES = 4, 2  # steps in flight; where keys have a tail, 192 = 128 + 64, there is room for fewer
 
 
@@ -188,8 +188,8 @@ def _row_partition(
         q.store((acc * gl.convert_layout(share, gl.SliceLayout(1, acc.type.layout))[:, None]).to(q.dtype))
         if shape.BOXES:
             fence_async_shared()  # the result was written by threads, TMA reads it
-            smem = q_pipe.smem.index(q_pipe.place(round, PART))
-            tma.async_copy_shared_to_global(output.out_desc, shape.box(rows), smem)
+            buffer = q_pipe.buffer(round, PART)
+            tma.async_copy_shared_to_global(output.out_desc, shape.box(rows), q_pipe.smem.index(buffer))
             tma.store_wait(0)  # before the next queries may overwrite it
             q_pipe.consumer_release(round, PART)
         else:

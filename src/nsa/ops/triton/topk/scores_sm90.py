@@ -1,10 +1,10 @@
-"""Importance of the selection blocks on Hopper, in Gluon: the score kernel of `score_topk` with parts side by side.
+"""Importance of the selection blocks on Hopper, in Gluon: the score kernel of `scores.py` with parts side by side.
 
 Four warps gather the queries of the next tile and load compressed keys by TMA. Three groups of four warps take turns at
 the keys: one multiplies its 64 keys with the tile's queries while the others take exponentials and store. Sums over a
 block's keys stay within a thread, of up to 16 heads a group.
 
-Columns, tiles and what is stored are those of `score_topk`.
+Columns, tiles and what is stored are those of `scores.py`.
 """
 
 # Kernels are typed by Triton, not by Python.
@@ -42,7 +42,7 @@ from nsa.ops.triton.sm90 import (
     wgmma_layout,
 )
 
-COLUMNS = gl.constexpr(128)  # (head, token) of a tile: as many as sums of 64 keys leave registers for
+COLUMNS = gl.constexpr(128)  # (head, token) of a tile: scores with 64 keys take 64 registers of a thread
 GROUPS = gl.constexpr(3)  # groups of four warps: two take exponentials and store while one multiplies
 # Steps in flight; multiples of GROUPS, so that a group waits for every use of its places. Keys of 192 leave room for 3.
 STAGES, TAIL_STAGES = 6, 3
@@ -206,7 +206,7 @@ def _load_partition(q_ptr, lse_ptr, q_pipe, lse_smem, k_pipe, shape, documents, 
             b = (tokens.head_start + place.head) // shape.HKV
             group = (tokens.head_start + place.head) % shape.HKV
             q_pipe.producer_wait(used)
-            stage = q_pipe.place(used)
+            stage = q_pipe.buffer(used)
             _copy_queries(q_ptr, q_pipe.smem.index(stage), b, group, place, shape, TOKENS)
             if shape.TAIL > 0:
                 _copy_queries(q_ptr + shape.D, q_pipe.tail.index(stage), b, group, place, shape, TOKENS)
@@ -226,7 +226,7 @@ def _load_partition(q_ptr, lse_ptr, q_pipe, lse_smem, k_pipe, shape, documents, 
 def _store_scores(
     target, p, key, HEADS: gl.constexpr, SPAN: gl.constexpr, REACH: gl.constexpr, POOLED: gl.constexpr
 ):  # fmt: skip
-    """Store the sums over the heads of a group, or what they give to the blocks; see `score_topk`."""
+    """Store the sums over the heads of a group, or what they give to the blocks; see `scores.py`."""
     # A thread takes neighbouring keys of one token, so that a short block's sum is its own.
     NEAR: gl.constexpr = KEYS * target.TOKENS // 128
     LAYOUT: gl.constexpr = gl.BlockedLayout([NEAR, 1], [KEYS // NEAR, 32 * NEAR // KEYS], [1, 4], [0, 1])
@@ -276,7 +276,7 @@ def _key_partition(
             q_pipe.consumer_wait(used)
             fence_async_shared()  # queries were written by threads, the products read them as TMA does
             q, q_tail = q_pipe.tile(used).permute([1, 0]), q_pipe.tail_tile(used).permute([1, 0])
-            lse = lse_smem.index(q_pipe.place(used)).load(COLUMN)
+            lse = lse_smem.index(q_pipe.buffer(used)).load(COLUMN)
             for i in range((PART + GROUPS - first_step % GROUPS) % GROUPS, num_steps, GROUPS):
                 step = first_step + i
                 k_pipe.consumer_wait(step)
