@@ -5,7 +5,7 @@ producer, fills and others, the consumers, read; a `Schedule` says which `Tile` 
 round; a `Shape` says where the rows of a tile lie.
 
 Legend: D columns of a head that are multiplied first, TAIL those after them (192 = 128 + 64); HKV groups of G heads;
-row = token * G + head of the group.
+row = token * G + head of the group; a pair is a sequence with a group, b * HKV + group.
 """
 
 # Kernels are typed by Triton, not by Python.
@@ -92,29 +92,29 @@ class Schedule:
     """Which tiles a persistent program takes: they are dealt out there and back, the heaviest (last) first.
 
     Attributes:
-        num_tiles: tiles of TILE rows (or whatever they count) in a sequence.
-        heads: groups of all sequences.
+        num_tiles: tiles of TILE rows, or of what else is counted, for a pair.
+        num_pairs: pairs of a sequence and a group of heads.
     """
 
     num_tiles: gl.tensor
-    heads: gl.tensor
+    num_pairs: gl.tensor
     HKV: gl.constexpr
     TILE: gl.constexpr
 
     @gluon.constexpr_function
-    def __init__(self, num_tiles, heads, HKV, TILE):
-        self.num_tiles, self.heads = num_tiles, heads
+    def __init__(self, num_tiles, num_pairs, HKV, TILE):
+        self.num_tiles, self.num_pairs = num_tiles, num_pairs
         self.HKV, self.TILE = gl.constexpr(HKV), gl.constexpr(TILE)
 
     @gluon.jit
     def num_rounds(self):
         """How many tiles the program takes."""
-        return num_rounds(self.num_tiles * self.heads)
+        return num_rounds(self.num_tiles * self.num_pairs)
 
     @gluon.jit
     def tile(self, round):
         """The program's tile in a round."""
-        row, b, group = tile_of_round(round, self.num_tiles, self.heads, self.HKV, self.TILE)
+        row, b, group = tile_of_round(round, self.num_tiles, self.num_pairs, self.HKV, self.TILE)
         return Tile(row, b, group)
 
 
@@ -314,8 +314,8 @@ def make_companion(pipe, desc):
 def begin_scores(x, x_tail, pipe, step, none):
     """Begin the products of a tile's rows with those of a step, which have arrived.
 
-    Rows are queries and a step holds keys, or the other way round. `none` is where the sums
-    begin: wgmma asks for some, though these are not used.
+    Rows are queries and a step holds keys, or the other way round. `none` is where the sums begin: wgmma asks for some,
+    though these are not used.
     """
     s = warpgroup_mma(x, pipe.tile(step).permute([1, 0]), none, use_acc=False, is_async=True)
     if pipe.TAIL > 0:
@@ -335,7 +335,7 @@ def num_rounds(num_tiles):
 
 
 @gluon.jit
-def tile_of_round(round, num_tiles, heads, HKV: gl.constexpr, TILE: gl.constexpr):
+def tile_of_round(round, num_tiles, num_pairs, HKV: gl.constexpr, TILE: gl.constexpr):
     """First row, sequence and group of a program's tile in a round."""
     # There and back: who had the heaviest tile of a round has the lightest of the next one.
     programs = gl.num_programs(0)
@@ -343,7 +343,7 @@ def tile_of_round(round, num_tiles, heads, HKV: gl.constexpr, TILE: gl.constexpr
     if round % 2 == 1:
         number = programs - 1 - number
     work = round * programs + number
-    return (num_tiles - 1 - work // heads) * TILE, work % heads // HKV, work % heads % HKV
+    return (num_tiles - 1 - work // num_pairs) * TILE, work % num_pairs // HKV, work % num_pairs % HKV
 
 
 @gluon.jit

@@ -238,16 +238,16 @@ def _row_partition(
         _store_tile(gradient, q_pipe, round, rows, shape, PART)
 
 
-@gluon.jit(do_not_specialize=["T", "S", "q_start", "k_start", "num_tiles", "heads"])
+@gluon.jit(do_not_specialize=["T", "S", "q_start", "k_start", "num_tiles", "num_pairs"])
 def hopper_query_kernel(
     q_desc, q_tail_desc, k_desc, k_tail_desc, v_desc, dout_desc, dq_desc, dq_tail_desc, q_ptr, dout_ptr, dq_ptr,
-    lse_ptr, delta_ptr, doc_ptr, cmp_ptr, scale, scale_log2, log2e, T, S, q_start, k_start, num_tiles, heads,
+    lse_ptr, delta_ptr, doc_ptr, cmp_ptr, scale, scale_log2, log2e, T, S, q_start, k_start, num_tiles, num_pairs,
     G: gl.constexpr, HKV: gl.constexpr, D: gl.constexpr, TAIL: gl.constexpr, SIZE: gl.constexpr, STRIDE: gl.constexpr,
     WINDOW: gl.constexpr, PACKED: gl.constexpr, ADD: gl.constexpr, BUFFERS: gl.constexpr, BOXES: gl.constexpr,
 ):  # fmt: skip
     """dQ of the rows of every tile; with BUFFERS 2 the next tile's rows arrive under the present one's."""
     shape = Shape(T, G, HKV, D, TAIL, BOXES)
-    schedule = Schedule(num_tiles, heads, HKV, GROUPS * ROWS)
+    schedule = Schedule(num_tiles, num_pairs, HKV, GROUPS * ROWS)
     mask = DenseMask(doc_ptr, cmp_ptr, S, q_start, k_start, SIZE, STRIDE, WINDOW, PACKED)
     inputs = Inputs(q_ptr, dout_ptr, lse_ptr, delta_ptr)
     gradient = Gradient(dq_desc, dq_tail_desc, dq_ptr, ADD)

@@ -198,17 +198,17 @@ def _row_partition(
             gl.store(output.out_ptr + offsets, q.load(LINE), mask=live)
 
 
-@gluon.jit(do_not_specialize=["T", "S", "q_start", "k_start", "num_tiles", "heads"])
+@gluon.jit(do_not_specialize=["T", "S", "q_start", "k_start", "num_tiles", "num_pairs"])
 def hopper_forward_kernel(
     q_desc, q_tail_desc, k_desc, k_tail_desc, v_desc, out_desc, q_ptr, out_ptr, lse_ptr, doc_ptr, cmp_ptr, scale_log2,
-    T, S, q_start, k_start, num_tiles, heads,
+    T, S, q_start, k_start, num_tiles, num_pairs,
     G: gl.constexpr, HKV: gl.constexpr, D: gl.constexpr, TAIL: gl.constexpr, SIZE: gl.constexpr, STRIDE: gl.constexpr,
     WINDOW: gl.constexpr, BLOCK: gl.constexpr, INIT: gl.constexpr, LOCAL: gl.constexpr, PACKED: gl.constexpr,
     LN2: gl.constexpr, STAGES: gl.constexpr, BOXES: gl.constexpr,
 ):  # fmt: skip
     """Attention of the rows of every tile, for forced blocks if LOCAL > 0; LN2 is the natural logarithm of 2."""
     shape = Shape(T, G, HKV, D, TAIL, BOXES)
-    schedule = Schedule(num_tiles, heads, HKV, GROUPS * ROWS)
+    schedule = Schedule(num_tiles, num_pairs, HKV, GROUPS * ROWS)
     if LOCAL > 0:
         mask = ForcedMask(doc_ptr, S, q_start, BLOCK, INIT, LOCAL, PACKED)
     else:

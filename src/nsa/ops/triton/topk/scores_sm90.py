@@ -77,28 +77,28 @@ class Documents:
 
 @aggregate
 class Tokens:
-    """Tokens of a launch, from `begin` to `end`, in tiles of TOKENS from number `first_tile` on, and its first head."""
+    """Tokens of a launch, from `begin` to `end`, in tiles of TOKENS from number `first_tile` on, and its first pair."""
 
     begin: gl.tensor
     end: gl.tensor
     first_tile: gl.tensor
-    head_start: gl.tensor
+    pair_start: gl.tensor
     TOKENS: gl.constexpr
 
     @gluon.constexpr_function
-    def __init__(self, begin, end, first_tile, head_start, TOKENS):
-        self.begin, self.end, self.first_tile, self.head_start = begin, end, first_tile, head_start
+    def __init__(self, begin, end, first_tile, pair_start, TOKENS):
+        self.begin, self.end, self.first_tile, self.pair_start = begin, end, first_tile, pair_start
         self.TOKENS = gl.constexpr(TOKENS)
 
 
 @aggregate
 class Place:
-    """Where a tile's columns lie: head of the launch, first token, its document, and that one's first compressed key.
+    """Where a tile's columns lie: pair of the launch, first token, its document, and that one's first compressed key.
 
     All of its tokens see keys before `full_end`, some before `end`; 0 if none of the launch are among them.
     """
 
-    head: gl.tensor
+    pair: gl.tensor
     token: gl.tensor
     doc_start: gl.tensor
     doc_end: gl.tensor
@@ -107,14 +107,14 @@ class Place:
     end: gl.tensor
 
     @gluon.constexpr_function
-    def __init__(self, head, token, doc_start, doc_end, cmp_start, full_end, end):
-        self.head, self.token, self.doc_start, self.doc_end = head, token, doc_start, doc_end
+    def __init__(self, pair, token, doc_start, doc_end, cmp_start, full_end, end):
+        self.pair, self.token, self.doc_start, self.doc_end = pair, token, doc_start, doc_end
         self.cmp_start, self.full_end, self.end = cmp_start, full_end, end
 
 
 @aggregate
 class Output:
-    """Where a launch's scores go, `[heads, tokens, width]`; if POOLED those of blocks of BLOCK tokens, else of keys."""
+    """Where a launch's scores go, `[pairs, tokens, width]`; if POOLED those of blocks of BLOCK tokens, else of keys."""
 
     ptr: gl.tensor
     width: gl.tensor | gl.constexpr  # a constant if it is 1
@@ -203,8 +203,8 @@ def _load_partition(q_ptr, lse_ptr, q_pipe, lse_smem, k_pipe, shape, documents, 
     for round in range(schedule.num_rounds()):
         place = _place(schedule, round, documents, tokens, shape.T)
         if place.end > 0:
-            b = (tokens.head_start + place.head) // shape.HKV
-            group = (tokens.head_start + place.head) % shape.HKV
+            b = (tokens.pair_start + place.pair) // shape.HKV
+            group = (tokens.pair_start + place.pair) % shape.HKV
             q_pipe.producer_wait(used)
             stage = q_pipe.buffer(used)
             _copy_queries(q_ptr, q_pipe.smem.index(stage), b, group, place, shape, TOKENS)
@@ -271,8 +271,8 @@ def _key_partition(
         if place.end > 0:
             num_steps = gl.cdiv(place.end, KEYS)
             last = gl.minimum(tokens.end, place.doc_end)
-            head_ptr = output.ptr + place.head.to(gl.int64) * (tokens.end - tokens.begin) * output.width
-            target = Target(head_ptr, output.width, place.token, tokens.begin, last, tokens.TOKENS)
+            pair_ptr = output.ptr + place.pair.to(gl.int64) * (tokens.end - tokens.begin) * output.width
+            target = Target(pair_ptr, output.width, place.token, tokens.begin, last, tokens.TOKENS)
             q_pipe.consumer_wait(used)
             fence_async_shared()  # queries were written by threads, the products read them as TMA does
             q, q_tail = q_pipe.tile(used).permute([1, 0]), q_pipe.tail_tile(used).permute([1, 0])
@@ -311,21 +311,21 @@ def _make_queries(dtype: gl.constexpr, D: gl.constexpr, TAIL: gl.constexpr):
 
 @gluon.jit(
     do_not_specialize=[
-        "T", "N", "q_start", "num_docs", "steps", "head_start", "token_start", "token_end", "first_tile", "num_tiles",
-        "heads",
+        "T", "N", "q_start", "num_docs", "steps", "pair_start", "token_start", "token_end", "first_tile", "num_tiles",
+        "num_pairs",
     ]
 )  # fmt: skip
 def hopper_score_kernel(
     q_ptr, k_desc, k_tail_desc, lse_ptr, score_ptr, cu_ptr, cu_cmp_ptr, scale_log2, log2e,
-    T, N, q_start, num_docs, steps, head_start, token_start, token_end, first_tile, num_tiles, heads, width,
+    T, N, q_start, num_docs, steps, pair_start, token_start, token_end, first_tile, num_tiles, num_pairs, width,
     G: gl.constexpr, HKV: gl.constexpr, D: gl.constexpr, TAIL: gl.constexpr, SIZE: gl.constexpr, STRIDE: gl.constexpr,
     BLOCK: gl.constexpr, PACKED: gl.constexpr, POOLED: gl.constexpr, TOKENS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Scores of a launch's tokens, summed over the heads of each group, by key or by block (POOLED)."""
     shape = Shape(T, G, HKV, D, TAIL, False)
     documents = Documents(cu_ptr, cu_cmp_ptr, N, q_start, num_docs, steps, SIZE, STRIDE, PACKED)
-    tokens = Tokens(token_start, token_end, first_tile, head_start, TOKENS)
-    schedule = Schedule(num_tiles, heads, 1, 1)  # heads are whole: nothing is to be divided by groups
+    tokens = Tokens(token_start, token_end, first_tile, pair_start, TOKENS)
+    schedule = Schedule(num_tiles, num_pairs, 1, 1)  # one number for a pair: it counts from `pair_start`
     output = Output(score_ptr, width, BLOCK, POOLED)
     q_pipe = _make_queries(k_desc.dtype, D, TAIL)
     k_pipe = make_pipe(k_desc, k_tail_desc, STAGES, 1, TAIL, 1)
