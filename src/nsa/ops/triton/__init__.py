@@ -74,9 +74,7 @@ def window_attention_backward(
 def select_blocks_forward(q: Tensor, k_cmp: Tensor, lse: Tensor, call: Call, plan: Plan | None = None) -> Tensor:
     shape, num_compressed = call.geometry, k_cmp.shape[1]
     if plan is None:
-        plan = plan_call(
-            q, k_cmp, k_cmp, shape, call.cu_seqlens, num_compressed=num_compressed, q_start=call.q_start
-        )
+        plan = plan_call(q, k_cmp, k_cmp, shape, call.cu_seqlens, num_compressed=num_compressed, q_start=call.q_start)
     with torch.cuda.device_of(q):
         layout = make_layout(call.cu_seqlens, shape, q.shape[1], num_compressed)
         queries, keys = fit(q, KEY_SIZES), fit(k_cmp, KEY_SIZES)
@@ -107,9 +105,7 @@ def selected_attention_backward(
         return _cut(dq, q), _cut(dk, k), _cut(dv, v)
 
 
-def attention_forward(
-    inputs: AttentionInputs, call: Call, plan: Plan | None = None
-) -> tuple[Tensor, BranchResults]:
+def attention_forward(inputs: AttentionInputs, call: Call, plan: Plan | None = None) -> tuple[Tensor, BranchResults]:
     """All stages with what they share made once: layout, fitting tensors, forced blocks and gates."""
     q, k, v, k_cmp, v_cmp, k_win, v_win, gates = inputs
     shape, scale = call.geometry, call.scale

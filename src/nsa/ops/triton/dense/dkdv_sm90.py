@@ -11,9 +11,7 @@ Shapes, intervals and splits are those of `backward.py`; lse and delta come as r
 # pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportReturnType=false
 # pyright: reportGeneralTypeIssues=false, reportPossiblyUnboundVariable=false
 # pyright: reportAssignmentType=false, reportOperatorIssue=false
-# Lists in kernels are added, not unpacked.
-# ruff: noqa: RUF005
-from __future__ import annotations
+# No postponed annotations: Triton holds the fields of aggregates against them.
 
 import torch
 import triton
@@ -25,18 +23,29 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.language.core import _aggregate as aggregate
 
 from nsa.geometry import BlockGeometry
+from nsa.ops.triton.dense.mask_sm90 import InverseMask
 from nsa.ops.triton.gpu import LOG2E
-from nsa.ops.triton.layout import Layout, document_pointers, query_interval
-from nsa.ops.triton.sm90 import copy_rows, describe_box, describe_parts, make_barriers
+from nsa.ops.triton.layout import Layout, document_pointers
+from nsa.ops.triton.sm90 import (
+    KEYS,
+    Shape,
+    Tile,
+    begin_scores,
+    describe_box,
+    describe_parts,
+    make_companion,
+    make_pipe,
+    wgmma_layout,
+)
 
-KEYS = gl.constexpr(64)  # keys of a group of four warps
+GROUPS = gl.constexpr(2)  # groups of four warps with 64 keys each; three would leave too few registers for dK and dV
 NUM_ROWS, NUM_TAIL_ROWS = 64, 32  # rows of a step; with keys of 192, more would leave no registers
 STAGES = gl.constexpr(3)  # steps in flight
 
@@ -45,6 +54,7 @@ STAGES = gl.constexpr(3)  # steps in flight
 def _pack_rows_kernel(
     lse_ptr, delta_ptr, out_ptr, T, padded, log2e, H: tl.constexpr, HKV: tl.constexpr, BLOCK: tl.constexpr
 ):
+    """Lay out BLOCK rows of a group, log-sum-exps in base 2 and deltas; see `pack_rows`."""
     G: tl.constexpr = H // HKV
     head = tl.program_id(1)
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -67,182 +77,172 @@ def pack_rows(lse: Tensor, delta: Tensor, num_kv_heads: int) -> Tensor:
     return rows
 
 
-@gluon.jit
-def _rows_of_keys(
-    low, keys, doc_ptr, first_ptr, end_ptr, T, S, q_start, k_start, split_low, split_high,
-    G: gl.constexpr, SIZE: gl.constexpr, STRIDE: gl.constexpr, WINDOW: gl.constexpr, PACKED: gl.constexpr,
-):  # fmt: skip
-    """Of `keys` keys from `low` on: first row of any, from which row on all, to which row all, end of any."""
-    key_low = gl.minimum(low, S - 1)
-    key_high = gl.maximum(gl.minimum(low + keys, S) - 1, key_low)
-    first_low, end_low = query_interval(key_low, first_ptr, end_ptr, T, q_start, k_start, SIZE, STRIDE, WINDOW, PACKED)
-    first_high, end_high = query_interval(
-        key_high, first_ptr, end_ptr, T, q_start, k_start, SIZE, STRIDE, WINDOW, PACKED
-    )
-    # Boxes of lse and delta begin at 16 bytes; rows before the first are masked like any other.
-    first = gl.maximum(first_low * G, split_low) // 4 * 4
-    end = gl.minimum(end_high * G, split_high)
-    plain = low + keys <= S
-    if PACKED and WINDOW > 0:  # rows outside any document see nothing
-        plain = plain & (gl.load(doc_ptr + key_high) < T)
-    plain_first = gl.where(plain, gl.maximum(first_high * G, split_low), split_high)
-    return first, plain_first, gl.minimum(end_low * G, split_high), end
+@aggregate
+class KeyTile:
+    """Keys from `key` on of a group in sequence `b`; the rows from `begin` to `end` see any of the program's."""
+
+    key: gl.tensor
+    b: gl.tensor
+    group: gl.tensor
+    begin: gl.tensor
+    end: gl.tensor
+
+    @gluon.constexpr_function
+    def __init__(self, key, b, group, begin, end):
+        self.key, self.b, self.group, self.begin, self.end = key, b, group, begin, end
+
+    @gluon.jit
+    def part(self, PART: gl.constexpr):
+        """The keys of a group of four warps."""
+        return KeyTile(self.key + PART * KEYS, self.b, self.group, self.begin, self.end)
+
+    @gluon.jit
+    def num_steps(self, NUM: gl.constexpr):
+        """Steps of NUM rows."""
+        return gl.cdiv(gl.maximum(self.end - self.begin, 0), NUM)
+
+    @gluon.jit
+    def steps_of(self, rows, NUM: gl.constexpr):
+        """The first step with some of `rows`, and the end of these steps."""
+        num_steps = self.num_steps(NUM)
+        start = gl.minimum(gl.maximum(rows.begin - self.begin, 0) // NUM, num_steps)
+        stop = gl.minimum(gl.cdiv(gl.maximum(rows.end - self.begin, 0), NUM), num_steps)
+        return start, gl.maximum(stop, start)
+
+
+@aggregate
+class Output:
+    """Where the gradients of a split go, `shift` rows from the first split's; dK is multiplied with `scale`."""
+
+    dk_ptr: gl.tensor
+    dv_ptr: gl.tensor
+    shift: gl.tensor
+    scale: gl.tensor
+
+    @gluon.constexpr_function
+    def __init__(self, dk_ptr, dv_ptr, shift, scale):
+        self.dk_ptr, self.dv_ptr, self.shift, self.scale = dk_ptr, dv_ptr, shift, scale
 
 
 @gluon.jit
-def _key_load_partition(
-    q_desc, q_tail_desc, k_desc, k_tail_desc, v_desc, dout_desc, row_desc, k_smem, k_tail_smem, v_smem, q_smem,
-    q_tail_smem, dout_smem, lse_smem, delta_smem, q_ptr, dout_ptr, k_full, q_full, q_empty, dout_full, dout_empty,
-    b, group, key_start, first, end, T,
-    G: gl.constexpr, HKV: gl.constexpr, D: gl.constexpr, TAIL: gl.constexpr, ROWS: gl.constexpr, BOXES: gl.constexpr,
-):  # fmt: skip
-    mbarrier.expect(k_full.index(0), 4 * KEYS * (2 * D + TAIL))
-    for half in gl.static_range(2):
-        box = [b, key_start + half * KEYS, group, 0]
-        tma.async_copy_global_to_shared(k_desc, box, k_full.index(0), k_smem.index(half))
-        if TAIL > 0:
-            tma.async_copy_global_to_shared(k_tail_desc, box, k_full.index(0), k_tail_smem.index(half))
-        tma.async_copy_global_to_shared(v_desc, box, k_full.index(0), v_smem.index(half))
-    head = b * HKV + group
-    delta_head = row_desc.shape[0] // 2 + head
-    for i in range(gl.cdiv(gl.maximum(end - first, 0), ROWS)):
-        slot = i % STAGES
-        phase = (i // STAGES & 1) ^ 1
-        row = first + i * ROWS
-        box = [b, row // G, group * G, 0]
-        q_bytes: gl.constexpr = 2 * ROWS * (D + TAIL) if BOXES else 0
-        dout_bytes: gl.constexpr = 2 * ROWS * D if BOXES else 0
-        mbarrier.wait(q_empty.index(slot), phase)
-        mbarrier.expect(q_full.index(slot), q_bytes + 4 * ROWS)
-        tma.async_copy_global_to_shared(row_desc, [head, row], q_full.index(slot), lse_smem.index(slot))
-        if BOXES:
-            tma.async_copy_global_to_shared(q_desc, box, q_full.index(slot), q_smem.index(slot))
-            if TAIL > 0:
-                tma.async_copy_global_to_shared(q_tail_desc, box, q_full.index(slot), q_tail_smem.index(slot))
-        else:
-            copy_rows(q_ptr, q_smem.index(slot), row, b, group, T, G, HKV, D, D + TAIL, ROWS)
-            if TAIL > 0:
-                copy_rows(q_ptr + D, q_tail_smem.index(slot), row, b, group, T, G, HKV, TAIL, D + TAIL, ROWS)
-            async_copy.mbarrier_arrive(q_full.index(slot), increment_count=False)
-        mbarrier.wait(dout_empty.index(slot), phase)
-        mbarrier.expect(dout_full.index(slot), dout_bytes + 4 * ROWS)
-        tma.async_copy_global_to_shared(row_desc, [delta_head, row], dout_full.index(slot), delta_smem.index(slot))
-        if BOXES:
-            tma.async_copy_global_to_shared(dout_desc, box, dout_full.index(slot), dout_smem.index(slot))
-        else:
-            copy_rows(dout_ptr, dout_smem.index(slot), row, b, group, T, G, HKV, D, D, ROWS)
-            async_copy.mbarrier_arrive(dout_full.index(slot), increment_count=False)
+def _load_rows(pipe, line_pipe, x_ptr, step, head, rows, shape):
+    """Fill a step's rows, with their log-sum-exps or deltas under the same barrier, once there is room."""
+    ROWS: gl.constexpr = line_pipe.smem.shape[2]
+    pipe.producer_acquire(step, 4 * ROWS + (pipe.tile_bytes() if shape.BOXES else 0))
+    line_pipe.copy(step, [head, rows.row])
+    if shape.BOXES:
+        pipe.copy(step, shape.box(rows))
+    else:
+        pipe.copy_rows(step, x_ptr, rows, shape)
+        # Every thread arrives when its own copies have: TMA counts bytes, `cp.async` does not.
+        async_copy.mbarrier_arrive(pipe.full.index(pipe.buffer(step)), increment_count=False)
 
 
 @gluon.jit
-def _skip_rows(start, stop, q_full, q_empty, dout_full, dout_empty):
-    """Let go of steps that only the other group's keys see."""
-    for i in range(start, stop):
-        slot = i % STAGES
-        mbarrier.wait(q_full.index(slot), i // STAGES & 1)
-        mbarrier.arrive(q_empty.index(slot), count=1)
-        mbarrier.wait(dout_full.index(slot), i // STAGES & 1)
-        mbarrier.arrive(dout_empty.index(slot), count=1)
+def _load_partition(k_pipe, v_pipe, q_pipe, lse_pipe, dout_pipe, delta_pipe, q_ptr, dout_ptr, shape, tile):
+    """One warp, or four where rows are copied by threads: load the keys and values, and the rows that see them."""
+    ROWS: gl.constexpr = lse_pipe.smem.shape[2]
+    for part in gl.static_range(GROUPS):
+        # Filled once: nobody need have let go of them.
+        mbarrier.expect(k_pipe.full.index(part), k_pipe.tile_bytes() + v_pipe.tile_bytes())
+        box = [tile.b, tile.part(part).key, tile.group, 0]
+        k_pipe.copy(0, box, part)
+        v_pipe.copy(0, box, part)
+    head = tile.b * shape.HKV + tile.group
+    delta_head = lse_pipe.desc.shape[0] // 2 + head
+    for step in range(tile.num_steps(ROWS)):
+        rows = Tile(tile.begin + step * ROWS, tile.b, tile.group)
+        _load_rows(q_pipe, lse_pipe, q_ptr, step, head, rows, shape)
+        _load_rows(dout_pipe, delta_pipe, dout_ptr, step, delta_head, rows, shape)
 
 
 @gluon.jit
-def _store_keys(
-    x_ptr, x, low, shift, b, group, S, HKV: gl.constexpr, D: gl.constexpr, WIDTH: gl.constexpr, LAYOUT: gl.constexpr
-):
-    key = low + gl.arange(0, KEYS, gl.SliceLayout(1, LAYOUT))
-    row_64 = shift + (b.to(gl.int64) * S + key) * HKV + group
-    column = gl.arange(0, D, gl.SliceLayout(0, LAYOUT))
+def _skip_steps(start, stop, q_pipe, dout_pipe):
+    """Let go of steps that only the other part's keys see."""
+    for step in range(start, stop):
+        # Filled first: else this might count for the stage's step before.
+        q_pipe.consumer_wait(step)
+        q_pipe.consumer_release(step)
+        dout_pipe.consumer_wait(step)
+        dout_pipe.consumer_release(step)
+
+
+@gluon.jit
+def _store_keys(x_ptr, x, tile, shift, S, HKV: gl.constexpr, WIDTH: gl.constexpr):
+    """Store the gradients of a part's keys to columns of `[splits, B, S, HKV, WIDTH]`."""
+    LAYOUT: gl.constexpr = x.type.layout
+    key = tile.key + gl.arange(0, KEYS, gl.SliceLayout(1, LAYOUT))
+    row_64 = shift + (tile.b.to(gl.int64) * S + key) * HKV + tile.group
+    column = gl.arange(0, x.shape[1], gl.SliceLayout(0, LAYOUT))
     gl.store(x_ptr + row_64[:, None] * WIDTH + column[None, :], x.to(x_ptr.dtype.element_ty), mask=(key < S)[:, None])
 
 
 @gluon.jit
 def _key_partition(
-    HALF: gl.constexpr, dk_ptr, dv_ptr, k_smem, k_tail_smem, v_smem, q_smem, q_tail_smem, dout_smem, lse_smem,
-    delta_smem, k_full, q_full, q_empty, dout_full, dout_empty, doc_ptr, first_ptr, end_ptr, scale, scale_log2,
-    T, S, q_start, k_start, b, group, key_start, first, end, split_low, split_high, shift,
-    G: gl.constexpr, HKV: gl.constexpr, D: gl.constexpr, TAIL: gl.constexpr, SIZE: gl.constexpr, STRIDE: gl.constexpr,
-    WINDOW: gl.constexpr, PACKED: gl.constexpr, ROWS: gl.constexpr, BOXES: gl.constexpr,
-):  # fmt: skip
-    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
-    K_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
-    TAIL_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
+    PART: gl.constexpr, output, k_pipe, v_pipe, q_pipe, lse_pipe, dout_pipe, delta_pipe, shape, mask, tile, scale_log2
+):
+    """Four warps: dK and dV of 64 keys."""
+    ROWS: gl.constexpr = lse_pipe.smem.shape[2]
+    D: gl.constexpr = shape.D
+    TAIL: gl.constexpr = shape.TAIL
+    S_LAYOUT: gl.constexpr = wgmma_layout(ROWS)
+    K_LAYOUT: gl.constexpr = wgmma_layout(D)
+    TAIL_LAYOUT: gl.constexpr = wgmma_layout(64)
     P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, K_LAYOUT, 2)
     ROW: gl.constexpr = gl.SliceLayout(0, S_LAYOUT)
-    dtype: gl.constexpr = q_smem.dtype
-    low = key_start + HALF * KEYS
-    key = low + gl.arange(0, KEYS, gl.SliceLayout(1, S_LAYOUT))
-    near = gl.minimum(key, S - 1)
-    key_first, key_end = query_interval(near, first_ptr, end_ptr, T, q_start, k_start, SIZE, STRIDE, WINDOW, PACKED)
-    key_first = gl.maximum(key_first * G, split_low)
-    key_end = gl.where(key < S, gl.minimum(key_end * G, split_high), 0)
-    if PACKED and WINDOW > 0:  # keys outside any document
-        key_end = gl.where(gl.load(doc_ptr + near) < T, key_end, 0)
-    my_first, plain_first, plain_end, my_end = _rows_of_keys(
-        low, KEYS, doc_ptr, first_ptr, end_ptr, T, S, q_start, k_start, split_low, split_high, G, SIZE, STRIDE, WINDOW,
-        PACKED,
-    )  # fmt: skip
-    num_steps = gl.cdiv(gl.maximum(end - first, 0), ROWS)
-    start = gl.minimum(gl.maximum(my_first - first, 0) // ROWS, num_steps)
-    stop = gl.maximum(gl.minimum(gl.cdiv(gl.maximum(my_end - first, 0), ROWS), num_steps), start)
-    _skip_rows(0, start, q_full, q_empty, dout_full, dout_empty)
+    dtype: gl.constexpr = q_pipe.smem.dtype
+    keys = tile.part(PART)
+    rows = mask.of_tile(keys.key, KEYS, shape)
+    score_mask = mask.of_keys(rows, keys.key + gl.arange(0, KEYS, gl.SliceLayout(1, S_LAYOUT)), shape)
+    start, stop = tile.steps_of(rows, ROWS)
+    _skip_steps(0, start, q_pipe, dout_pipe)
 
     none = gl.zeros([KEYS, ROWS], gl.float32, S_LAYOUT)
     dk = gl.zeros([KEYS, D], gl.float32, K_LAYOUT)
     dv = gl.zeros([KEYS, D], gl.float32, K_LAYOUT)
-    k = k_smem.index(HALF).reshape([KEYS, D])
-    v = v_smem.index(HALF).reshape([KEYS, D])
-    k_tail, dk_tail = k, dk
+    k, k_tail, v = k_pipe.tile(0, PART), k_pipe.tail_tile(0, PART), v_pipe.tile(0, PART)
+    dk_tail = dk
     if TAIL > 0:
-        k_tail = k_tail_smem.index(HALF).reshape([KEYS, TAIL])
         dk_tail = gl.zeros([KEYS, TAIL], gl.float32, TAIL_LAYOUT)
-    mbarrier.wait(k_full.index(0), 0)
-    for i in range(start, stop):
-        slot = i % STAGES
-        phase = i // STAGES & 1
-        q = q_smem.index(slot).reshape([ROWS, D])
-        dout = dout_smem.index(slot).reshape([ROWS, D])
-        mbarrier.wait(q_full.index(slot), phase)
-        if not BOXES:
+    k_pipe.consumer_wait(0, PART)  # the part's keys and values
+    for step in range(start, stop):
+        stage = step % STAGES
+        q_pipe.consumer_wait(step)
+        if not shape.BOXES:
             fence_async_shared()  # rows were written by threads, the products read them as TMA does
-        s = warpgroup_mma(k, q.permute([1, 0]), none, use_acc=False, is_async=True)
-        q_tail = q
-        if TAIL > 0:
-            q_tail = q_tail_smem.index(slot).reshape([ROWS, TAIL])
-            s = warpgroup_mma(k_tail, q_tail.permute([1, 0]), s, is_async=True)
-        mbarrier.wait(dout_full.index(slot), phase)
-        if not BOXES:
-            fence_async_shared()
+        s = begin_scores(k, k_tail, q_pipe, step, none)
+        dout_pipe.consumer_wait(step)
+        if not shape.BOXES:
+            fence_async_shared()  # the same for gradients
+        dout = dout_pipe.tile(step)
         dp = warpgroup_mma(v, dout.permute([1, 0]), none, use_acc=False, is_async=True)
-        lse = lse_smem.index(slot).reshape([ROWS]).load(ROW)
-        s = warpgroup_mma_wait(1, deps=[s])
+        lse = lse_pipe.smem.index(stage).reshape([ROWS]).load(ROW)
+        s = warpgroup_mma_wait(1, deps=[s])  # dP goes on under the exponentials
         p = gl.exp2(s * scale_log2 - lse[None, :])
-        row_start = first + i * ROWS
-        if (row_start < plain_first) | (row_start + ROWS > plain_end):
-            row = row_start + gl.arange(0, ROWS, ROW)
-            p = gl.where((row[None, :] >= key_first[:, None]) & (row[None, :] < key_end[:, None]), p, 0.0)
+        p = score_mask.apply(p, tile.begin + step * ROWS, 0.0)
         dv = warpgroup_mma(gl.convert_layout(p.to(dtype), P_LAYOUT), dout, dv, is_async=True)
-        dp = warpgroup_mma_wait(1, deps=[dp])
-        delta = delta_smem.index(slot).reshape([ROWS]).load(ROW)
+        dp = warpgroup_mma_wait(1, deps=[dp])  # dV goes on under dS
+        delta = delta_pipe.smem.index(stage).reshape([ROWS]).load(ROW)
         fence_async_shared()  # reads of lse and delta come before the next ones arrive
         ds = (p * (dp - delta[None, :])).to(dtype)
-        dk = warpgroup_mma(gl.convert_layout(ds, P_LAYOUT), q, dk, is_async=True)
+        dk = warpgroup_mma(gl.convert_layout(ds, P_LAYOUT), q_pipe.tile(step), dk, is_async=True)
         if TAIL > 0:
             ds = gl.convert_layout(ds, gl.DotOperandLayout(0, TAIL_LAYOUT, 2))
-            dk_tail = warpgroup_mma(ds, q_tail, dk_tail, is_async=True)
+            dk_tail = warpgroup_mma(ds, q_pipe.tail_tile(step), dk_tail, is_async=True)
         # All end here: carried into the next step they would need more registers than there are.
         dv = warpgroup_mma_wait(1 if TAIL == 0 else 2, deps=[dv])
-        mbarrier.arrive(dout_empty.index(slot), count=1)
+        dout_pipe.consumer_release(step)  # both products that read the gradients are over
         if TAIL > 0:
             dk = warpgroup_mma_wait(1, deps=[dk])
             dk_tail = warpgroup_mma_wait(0, deps=[dk_tail])
         else:
             dk = warpgroup_mma_wait(0, deps=[dk])
-        mbarrier.arrive(q_empty.index(slot), count=1)
-    _skip_rows(stop, num_steps, q_full, q_empty, dout_full, dout_empty)
-    _store_keys(dk_ptr, dk * scale, low, shift, b, group, S, HKV, D, D + TAIL, K_LAYOUT)
+        q_pipe.consumer_release(step)
+    _skip_steps(stop, tile.num_steps(ROWS), q_pipe, dout_pipe)
+    _store_keys(output.dk_ptr, dk * output.scale, keys, output.shift, mask.S, shape.HKV, D + TAIL)
     if TAIL > 0:
-        _store_keys(dk_ptr + D, dk_tail * scale, low, shift, b, group, S, HKV, TAIL, D + TAIL, TAIL_LAYOUT)
-    _store_keys(dv_ptr, dv, low, shift, b, group, S, HKV, D, D, K_LAYOUT)
+        _store_keys(output.dk_ptr + D, dk_tail * output.scale, keys, output.shift, mask.S, shape.HKV, D + TAIL)
+    _store_keys(output.dv_ptr, dv, keys, output.shift, mask.S, shape.HKV, D)
 
 
 @gluon.jit(do_not_specialize=["T", "S", "q_start", "k_start", "split_rows"])
@@ -252,54 +252,38 @@ def dense_dkdv_sm90_kernel(
     G: gl.constexpr, HKV: gl.constexpr, D: gl.constexpr, TAIL: gl.constexpr, SIZE: gl.constexpr, STRIDE: gl.constexpr,
     WINDOW: gl.constexpr, PACKED: gl.constexpr, ROWS: gl.constexpr, BOXES: gl.constexpr,
 ):  # fmt: skip
-    k_smem = gl.allocate_shared_memory(k_desc.dtype, [2] + k_desc.block_shape, k_desc.layout)
-    v_smem = gl.allocate_shared_memory(v_desc.dtype, [2] + v_desc.block_shape, v_desc.layout)
-    q_smem = gl.allocate_shared_memory(q_desc.dtype, [STAGES] + q_desc.block_shape, q_desc.layout)
-    dout_smem = gl.allocate_shared_memory(dout_desc.dtype, [STAGES] + dout_desc.block_shape, dout_desc.layout)
-    k_tail_smem, q_tail_smem = k_smem, q_smem
-    if TAIL > 0:
-        k_box: gl.constexpr = [2] + k_tail_desc.block_shape
-        q_box: gl.constexpr = [STAGES] + q_tail_desc.block_shape
-        k_tail_smem = gl.allocate_shared_memory(k_desc.dtype, k_box, k_tail_desc.layout)
-        q_tail_smem = gl.allocate_shared_memory(q_desc.dtype, q_box, q_tail_desc.layout)
-    lse_smem = gl.allocate_shared_memory(row_desc.dtype, [STAGES] + row_desc.block_shape, row_desc.layout)
-    delta_smem = gl.allocate_shared_memory(row_desc.dtype, [STAGES] + row_desc.block_shape, row_desc.layout)
-    k_full = make_barriers(1, 1)
-    arrivals: gl.constexpr = 1 if BOXES else 129  # one for lse and delta, and every thread that copies rows
-    q_full = make_barriers(STAGES, arrivals)
-    q_empty = make_barriers(STAGES, 2)
-    dout_full = make_barriers(STAGES, arrivals)
-    dout_empty = make_barriers(STAGES, 2)
-    fence_async_shared()
+    """dK and dV of 128 keys from the rows of a split, ROWS of them a step."""
+    k_pipe = make_pipe(k_desc, k_tail_desc, 1, GROUPS, TAIL, 0)
+    v_pipe = make_companion(k_pipe, v_desc)
+    arrivals: gl.constexpr = 1 if BOXES else 129  # one for lse or delta, and every thread that copies rows
+    q_pipe = make_pipe(q_desc, q_tail_desc, STAGES, 1, TAIL, GROUPS, arrivals)
+    dout_pipe = make_pipe(dout_desc, dout_desc, STAGES, 1, 0, GROUPS, arrivals)
+    lse_pipe = make_companion(q_pipe, row_desc)
+    delta_pipe = make_companion(dout_pipe, row_desc)
+    fence_async_shared()  # all partitions and TMA see the barriers
 
-    b = gl.program_id(1) // HKV
-    group = gl.program_id(1) % HKV
+    shape = Shape(T, G, HKV, D, TAIL, BOXES)
     split = gl.num_programs(2) - 1 - gl.program_id(2)  # the last rows see most keys: the heaviest first
-    key_start = gl.program_id(0) * (2 * KEYS)
-    split_low = split * split_rows
-    split_high = gl.minimum(split_low + split_rows, T * G)
-    first, _from, _to, end = _rows_of_keys(
-        key_start, 2 * KEYS, doc_ptr, first_ptr, end_ptr, T, S, q_start, k_start, split_low, split_high,
-        G, SIZE, STRIDE, WINDOW, PACKED,
-    )  # fmt: skip
+    row_begin = split * split_rows
+    row_end = gl.minimum(row_begin + split_rows, T * G)
+    mask = InverseMask(
+        doc_ptr, first_ptr, end_ptr, S, q_start, k_start, row_begin, row_end, SIZE, STRIDE, WINDOW, PACKED
+    )
+    key_start = gl.program_id(0) * (GROUPS * KEYS)
+    rows = mask.of_tile(key_start, GROUPS * KEYS, shape)
+    tile = KeyTile(key_start, gl.program_id(1) // HKV, gl.program_id(1) % HKV, rows.begin, rows.end)
     shift = split * (gl.num_programs(1) // HKV).to(gl.int64) * S * HKV
+    output = Output(dk_ptr, dv_ptr, shift, scale)
+    # The last list is registers of a thread, for all but the first partition: what loads needs few of them.
     gl.warp_specialize([
         (_key_partition, (
-            0, dk_ptr, dv_ptr, k_smem, k_tail_smem, v_smem, q_smem, q_tail_smem, dout_smem, lse_smem, delta_smem,
-            k_full, q_full, q_empty, dout_full, dout_empty, doc_ptr, first_ptr, end_ptr, scale, scale_log2,
-            T, S, q_start, k_start, b, group, key_start, first, end, split_low, split_high, shift,
-            G, HKV, D, TAIL, SIZE, STRIDE, WINDOW, PACKED, ROWS, BOXES,
+            0, output, k_pipe, v_pipe, q_pipe, lse_pipe, dout_pipe, delta_pipe, shape, mask, tile, scale_log2,
         )),
         (_key_partition, (
-            1, dk_ptr, dv_ptr, k_smem, k_tail_smem, v_smem, q_smem, q_tail_smem, dout_smem, lse_smem, delta_smem,
-            k_full, q_full, q_empty, dout_full, dout_empty, doc_ptr, first_ptr, end_ptr, scale, scale_log2,
-            T, S, q_start, k_start, b, group, key_start, first, end, split_low, split_high, shift,
-            G, HKV, D, TAIL, SIZE, STRIDE, WINDOW, PACKED, ROWS, BOXES,
+            1, output, k_pipe, v_pipe, q_pipe, lse_pipe, dout_pipe, delta_pipe, shape, mask, tile, scale_log2,
         )),
-        (_key_load_partition, (
-            q_desc, q_tail_desc, k_desc, k_tail_desc, v_desc, dout_desc, row_desc, k_smem, k_tail_smem, v_smem, q_smem,
-            q_tail_smem, dout_smem, lse_smem, delta_smem, q_ptr, dout_ptr, k_full, q_full, q_empty, dout_full,
-            dout_empty, b, group, key_start, first, end, T, G, HKV, D, TAIL, ROWS, BOXES,
+        (_load_partition, (
+            k_pipe, v_pipe, q_pipe, lse_pipe, dout_pipe, delta_pipe, q_ptr, dout_ptr, shape, tile,
         )),
     ], [4, 1 if BOXES else 4], [240 if BOXES else 224, 24 if BOXES else 56])  # fmt: skip
 

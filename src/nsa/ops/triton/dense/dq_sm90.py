@@ -10,9 +10,7 @@ Shapes and intervals are those of `backward.py`.
 # pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportReturnType=false
 # pyright: reportGeneralTypeIssues=false, reportPossiblyUnboundVariable=false
 # pyright: reportAssignmentType=false, reportOperatorIssue=false
-# Lists in kernels are added, not unpacked.
-# ruff: noqa: RUF005
-from __future__ import annotations
+# No postponed annotations: Triton holds the fields of aggregates against them.
 
 import triton
 from torch import Tensor
@@ -21,67 +19,254 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
-    mbarrier,
     tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+from triton.language.core import _aggregate as aggregate
 
 from nsa.geometry import BlockGeometry
-from nsa.ops.triton.dense.forward_sm90 import tile_keys
+from nsa.ops.triton.dense.mask_sm90 import DenseMask
 from nsa.ops.triton.gpu import LOG2E
-from nsa.ops.triton.layout import Layout, document_pointers, key_interval
+from nsa.ops.triton.layout import Layout, document_pointers
 from nsa.ops.triton.sm90 import (
+    KEYS,
+    ROWS,
+    Schedule,
+    Shape,
+    begin_scores,
     copy_rows,
     describe_box,
     describe_parts,
-    make_barriers,
-    num_rounds,
-    row_offsets,
-    tile_of_round,
+    line_layout,
+    make_companion,
+    make_pipe,
+    wgmma_layout,
 )
 
-ROWS = gl.constexpr(64)  # rows of a group of four warps
-KEYS = gl.constexpr(64)  # keys of a step
-STAGES = gl.constexpr(3)  # steps in flight
+GROUPS = gl.constexpr(2)  # groups of four warps; three would leave too few registers for dQ beside two scores
+STAGES = gl.constexpr(3)  # steps in flight, for which there is room at 128 columns
+
+
+@aggregate
+class Inputs:
+    """What rows bring: queries, gradients of the output, natural log-sum-exps, deltas."""
+
+    q_ptr: gl.tensor
+    dout_ptr: gl.tensor
+    lse_ptr: gl.tensor
+    delta_ptr: gl.tensor
+
+    @gluon.constexpr_function
+    def __init__(self, q_ptr, dout_ptr, lse_ptr, delta_ptr):
+        self.q_ptr, self.dout_ptr, self.lse_ptr, self.delta_ptr = q_ptr, dout_ptr, lse_ptr, delta_ptr
+
+
+@aggregate
+class Gradient:
+    """Where dQ goes, by boxes and by rows; with ADD it is added to what is there."""
+
+    desc: tma.tensor_descriptor
+    tail_desc: tma.tensor_descriptor
+    ptr: gl.tensor
+    ADD: gl.constexpr
+
+    @gluon.constexpr_function
+    def __init__(self, desc, tail_desc, ptr, ADD):
+        self.desc, self.tail_desc, self.ptr, self.ADD = desc, tail_desc, ptr, gl.constexpr(ADD)
+
+
+@aggregate
+class Scales:
+    """The scale of scores, the same in base 2, and log2(e)."""
+
+    scale: gl.tensor
+    scale_log2: gl.tensor
+    log2e: gl.tensor
+
+    @gluon.constexpr_function
+    def __init__(self, scale, scale_log2, log2e):
+        self.scale, self.scale_log2, self.log2e = scale, scale_log2, log2e
 
 
 @gluon.jit
-def _query_load_partition(
-    q_desc, q_tail_desc, k_desc, k_tail_desc, v_desc, dout_desc, q_smem, q_tail_smem, dout_smem, k_smem, k_tail_smem,
-    v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty, doc_ptr, cmp_ptr, T, S, q_start, k_start, num_tiles,
-    heads,
-    G: gl.constexpr, HKV: gl.constexpr, D: gl.constexpr, TAIL: gl.constexpr, SIZE: gl.constexpr, STRIDE: gl.constexpr,
-    WINDOW: gl.constexpr, PACKED: gl.constexpr, BUFFERS: gl.constexpr, BOXES: gl.constexpr,
-):  # fmt: skip
+def _load_partition(q_pipe, dout_pipe, k_pipe, v_pipe, shape, mask, schedule):
+    """One warp: load every tile's queries and gradients, if they come by boxes, and its keys and values."""
     step = 0
-    for turn in range(num_rounds(num_tiles * heads)):
-        row, b, group = tile_of_round(turn, num_tiles, heads, HKV, 2 * ROWS)
-        first, _from, _to, end = tile_keys(
-            row, 2 * ROWS, doc_ptr, cmp_ptr, T, S, q_start, k_start, G, SIZE, STRIDE, WINDOW, PACKED
-        )
-        for half in gl.static_range(2 if BOXES else 0):
-            place = turn % BUFFERS * 2 + half
-            box = [b, row // G + half * (ROWS // G), group * G, 0]
-            mbarrier.wait(q_empty.index(place), (turn // BUFFERS & 1) ^ 1)
-            mbarrier.expect(q_full.index(place), 2 * ROWS * (2 * D + TAIL))
-            tma.async_copy_global_to_shared(q_desc, box, q_full.index(place), q_smem.index(place))
-            if TAIL > 0:
-                tma.async_copy_global_to_shared(q_tail_desc, box, q_full.index(place), q_tail_smem.index(place))
-            tma.async_copy_global_to_shared(dout_desc, box, q_full.index(place), dout_smem.index(place))
-        for key in range(first, end, KEYS):
-            slot = step % STAGES
-            phase = (step // STAGES & 1) ^ 1
-            mbarrier.wait(k_empty.index(slot), phase)
-            mbarrier.expect(k_full.index(slot), 2 * KEYS * (D + TAIL))
-            box = [b, key, group, 0]
-            tma.async_copy_global_to_shared(k_desc, box, k_full.index(slot), k_smem.index(slot))
-            if TAIL > 0:
-                tma.async_copy_global_to_shared(k_tail_desc, box, k_full.index(slot), k_tail_smem.index(slot))
-            mbarrier.wait(v_empty.index(slot), phase)
-            mbarrier.expect(v_full.index(slot), 2 * KEYS * D)
-            tma.async_copy_global_to_shared(v_desc, box, v_full.index(slot), v_smem.index(slot))
+    for round in range(schedule.num_rounds()):
+        tile = schedule.tile(round)
+        keys = mask.of_tile(tile, shape, GROUPS * ROWS)
+        for part in gl.static_range(GROUPS if shape.BOXES else 0):
+            box = shape.box(tile.part(part))
+            q_pipe.producer_acquire(round, q_pipe.tile_bytes() + dout_pipe.tile_bytes(), part)  # one barrier for both
+            q_pipe.copy(round, box, part)
+            dout_pipe.copy(round, box, part)
+        for key_start in range(keys.begin, keys.end, KEYS):
+            box = [tile.b, key_start, tile.group, 0]
+            k_pipe.load(step, box)
+            v_pipe.load(step, box)
             step += 1
+
+
+@gluon.jit
+def _copy_rows(inputs, q_pipe, dout_pipe, round, tile, shape, PART: gl.constexpr):
+    """Threads begin to copy the queries and gradients of a part."""
+    q_pipe.copy_rows(round, inputs.q_ptr, tile, shape, PART)
+    dout_pipe.copy_rows(round, inputs.dout_ptr, tile, shape, PART)
+    async_copy.commit_group()
+
+
+@gluon.jit
+def load_rows(x_ptr, row, live, D: gl.constexpr, WIDTH: gl.constexpr, LAYOUT: gl.constexpr):
+    """The first D columns of rows of `[..., WIDTH]`; zeros for those that do not exist."""
+    place = gl.convert_layout(row, gl.SliceLayout(1, LAYOUT))[:, None] * WIDTH
+    place += gl.arange(0, D, gl.SliceLayout(0, LAYOUT))[None, :]
+    return gl.load(x_ptr + place, mask=gl.convert_layout(live, gl.SliceLayout(1, LAYOUT))[:, None], other=0.0)
+
+
+@gluon.jit
+def _store_tile(gradient, q_pipe, round, rows, shape, PART: gl.constexpr):
+    """Write dQ, which lies in the place of the queries, and let go of that."""
+    D: gl.constexpr = shape.D
+    TAIL: gl.constexpr = shape.TAIL
+    if shape.BOXES:
+        fence_async_shared()  # dQ was written by threads, TMA reads it
+        buffer = q_pipe.buffer(round, PART)
+        tma.async_copy_shared_to_global(gradient.desc, shape.box(rows), q_pipe.smem.index(buffer))
+        if TAIL > 0:
+            tma.async_copy_shared_to_global(gradient.tail_desc, shape.box(rows), q_pipe.tail.index(buffer))
+        tma.store_wait(0)  # before the next queries may overwrite it
+        q_pipe.consumer_release(round, PART)
+    else:
+        LINE: gl.constexpr = line_layout(D)
+        offsets, live = shape.offsets(rows, ROWS, D, D + TAIL, LINE)
+        gl.store(gradient.ptr + offsets, q_pipe.tile(round, PART).load(LINE), mask=live)
+        if TAIL > 0:
+            TAIL_LINE: gl.constexpr = line_layout(TAIL)
+            offsets, live = shape.offsets(rows, ROWS, TAIL, D + TAIL, TAIL_LINE)
+            gl.store(gradient.ptr + D + offsets, q_pipe.tail_tile(round, PART).load(TAIL_LINE), mask=live)
+
+
+@gluon.jit
+def _sum_keys(q, q_tail, dout, lse, delta, k_pipe, v_pipe, step, keys, mask, scale_log2):
+    """dQ of a part's rows before its scale, its columns after the first D, and the number of the next step."""
+    D: gl.constexpr = q.shape[1]
+    TAIL: gl.constexpr = k_pipe.TAIL
+    S_LAYOUT: gl.constexpr = wgmma_layout(KEYS)
+    Q_LAYOUT: gl.constexpr = wgmma_layout(D)
+    none = gl.zeros([ROWS, KEYS], gl.float32, S_LAYOUT)
+    dq = gl.zeros([ROWS, D], gl.float32, Q_LAYOUT)
+    dq_tail = dq
+    if TAIL > 0:
+        dq_tail = gl.zeros([ROWS, TAIL], gl.float32, S_LAYOUT)
+    for key_start in range(keys.begin, keys.end, KEYS):
+        k_pipe.consumer_wait(step)
+        s = begin_scores(q, q_tail, k_pipe, step, none)
+        v_pipe.consumer_wait(step)
+        dp = warpgroup_mma(dout, v_pipe.tile(step).permute([1, 0]), none, use_acc=False, is_async=True)
+        s = warpgroup_mma_wait(1, deps=[s])  # dP goes on under the exponentials
+        p = gl.exp2(s * scale_log2 - lse[:, None])
+        p = mask.apply(p, key_start, 0.0)
+        dp = warpgroup_mma_wait(0, deps=[dp])
+        v_pipe.consumer_release(step)  # the product that read the values is over
+        ds = (p * (dp - delta[:, None])).to(q.dtype)
+        operand = gl.convert_layout(ds, gl.DotOperandLayout(0, Q_LAYOUT, 2))
+        dq = warpgroup_mma(operand, k_pipe.tile(step), dq, is_async=True)
+        if TAIL > 0:
+            operand = gl.convert_layout(ds, gl.DotOperandLayout(0, S_LAYOUT, 2))
+            dq_tail = warpgroup_mma(operand, k_pipe.tail_tile(step), dq_tail, is_async=True)
+            dq = warpgroup_mma_wait(1, deps=[dq])
+            dq_tail = warpgroup_mma_wait(0, deps=[dq_tail])
+        else:
+            dq = warpgroup_mma_wait(0, deps=[dq])
+        k_pipe.consumer_release(step)  # all products that read the keys are over
+        step += 1
+    return dq, dq_tail, step
+
+
+@gluon.jit
+def _row_partition(
+    PART: gl.constexpr, inputs, gradient, q_pipe, dout_pipe, k_pipe, v_pipe, shape, mask, schedule, scales
+):  # fmt: skip
+    """Four warps: dQ of 64 rows of every tile."""
+    D: gl.constexpr = shape.D
+    TAIL: gl.constexpr = shape.TAIL
+    S_LAYOUT: gl.constexpr = wgmma_layout(KEYS)
+    Q_LAYOUT: gl.constexpr = wgmma_layout(D)
+    ROW: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
+    dtype: gl.constexpr = q_pipe.smem.dtype
+    step = 0
+    rounds = schedule.num_rounds()
+    if not shape.BOXES and q_pipe.STAGES == 2:
+        _copy_rows(inputs, q_pipe, dout_pipe, 0, schedule.tile(0).part(PART), shape, PART)
+    for round in range(rounds):
+        tile = schedule.tile(round)
+        keys = mask.of_tile(tile, shape, GROUPS * ROWS)
+        rows = tile.part(PART)
+        row = rows.row + gl.arange(0, ROWS, ROW)
+        row_mask = mask.of_rows(keys, rows, shape, row)
+        index = shape.index(rows, row)
+        live = row < shape.T * shape.G
+        lse = gl.load(inputs.lse_ptr + index) * scales.log2e
+        delta = gl.load(inputs.delta_ptr + index)
+        q, q_tail = q_pipe.tile(round, PART), q_pipe.tail_tile(round, PART)
+        dout = dout_pipe.tile(round, PART)
+        before = gl.zeros([ROWS, D], dtype, Q_LAYOUT)
+        before_tail = before
+        if TAIL > 0:
+            before_tail = gl.zeros([ROWS, TAIL], dtype, S_LAYOUT)
+        if gradient.ADD:  # read long before it is needed
+            before = load_rows(gradient.ptr, index, live, D, D + TAIL, Q_LAYOUT)
+            if TAIL > 0:
+                before_tail = load_rows(gradient.ptr + D, index, live, TAIL, D + TAIL, S_LAYOUT)
+        if shape.BOXES:
+            q_pipe.consumer_wait(round, PART)
+        else:
+            if q_pipe.STAGES == 1:
+                _copy_rows(inputs, q_pipe, dout_pipe, round, rows, shape, PART)
+            async_copy.wait_group(0)  # the rows that these warps copied themselves
+            fence_async_shared()  # rows were written by threads, the products read them as TMA does
+            if q_pipe.STAGES == 2 and round + 1 < rounds:
+                _copy_rows(inputs, q_pipe, dout_pipe, round + 1, schedule.tile(round + 1).part(PART), shape, PART)
+        dq, dq_tail, step = _sum_keys(
+            q, q_tail, dout, lse, delta, k_pipe, v_pipe, step, keys, row_mask, scales.scale_log2
+        )
+        # The queries are done with: their place holds the result until it is written.
+        q.store((dq * scales.scale + before.to(gl.float32)).to(dtype))
+        if TAIL > 0:
+            q_tail.store((dq_tail * scales.scale + before_tail.to(gl.float32)).to(dtype))
+        _store_tile(gradient, q_pipe, round, rows, shape, PART)
+
+
+@gluon.jit(do_not_specialize=["T", "S", "q_start", "k_start", "num_tiles", "num_pairs"])
+def dense_dq_sm90_kernel(
+    q_desc, q_tail_desc, k_desc, k_tail_desc, v_desc, dout_desc, dq_desc, dq_tail_desc, q_ptr, dout_ptr, dq_ptr,
+    lse_ptr, delta_ptr, doc_ptr, cmp_ptr, scale, scale_log2, log2e, T, S, q_start, k_start, num_tiles, num_pairs,
+    G: gl.constexpr, HKV: gl.constexpr, D: gl.constexpr, TAIL: gl.constexpr, SIZE: gl.constexpr, STRIDE: gl.constexpr,
+    WINDOW: gl.constexpr, PACKED: gl.constexpr, ADD: gl.constexpr, BUFFERS: gl.constexpr, BOXES: gl.constexpr,
+):  # fmt: skip
+    """dQ of the rows of every tile; with BUFFERS 2 the next tile's rows arrive under the present one's."""
+    shape = Shape(T, G, HKV, D, TAIL, BOXES)
+    schedule = Schedule(num_tiles, num_pairs, HKV, GROUPS * ROWS)
+    mask = DenseMask(doc_ptr, cmp_ptr, S, q_start, k_start, SIZE, STRIDE, WINDOW, PACKED)
+    inputs = Inputs(q_ptr, dout_ptr, lse_ptr, delta_ptr)
+    gradient = Gradient(dq_desc, dq_tail_desc, dq_ptr, ADD)
+    scales = Scales(scale, scale_log2, log2e)
+    q_pipe = make_pipe(q_desc, q_tail_desc, BUFFERS, GROUPS, TAIL, 1)
+    dout_pipe = make_companion(q_pipe, dout_desc)
+    k_pipe = make_pipe(k_desc, k_tail_desc, STAGES, 1, TAIL, GROUPS)
+    v_pipe = make_pipe(v_desc, v_desc, STAGES, 1, 0, GROUPS)
+    fence_async_shared()  # all partitions and TMA see the barriers
+    # The last list is registers of a thread, for all but the first partition: what loads needs few of them.
+    gl.warp_specialize([
+        (_row_partition, (
+            0, inputs, gradient, q_pipe, dout_pipe, k_pipe, v_pipe, shape, mask, schedule, scales,
+        )),
+        (_row_partition, (
+            1, inputs, gradient, q_pipe, dout_pipe, k_pipe, v_pipe, shape, mask, schedule, scales,
+        )),
+        (_load_partition, (q_pipe, dout_pipe, k_pipe, v_pipe, shape, mask, schedule)),
+    ], [4, 1], [240, 24])  # fmt: skip
 
 
 @gluon.jit
@@ -94,181 +279,6 @@ def copy_query_rows(
         copy_rows(q_ptr + D, q_tail_smem.index(place), low, b, group, T, G, HKV, TAIL, D + TAIL, ROWS)
     copy_rows(dout_ptr, dout_smem.index(place), low, b, group, T, G, HKV, D, D, ROWS)
     async_copy.commit_group()
-
-
-@gluon.jit
-def load_rows(x_ptr, row, live, D: gl.constexpr, WIDTH: gl.constexpr, LAYOUT: gl.constexpr):
-    place = gl.convert_layout(row, gl.SliceLayout(1, LAYOUT))[:, None] * WIDTH
-    place += gl.arange(0, D, gl.SliceLayout(0, LAYOUT))[None, :]
-    return gl.load(x_ptr + place, mask=gl.convert_layout(live, gl.SliceLayout(1, LAYOUT))[:, None], other=0.0)
-
-
-@gluon.jit
-def _query_partition(
-    HALF: gl.constexpr, q_ptr, dout_ptr, dq_desc, dq_tail_desc, dq_ptr, lse_ptr, delta_ptr, q_smem, q_tail_smem,
-    dout_smem, k_smem, k_tail_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty, doc_ptr, cmp_ptr,
-    scale, scale_log2, log2e, T, S, q_start, k_start, num_tiles, heads,
-    G: gl.constexpr, HKV: gl.constexpr, D: gl.constexpr, TAIL: gl.constexpr, SIZE: gl.constexpr, STRIDE: gl.constexpr,
-    WINDOW: gl.constexpr, PACKED: gl.constexpr, ADD: gl.constexpr, BUFFERS: gl.constexpr, BOXES: gl.constexpr,
-):  # fmt: skip
-    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
-    Q_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
-    ROW: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
-    dtype: gl.constexpr = q_smem.dtype
-    ROW_LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
-    TAIL_LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-    none = gl.zeros([ROWS, KEYS], gl.float32, S_LAYOUT)
-    step = 0
-    rounds = num_rounds(num_tiles * heads)
-    if not BOXES and BUFFERS == 2:
-        first_row, first_b, first_group = tile_of_round(0, num_tiles, heads, HKV, 2 * ROWS)
-        first_row += HALF * ROWS
-        copy_query_rows(
-            q_ptr, dout_ptr, q_smem, q_tail_smem, dout_smem, HALF, first_row, first_b, first_group, T, G, HKV, D, TAIL
-        )
-    for turn in range(rounds):
-        tile_row, b, group = tile_of_round(turn, num_tiles, heads, HKV, 2 * ROWS)
-        tile_first, _from, _to, tile_end = tile_keys(
-            tile_row, 2 * ROWS, doc_ptr, cmp_ptr, T, S, q_start, k_start, G, SIZE, STRIDE, WINDOW, PACKED
-        )
-        low = tile_row + HALF * ROWS
-        _first, plain_first, plain_end, _end = tile_keys(
-            low, ROWS, doc_ptr, cmp_ptr, T, S, q_start, k_start, G, SIZE, STRIDE, WINDOW, PACKED
-        )
-        row = low + gl.arange(0, ROWS, ROW)
-        t = gl.minimum(row // G, T - 1)
-        first, end = key_interval(t, doc_ptr, cmp_ptr, S, q_start, k_start, SIZE, STRIDE, WINDOW, PACKED)
-        row_64 = (b.to(gl.int64) * T + t) * (G * HKV) + group * G + row % G
-        lse = gl.load(lse_ptr + row_64) * log2e
-        delta = gl.load(delta_ptr + row_64)
-        place = turn % BUFFERS * 2 + HALF
-        q_tile = q_smem.index(place).reshape([ROWS, D])
-        dout_tile = dout_smem.index(place).reshape([ROWS, D])
-        dq = gl.zeros([ROWS, D], gl.float32, Q_LAYOUT)
-        dq_tail = dq
-        before = dq.to(dtype)
-        before_tail = before
-        live = row < T * G
-        if TAIL > 0:
-            dq_tail = gl.zeros([ROWS, TAIL], gl.float32, S_LAYOUT)
-            before_tail = dq_tail.to(dtype)
-        if ADD:  # read long before it is needed
-            before = load_rows(dq_ptr, row_64, live, D, D + TAIL, Q_LAYOUT)
-            if TAIL > 0:
-                before_tail = load_rows(dq_ptr + D, row_64, live, TAIL, D + TAIL, S_LAYOUT)
-        q_tail = q_tile
-        if TAIL > 0:
-            q_tail = q_tail_smem.index(place).reshape([ROWS, TAIL])
-        if BOXES:
-            mbarrier.wait(q_full.index(place), turn // BUFFERS & 1)
-        else:
-            if BUFFERS == 1:
-                copy_query_rows(
-                    q_ptr, dout_ptr, q_smem, q_tail_smem, dout_smem, HALF, low, b, group, T, G, HKV, D, TAIL
-                )
-            async_copy.wait_group(0)
-            fence_async_shared()  # rows were written by threads, the products read them as TMA does
-            if BUFFERS == 2 and turn + 1 < rounds:
-                next_row, next_b, next_group = tile_of_round(turn + 1, num_tiles, heads, HKV, 2 * ROWS)
-                next_row += HALF * ROWS
-                copy_query_rows(
-                    q_ptr, dout_ptr, q_smem, q_tail_smem, dout_smem, (turn + 1) % 2 * 2 + HALF, next_row, next_b,
-                    next_group, T, G, HKV, D, TAIL,
-                )  # fmt: skip
-        for key_start in range(tile_first, tile_end, KEYS):
-            slot = step % STAGES
-            phase = step // STAGES & 1
-            k = k_smem.index(slot).reshape([KEYS, D])
-            v = v_smem.index(slot).reshape([KEYS, D])
-            mbarrier.wait(k_full.index(slot), phase)
-            s = warpgroup_mma(q_tile, k.permute([1, 0]), none, use_acc=False, is_async=True)
-            k_tail = k
-            if TAIL > 0:
-                k_tail = k_tail_smem.index(slot).reshape([KEYS, TAIL])
-                s = warpgroup_mma(q_tail, k_tail.permute([1, 0]), s, is_async=True)
-            mbarrier.wait(v_full.index(slot), phase)
-            dp = warpgroup_mma(dout_tile, v.permute([1, 0]), none, use_acc=False, is_async=True)
-            s = warpgroup_mma_wait(1, deps=[s])
-            p = gl.exp2(s * scale_log2 - lse[:, None])
-            if (key_start < plain_first) | (key_start + KEYS > plain_end):
-                key = key_start + gl.arange(0, KEYS, gl.SliceLayout(0, S_LAYOUT))
-                p = gl.where((key[None, :] >= first[:, None]) & (key[None, :] < end[:, None]), p, 0.0)
-            dp = warpgroup_mma_wait(0, deps=[dp])
-            mbarrier.arrive(v_empty.index(slot), count=1)
-            ds = (p * (dp - delta[:, None])).to(dtype)
-            dq = warpgroup_mma(gl.convert_layout(ds, gl.DotOperandLayout(0, Q_LAYOUT, 2)), k, dq, is_async=True)
-            if TAIL > 0:
-                ds = gl.convert_layout(ds, gl.DotOperandLayout(0, S_LAYOUT, 2))
-                dq_tail = warpgroup_mma(ds, k_tail, dq_tail, is_async=True)
-                dq = warpgroup_mma_wait(1, deps=[dq])
-                dq_tail = warpgroup_mma_wait(0, deps=[dq_tail])
-            else:
-                dq = warpgroup_mma_wait(0, deps=[dq])
-            mbarrier.arrive(k_empty.index(slot), count=1)
-            step += 1
-        # The queries are done with: their place holds the result until it is written.
-        q_tile.store((dq * scale + before.to(gl.float32)).to(dtype))
-        if TAIL > 0:
-            q_tail.store((dq_tail * scale + before_tail.to(gl.float32)).to(dtype))
-        if BOXES:
-            fence_async_shared()
-            box = [b, low // G, group * G, 0]
-            tma.async_copy_shared_to_global(dq_desc, box, q_smem.index(place))
-            if TAIL > 0:
-                tma.async_copy_shared_to_global(dq_tail_desc, box, q_tail_smem.index(place))
-            tma.store_wait(0)
-            mbarrier.arrive(q_empty.index(place), count=1)
-        else:
-            offsets, live_row = row_offsets(low, b, group, T, G, HKV, D, D + TAIL, ROWS, ROW_LAYOUT)
-            gl.store(dq_ptr + offsets, q_tile.load(ROW_LAYOUT), mask=live_row)
-            if TAIL > 0:
-                offsets, live_row = row_offsets(low, b, group, T, G, HKV, TAIL, D + TAIL, ROWS, TAIL_LAYOUT)
-                gl.store(dq_ptr + D + offsets, q_tail.load(TAIL_LAYOUT), mask=live_row)
-
-
-@gluon.jit(do_not_specialize=["T", "S", "q_start", "k_start", "num_tiles", "heads"])
-def dense_dq_sm90_kernel(
-    q_desc, q_tail_desc, k_desc, k_tail_desc, v_desc, dout_desc, dq_desc, dq_tail_desc, q_ptr, dout_ptr, dq_ptr,
-    lse_ptr, delta_ptr, doc_ptr, cmp_ptr, scale, scale_log2, log2e, T, S, q_start, k_start, num_tiles, heads,
-    G: gl.constexpr, HKV: gl.constexpr, D: gl.constexpr, TAIL: gl.constexpr, SIZE: gl.constexpr, STRIDE: gl.constexpr,
-    WINDOW: gl.constexpr, PACKED: gl.constexpr, ADD: gl.constexpr, BUFFERS: gl.constexpr, BOXES: gl.constexpr,
-):  # fmt: skip
-    q_smem = gl.allocate_shared_memory(q_desc.dtype, [2 * BUFFERS] + q_desc.block_shape, q_desc.layout)
-    dout_smem = gl.allocate_shared_memory(dout_desc.dtype, [2 * BUFFERS] + dout_desc.block_shape, dout_desc.layout)
-    k_smem = gl.allocate_shared_memory(k_desc.dtype, [STAGES] + k_desc.block_shape, k_desc.layout)
-    v_smem = gl.allocate_shared_memory(v_desc.dtype, [STAGES] + v_desc.block_shape, v_desc.layout)
-    q_tail_smem, k_tail_smem = q_smem, k_smem
-    if TAIL > 0:
-        q_box: gl.constexpr = [2 * BUFFERS] + q_tail_desc.block_shape
-        k_box: gl.constexpr = [STAGES] + k_tail_desc.block_shape
-        q_tail_smem = gl.allocate_shared_memory(q_desc.dtype, q_box, q_tail_desc.layout)
-        k_tail_smem = gl.allocate_shared_memory(k_desc.dtype, k_box, k_tail_desc.layout)
-    q_full = make_barriers(2 * BUFFERS, 1)
-    q_empty = make_barriers(2 * BUFFERS, 1)
-    k_full = make_barriers(STAGES, 1)
-    k_empty = make_barriers(STAGES, 2)
-    v_full = make_barriers(STAGES, 1)
-    v_empty = make_barriers(STAGES, 2)
-    fence_async_shared()
-    gl.warp_specialize([
-        (_query_partition, (
-            0, q_ptr, dout_ptr, dq_desc, dq_tail_desc, dq_ptr, lse_ptr, delta_ptr, q_smem, q_tail_smem, dout_smem,
-            k_smem, k_tail_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty, doc_ptr, cmp_ptr, scale,
-            scale_log2, log2e, T, S, q_start, k_start, num_tiles, heads, G, HKV, D, TAIL, SIZE, STRIDE, WINDOW, PACKED,
-            ADD, BUFFERS, BOXES,
-        )),
-        (_query_partition, (
-            1, q_ptr, dout_ptr, dq_desc, dq_tail_desc, dq_ptr, lse_ptr, delta_ptr, q_smem, q_tail_smem, dout_smem,
-            k_smem, k_tail_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty, doc_ptr, cmp_ptr, scale,
-            scale_log2, log2e, T, S, q_start, k_start, num_tiles, heads, G, HKV, D, TAIL, SIZE, STRIDE, WINDOW, PACKED,
-            ADD, BUFFERS, BOXES,
-        )),
-        (_query_load_partition, (
-            q_desc, q_tail_desc, k_desc, k_tail_desc, v_desc, dout_desc, q_smem, q_tail_smem, dout_smem, k_smem,
-            k_tail_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty, doc_ptr, cmp_ptr, T, S, q_start,
-            k_start, num_tiles, heads, G, HKV, D, TAIL, SIZE, STRIDE, WINDOW, PACKED, BUFFERS, BOXES,
-        )),
-    ], [4, 1], [240, 24])  # fmt: skip
 
 
 def dense_dq_sm90(

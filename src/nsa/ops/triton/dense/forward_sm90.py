@@ -16,9 +16,7 @@ says which shapes come here.
 # pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportReturnType=false
 # pyright: reportGeneralTypeIssues=false, reportPossiblyUnboundVariable=false
 # pyright: reportAssignmentType=false, reportOperatorIssue=false
-# Lists in kernels are added, not unpacked.
-# ruff: noqa: RUF005
-from __future__ import annotations
+# No postponed annotations: Triton holds the fields of aggregates against them.
 
 import triton
 from torch import Tensor
@@ -27,105 +25,207 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
-    mbarrier,
     tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+from triton.language.core import _aggregate as aggregate
 
 from nsa.geometry import BlockGeometry
-from nsa.ops.triton.dense.forced_sm90 import forced_keys_of_rows, forced_keys_of_tile
+from nsa.ops.triton.dense.forced_sm90 import ForcedMask
+from nsa.ops.triton.dense.mask_sm90 import DenseMask
 from nsa.ops.triton.gpu import LN2, LOG2E
-from nsa.ops.triton.layout import Layout, document_pointers, key_interval
+from nsa.ops.triton.layout import Layout, document_pointers
 from nsa.ops.triton.sm90 import (
     KEYS,
     ROWS,
-    copy_queries,
+    Schedule,
+    Shape,
+    begin_scores,
     describe_box,
     describe_parts,
-    load_keys,
-    load_queries,
-    make_barriers,
-    num_rounds,
-    row_offsets,
-    tile_of_round,
+    line_layout,
+    make_pipe,
+    wgmma_layout,
 )
 
-GROUPS = gl.constexpr(3)  # groups of four warps
+GROUPS = gl.constexpr(3)  # groups of four warps: with 160 registers a thread, three fill a multiprocessor
 STAGES, TAIL_STAGES = 4, 2  # steps in flight; where keys have a tail, 192 = 128 + 64, there is room for fewer
 
 
-@gluon.jit
-def tile_keys(
-    low, rows, doc_ptr, cmp_ptr, T, S, q_start, k_start, G: gl.constexpr, SIZE: gl.constexpr, STRIDE: gl.constexpr,
-    WINDOW: gl.constexpr, PACKED: gl.constexpr,
-):  # fmt: skip
-    """Of `rows` rows from `low` on: first key of any, from which key all see, to which all see, end of any."""
-    t_low = gl.minimum(low // G, T - 1)
-    t_high = gl.minimum((low + rows - 1) // G, T - 1)
-    first_low, end_low = key_interval(t_low, doc_ptr, cmp_ptr, S, q_start, k_start, SIZE, STRIDE, WINDOW, PACKED)
-    first_high, end_high = key_interval(t_high, doc_ptr, cmp_ptr, S, q_start, k_start, SIZE, STRIDE, WINDOW, PACKED)
-    return first_low, first_high, end_low, end_high
+@aggregate
+class Softmax:
+    """Online softmax of 64 rows in base 2: the largest scaled score so far and the sum of exponentials above it."""
+
+    row_max: gl.tensor
+    row_sum: gl.tensor
+    scale_log2: gl.tensor
+
+    @gluon.constexpr_function
+    def __init__(self, row_max, row_sum, scale_log2):
+        self.row_max, self.row_sum, self.scale_log2 = row_max, row_sum, scale_log2
+
+    @gluon.jit
+    def step(self, s):
+        """Take a step's scores: its probabilities, alpha by which earlier sums shrink, and the new state."""
+        row_max = gl.maximum(self.row_max, gl.max(s, 1) * self.scale_log2)
+        # A row that saw no key yet has a maximum of -inf: subtracted from -inf it would give NaN.
+        safe = gl.where(row_max == float("-inf"), 0.0, row_max)
+        p = gl.exp2(s * self.scale_log2 - safe[:, None])
+        alpha = gl.exp2(self.row_max - safe)
+        return p, alpha, Softmax(row_max, self.row_sum * alpha + gl.sum(p, 1), self.scale_log2)
+
+    @gluon.jit
+    def finish(self, LN2: gl.constexpr):
+        """What the sum of values is multiplied with, and the natural log-sum-exp; 1 and -inf where no key was seen."""
+        share = 1.0 / gl.where(self.row_sum == 0.0, 1.0, self.row_sum)
+        lse = gl.where(self.row_sum == 0.0, float("-inf"), (self.row_max + gl.log2(self.row_sum)) * LN2)
+        return share, lse
+
+
+@aggregate
+class Output:
+    """Where the forward writes, by boxes and by rows."""
+
+    out_desc: tma.tensor_descriptor
+    out_ptr: gl.tensor
+    lse_ptr: gl.tensor
+
+    @gluon.constexpr_function
+    def __init__(self, out_desc, out_ptr, lse_ptr):
+        self.out_desc, self.out_ptr, self.lse_ptr = out_desc, out_ptr, lse_ptr
 
 
 @gluon.jit
-def _load_partition(
-    q_desc, q_tail_desc, k_desc, k_tail_desc, v_desc, q_smem, q_tail_smem, k_smem, k_tail_smem, v_smem, q_full, q_empty,
-    k_full, k_empty, v_full, v_empty, doc_ptr, cmp_ptr, T, S, q_start, k_start, num_tiles, heads,
-    G: gl.constexpr, HKV: gl.constexpr, D: gl.constexpr, TAIL: gl.constexpr, SIZE: gl.constexpr, STRIDE: gl.constexpr,
-    WINDOW: gl.constexpr, BLOCK: gl.constexpr, INIT: gl.constexpr, LOCAL: gl.constexpr, PACKED: gl.constexpr,
-    STAGES: gl.constexpr, BOXES: gl.constexpr,
-):  # fmt: skip
+def _load_partition(q_pipe, k_pipe, v_pipe, shape, mask, schedule):
+    """One warp: load every tile's queries, if they come by boxes, and its keys and values."""
     step = 0
-    for turn in range(num_rounds(num_tiles * heads)):
-        row, b, group = tile_of_round(turn, num_tiles, heads, HKV, GROUPS * ROWS)
-        if LOCAL > 0:
-            first = 0
-            doc, early, local, end = forced_keys_of_tile(
-                row, GROUPS * ROWS, doc_ptr, T, S, q_start, G, BLOCK, INIT, LOCAL, PACKED, KEYS
-            )
-        else:
-            first, _from, _to, end = tile_keys(
-                row, GROUPS * ROWS, doc_ptr, cmp_ptr, T, S, q_start, k_start, G, SIZE, STRIDE, WINDOW, PACKED
-            )
-        for part in gl.static_range(GROUPS if BOXES else 0):
-            box = [b, row // G + part * (ROWS // G), group * G, 0]
-            load_queries(
-                q_desc, q_tail_desc, q_smem, q_tail_smem, q_full, q_empty, turn % 2 * GROUPS + part,
-                (turn // 2 & 1) ^ 1, box, D, TAIL,
-            )  # fmt: skip
-        # Tiles without any key take one step, all of it masked.
-        for i in range(gl.maximum(gl.cdiv(end - first, KEYS), 1)):
-            key_start = first + i * KEYS
-            if LOCAL > 0:
-                key_start = gl.where(key_start < early, doc + key_start, local + (key_start - early))
-            box = [b, key_start, group, 0]
-            load_keys(
-                k_desc, k_tail_desc, v_desc, k_smem, k_tail_smem, v_smem, k_full, k_empty, v_full, v_empty, step, box,
-                D, TAIL, STAGES,
-            )  # fmt: skip
+    for round in range(schedule.num_rounds()):
+        tile = schedule.tile(round)
+        keys = mask.of_tile(tile, shape, GROUPS * ROWS)
+        for part in gl.static_range(GROUPS if shape.BOXES else 0):
+            q_pipe.load(round, shape.box(tile.part(part)), part)
+        # Tiles without any key take one step, all of it masked: who waits for a step need not ask whether there is one.
+        for i in range(gl.maximum(gl.cdiv(keys.end - keys.begin, KEYS), 1)):
+            box = [tile.b, keys.key(keys.begin + i * KEYS), tile.group, 0]
+            k_pipe.load(step, box)
+            v_pipe.load(step, box)
             step += 1
 
 
 @gluon.jit
-def _soften(
-    s, best, total, key_start, first, end, early, early_end, plain_first, plain_end, scale_log2, LEFT: gl.constexpr,
-    EARLY: gl.constexpr, LAYOUT: gl.constexpr,
+def _attend(q, q_tail, k_pipe, v_pipe, step, keys, mask, scale_log2, D: gl.constexpr):
+    """Sum of values and softmax of a part's rows, and the number of the next step.
+
+    While exponentials of a step are taken, the values of the one before are multiplied; keys of a step are let go of a
+    step earlier than its values.
+    """
+    S_LAYOUT: gl.constexpr = wgmma_layout(KEYS)
+    O_LAYOUT: gl.constexpr = wgmma_layout(D)
+    P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, O_LAYOUT, 2)
+    dtype: gl.constexpr = q.dtype
+    none = gl.zeros([ROWS, KEYS], gl.float32, S_LAYOUT)
+    acc = gl.zeros([ROWS, D], gl.float32, O_LAYOUT)
+    row_max = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, S_LAYOUT))
+    row_sum = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, S_LAYOUT))
+    softmax = Softmax(row_max, row_sum, scale_log2)
+    k_pipe.consumer_wait(step)
+    s = begin_scores(q, q_tail, k_pipe, step, none)
+    s = warpgroup_mma_wait(0, deps=[s])
+    k_pipe.consumer_release(step)  # the products that read the keys are over
+    p, _alpha, softmax = softmax.step(mask.apply(s, keys.begin, float("-inf")))
+    p = gl.convert_layout(p.to(dtype), P_LAYOUT)
+    for key_start in range(keys.begin + KEYS, keys.end, KEYS):
+        k_pipe.consumer_wait(step + 1)
+        s = begin_scores(q, q_tail, k_pipe, step + 1, none)
+        v_pipe.consumer_wait(step)
+        acc = warpgroup_mma(p, v_pipe.tile(step), acc, is_async=True)
+        s = warpgroup_mma_wait(1, deps=[s])  # the scores; the values go on under the exponentials
+        k_pipe.consumer_release(step + 1)
+        fresh, alpha, softmax = softmax.step(mask.apply(s, key_start, float("-inf")))
+        acc = warpgroup_mma_wait(0, deps=[acc])
+        v_pipe.consumer_release(step)
+        acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, O_LAYOUT))[:, None]
+        p = gl.convert_layout(fresh.to(dtype), P_LAYOUT)
+        step += 1
+    v_pipe.consumer_wait(step)
+    acc = warpgroup_mma(p, v_pipe.tile(step), acc, is_async=True)
+    acc = warpgroup_mma_wait(0, deps=[acc])
+    v_pipe.consumer_release(step)
+    return acc, softmax, step + 1
+
+
+@gluon.jit
+def _row_partition(
+    PART: gl.constexpr, q_ptr, output, q_pipe, k_pipe, v_pipe, shape, mask, schedule, scale_log2, LN2: gl.constexpr
+):
+    """Four warps: attend with 64 rows of every tile."""
+    ROW: gl.constexpr = gl.SliceLayout(1, wgmma_layout(KEYS))
+    step = 0
+    rounds = schedule.num_rounds()
+    if not shape.BOXES:
+        q_pipe.copy_rows(0, q_ptr, schedule.tile(0).part(PART), shape, PART)
+        async_copy.commit_group()
+    for round in range(rounds):
+        tile = schedule.tile(round)
+        rows = tile.part(PART)
+        row = rows.row + gl.arange(0, ROWS, ROW)
+        keys = mask.of_tile(tile, shape, GROUPS * ROWS)
+        row_mask = mask.of_rows(keys, rows, shape, row)
+        q, q_tail = q_pipe.tile(round, PART), q_pipe.tail_tile(round, PART)
+        if shape.BOXES:
+            q_pipe.consumer_wait(round, PART)
+        else:
+            async_copy.wait_group(0)  # the rows that these warps copied themselves, a round ago
+            fence_async_shared()  # rows were written by threads, the products read them as TMA does
+            if round + 1 < rounds:
+                q_pipe.copy_rows(round + 1, q_ptr, schedule.tile(round + 1).part(PART), shape, PART)
+                async_copy.commit_group()
+        acc, softmax, step = _attend(q, q_tail, k_pipe, v_pipe, step, keys, row_mask, scale_log2, shape.D)
+        share, lse = softmax.finish(LN2)
+        gl.store(output.lse_ptr + shape.index(rows, row), lse, mask=row < shape.T * shape.G)
+        # The queries are done with: their place holds the result until it is written.
+        q.store((acc * gl.convert_layout(share, gl.SliceLayout(1, acc.type.layout))[:, None]).to(q.dtype))
+        if shape.BOXES:
+            fence_async_shared()  # the result was written by threads, TMA reads it
+            buffer = q_pipe.buffer(round, PART)
+            tma.async_copy_shared_to_global(output.out_desc, shape.box(rows), q_pipe.smem.index(buffer))
+            tma.store_wait(0)  # before the next queries may overwrite it
+            q_pipe.consumer_release(round, PART)
+        else:
+            LINE: gl.constexpr = line_layout(shape.D)
+            offsets, live = shape.offsets(rows, ROWS, shape.D, shape.D, LINE)
+            gl.store(output.out_ptr + offsets, q.load(LINE), mask=live)
+
+
+@gluon.jit(do_not_specialize=["T", "S", "q_start", "k_start", "num_tiles", "num_pairs"])
+def dense_forward_sm90_kernel(
+    q_desc, q_tail_desc, k_desc, k_tail_desc, v_desc, out_desc, q_ptr, out_ptr, lse_ptr, doc_ptr, cmp_ptr, scale_log2,
+    T, S, q_start, k_start, num_tiles, num_pairs,
+    G: gl.constexpr, HKV: gl.constexpr, D: gl.constexpr, TAIL: gl.constexpr, SIZE: gl.constexpr, STRIDE: gl.constexpr,
+    WINDOW: gl.constexpr, BLOCK: gl.constexpr, INIT: gl.constexpr, LOCAL: gl.constexpr, PACKED: gl.constexpr,
+    LN2: gl.constexpr, STAGES: gl.constexpr, BOXES: gl.constexpr,
 ):  # fmt: skip
-    """One step of the online softmax, in base 2, and by how much the previous steps' results fade."""
-    if (key_start < plain_first) | (key_start + KEYS > plain_end):
-        key = key_start + gl.arange(0, KEYS, gl.SliceLayout(0, LAYOUT))
-        seen = key[None, :] < end[:, None]
-        if LEFT:
-            seen = seen & (key[None, :] >= first[:, None])
-        if EARLY:
-            seen = seen | ((key[None, :] >= early[:, None]) & (key[None, :] < early_end[:, None]))
-        s = gl.where(seen, s, float("-inf"))
-    new_best = gl.maximum(best, gl.max(s, 1) * scale_log2)
-    safe = gl.where(new_best == float("-inf"), 0.0, new_best)
-    p = gl.exp2(s * scale_log2 - safe[:, None])
-    decay = gl.exp2(best - safe)
-    return p, new_best, total * decay + gl.sum(p, 1), decay
+    """Attention of the rows of every tile, for forced blocks if LOCAL > 0; LN2 is the natural logarithm of 2."""
+    shape = Shape(T, G, HKV, D, TAIL, BOXES)
+    schedule = Schedule(num_tiles, num_pairs, HKV, GROUPS * ROWS)
+    if LOCAL > 0:
+        mask = ForcedMask(doc_ptr, S, q_start, BLOCK, INIT, LOCAL, PACKED)
+    else:
+        mask = DenseMask(doc_ptr, cmp_ptr, S, q_start, k_start, SIZE, STRIDE, WINDOW, PACKED)
+    output = Output(out_desc, out_ptr, lse_ptr)
+    # Two stages of queries: the next tile's arrive under the present one's. Parts have their own, as they drift apart.
+    q_pipe = make_pipe(q_desc, q_tail_desc, 2, GROUPS, TAIL, 1)
+    k_pipe = make_pipe(k_desc, k_tail_desc, STAGES, 1, TAIL, GROUPS)
+    v_pipe = make_pipe(v_desc, v_desc, STAGES, 1, 0, GROUPS)
+    fence_async_shared()  # all partitions and TMA see the barriers
+    # The last list is registers of a thread, for all but the first partition: what loads needs few of them.
+    gl.warp_specialize([
+        (_row_partition, (0, q_ptr, output, q_pipe, k_pipe, v_pipe, shape, mask, schedule, scale_log2, LN2)),
+        (_row_partition, (1, q_ptr, output, q_pipe, k_pipe, v_pipe, shape, mask, schedule, scale_log2, LN2)),
+        (_row_partition, (2, q_ptr, output, q_pipe, k_pipe, v_pipe, shape, mask, schedule, scale_log2, LN2)),
+        (_load_partition, (q_pipe, k_pipe, v_pipe, shape, mask, schedule)),
+    ], [4, 4, 1], [160, 160, 24])  # fmt: skip
 
 
 @gluon.jit
@@ -136,185 +236,6 @@ def scores(q_tile, q_tail, k_smem, k_tail_smem, slot, none, D: gl.constexpr, TAI
     if TAIL > 0:
         s = warpgroup_mma(q_tail, k_tail_smem.index(slot).reshape([KEYS, TAIL]).permute([1, 0]), s, is_async=True)
     return s
-
-
-@gluon.jit
-def _attend(
-    q_tile, q_tail, k_smem, k_tail_smem, v_smem, k_full, k_empty, v_full, v_empty, step, tile_first, tile_end,
-    first, end, early, early_end, plain_first, plain_end, scale_log2, D: gl.constexpr, TAIL: gl.constexpr,
-    LEFT: gl.constexpr, EARLY: gl.constexpr, S_LAYOUT: gl.constexpr, O_LAYOUT: gl.constexpr, STAGES: gl.constexpr,
-):  # fmt: skip
-    """Sum of values, running maximum and sum of a group's rows, and the number of the next step.
-
-    Args:
-        first, end: keys that a row sees; with EARLY also those from `early` to `early_end`.
-        plain_first, plain_end: keys that all rows see.
-    """
-    P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, O_LAYOUT, 2)
-    dtype: gl.constexpr = q_tile.dtype
-    none = gl.zeros([ROWS, KEYS], gl.float32, S_LAYOUT)
-    acc = gl.zeros([ROWS, D], gl.float32, O_LAYOUT)
-    best = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, S_LAYOUT))
-    total = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, S_LAYOUT))
-    slot = step % STAGES
-    mbarrier.wait(k_full.index(slot), step // STAGES & 1)
-    s = scores(q_tile, q_tail, k_smem, k_tail_smem, slot, none, D, TAIL)
-    s = warpgroup_mma_wait(0, deps=[s])
-    mbarrier.arrive(k_empty.index(slot), count=1)
-    p, best, total, _fading = _soften(
-        s, best, total, tile_first, first, end, early, early_end, plain_first, plain_end, scale_log2, LEFT, EARLY,
-        S_LAYOUT,
-    )  # fmt: skip
-    p = gl.convert_layout(p.to(dtype), P_LAYOUT)
-    for key_start in range(tile_first + KEYS, tile_end, KEYS):
-        old_slot = slot
-        old_phase = step // STAGES & 1
-        step += 1
-        slot = step % STAGES
-        mbarrier.wait(k_full.index(slot), step // STAGES & 1)
-        s = scores(q_tile, q_tail, k_smem, k_tail_smem, slot, none, D, TAIL)
-        mbarrier.wait(v_full.index(old_slot), old_phase)
-        acc = warpgroup_mma(p, v_smem.index(old_slot).reshape([KEYS, D]), acc, is_async=True)
-        s = warpgroup_mma_wait(1, deps=[s])
-        mbarrier.arrive(k_empty.index(slot), count=1)
-        fresh, best, total, decay = _soften(
-            s, best, total, key_start, first, end, early, early_end, plain_first, plain_end, scale_log2, LEFT, EARLY,
-            S_LAYOUT,
-        )  # fmt: skip
-        acc = warpgroup_mma_wait(0, deps=[acc])
-        mbarrier.arrive(v_empty.index(old_slot), count=1)
-        acc = acc * gl.convert_layout(decay, gl.SliceLayout(1, O_LAYOUT))[:, None]
-        p = gl.convert_layout(fresh.to(dtype), P_LAYOUT)
-    mbarrier.wait(v_full.index(slot), step // STAGES & 1)
-    acc = warpgroup_mma(p, v_smem.index(slot).reshape([KEYS, D]), acc, is_async=True)
-    acc = warpgroup_mma_wait(0, deps=[acc])
-    mbarrier.arrive(v_empty.index(slot), count=1)
-    return acc, best, total, step + 1
-
-
-@gluon.jit
-def _row_partition(
-    PART: gl.constexpr, q_ptr, out_ptr, out_desc, lse_ptr, q_smem, q_tail_smem, k_smem, k_tail_smem, v_smem, q_full,
-    q_empty, k_full, k_empty, v_full, v_empty, doc_ptr, cmp_ptr, scale_log2, T, S, q_start, k_start, num_tiles, heads,
-    G: gl.constexpr, HKV: gl.constexpr, D: gl.constexpr, TAIL: gl.constexpr, SIZE: gl.constexpr, STRIDE: gl.constexpr,
-    WINDOW: gl.constexpr, BLOCK: gl.constexpr, INIT: gl.constexpr, LOCAL: gl.constexpr, PACKED: gl.constexpr,
-    LN2: gl.constexpr, STAGES: gl.constexpr, BOXES: gl.constexpr,
-):  # fmt: skip
-    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
-    O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
-    ROW_LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
-    step = 0
-    rounds = num_rounds(num_tiles * heads)
-    if not BOXES:
-        first_row, first_b, first_group = tile_of_round(0, num_tiles, heads, HKV, GROUPS * ROWS)
-        copy_queries(
-            q_ptr, q_smem, q_tail_smem, PART, first_row + PART * ROWS, first_b, first_group, T, G, HKV, D, TAIL
-        )
-    for turn in range(rounds):
-        tile_row, b, group = tile_of_round(turn, num_tiles, heads, HKV, GROUPS * ROWS)
-        low = tile_row + PART * ROWS
-        row = low + gl.arange(0, ROWS, gl.SliceLayout(1, S_LAYOUT))
-        t = gl.minimum(row // G, T - 1)
-        if LOCAL > 0:
-            tile_first = 0
-            doc, early, local, tile_end = forced_keys_of_tile(
-                tile_row, GROUPS * ROWS, doc_ptr, T, S, q_start, G, BLOCK, INIT, LOCAL, PACKED, KEYS
-            )
-            first, end, row_early, early_end, plain_first, plain_end = forced_keys_of_rows(
-                t, low, ROWS, doc, early, local, doc_ptr, T, S, q_start, G, BLOCK, INIT, LOCAL, PACKED
-            )
-        else:
-            tile_first, _from, _to, tile_end = tile_keys(
-                tile_row, GROUPS * ROWS, doc_ptr, cmp_ptr, T, S, q_start, k_start, G, SIZE, STRIDE, WINDOW, PACKED
-            )
-            _first, plain_first, plain_end, _end = tile_keys(
-                low, ROWS, doc_ptr, cmp_ptr, T, S, q_start, k_start, G, SIZE, STRIDE, WINDOW, PACKED
-            )
-            first, end = key_interval(t, doc_ptr, cmp_ptr, S, q_start, k_start, SIZE, STRIDE, WINDOW, PACKED)
-            row_early, early_end = first, first
-        place = turn % 2 * GROUPS + PART
-        q = q_smem.index(place).reshape([ROWS, D])
-        q_tail = q
-        if TAIL > 0:
-            q_tail = q_tail_smem.index(place).reshape([ROWS, TAIL])
-        if BOXES:
-            mbarrier.wait(q_full.index(place), turn // 2 & 1)
-        else:
-            async_copy.wait_group(0)
-            fence_async_shared()  # rows were written by threads, the products read them as TMA does
-            if turn + 1 < rounds:
-                next_row, next_b, next_group = tile_of_round(turn + 1, num_tiles, heads, HKV, GROUPS * ROWS)
-                next_place = (turn + 1) % 2 * GROUPS + PART
-                next_row += PART * ROWS
-                copy_queries(q_ptr, q_smem, q_tail_smem, next_place, next_row, next_b, next_group, T, G, HKV, D, TAIL)
-        acc, best, total, step = _attend(
-            q, q_tail, k_smem, k_tail_smem, v_smem, k_full, k_empty, v_full, v_empty, step, tile_first, tile_end,
-            first, end, row_early, early_end, plain_first, plain_end, scale_log2, D, TAIL,
-            PACKED or WINDOW > 0 or LOCAL > 0, LOCAL > 0, S_LAYOUT, O_LAYOUT, STAGES,
-        )  # fmt: skip
-
-        share = 1.0 / gl.where(total == 0.0, 1.0, total)
-        lse = gl.where(total == 0.0, float("-inf"), (best + gl.log2(total)) * LN2)
-        row_64 = (b.to(gl.int64) * T + t) * (G * HKV) + group * G + row % G
-        gl.store(lse_ptr + row_64, lse, mask=row < T * G)
-        # The queries are done with: their place holds the result until it is written.
-        q.store((acc * gl.convert_layout(share, gl.SliceLayout(1, O_LAYOUT))[:, None]).to(q.dtype))
-        if BOXES:
-            fence_async_shared()
-            tma.async_copy_shared_to_global(out_desc, [b, low // G, group * G, 0], q_smem.index(place))
-            tma.store_wait(0)
-            mbarrier.arrive(q_empty.index(place), count=1)
-        else:
-            offsets, live = row_offsets(low, b, group, T, G, HKV, D, D, ROWS, ROW_LAYOUT)
-            gl.store(out_ptr + offsets, q.load(ROW_LAYOUT), mask=live)
-
-
-@gluon.jit(do_not_specialize=["T", "S", "q_start", "k_start", "num_tiles", "heads"])
-def dense_forward_sm90_kernel(
-    q_desc, q_tail_desc, k_desc, k_tail_desc, v_desc, out_desc, q_ptr, out_ptr, lse_ptr, doc_ptr, cmp_ptr, scale_log2,
-    T, S, q_start, k_start, num_tiles, heads,
-    G: gl.constexpr, HKV: gl.constexpr, D: gl.constexpr, TAIL: gl.constexpr, SIZE: gl.constexpr, STRIDE: gl.constexpr,
-    WINDOW: gl.constexpr, BLOCK: gl.constexpr, INIT: gl.constexpr, LOCAL: gl.constexpr, PACKED: gl.constexpr,
-    LN2: gl.constexpr, STAGES: gl.constexpr, BOXES: gl.constexpr,
-):  # fmt: skip
-    q_smem = gl.allocate_shared_memory(q_desc.dtype, [2 * GROUPS] + q_desc.block_shape, q_desc.layout)
-    k_smem = gl.allocate_shared_memory(k_desc.dtype, [STAGES] + k_desc.block_shape, k_desc.layout)
-    v_smem = gl.allocate_shared_memory(v_desc.dtype, [STAGES] + v_desc.block_shape, v_desc.layout)
-    q_tail_smem, k_tail_smem = q_smem, k_smem
-    if TAIL > 0:
-        q_tail_smem = gl.allocate_shared_memory(
-            q_desc.dtype, [2 * GROUPS] + q_tail_desc.block_shape, q_tail_desc.layout
-        )
-        k_tail_smem = gl.allocate_shared_memory(k_desc.dtype, [STAGES] + k_tail_desc.block_shape, k_tail_desc.layout)
-    q_full = make_barriers(2 * GROUPS, 1)
-    q_empty = make_barriers(2 * GROUPS, 1)
-    k_full = make_barriers(STAGES, 1)
-    k_empty = make_barriers(STAGES, GROUPS)
-    v_full = make_barriers(STAGES, 1)
-    v_empty = make_barriers(STAGES, GROUPS)
-    fence_async_shared()
-    gl.warp_specialize([
-        (_row_partition, (
-            0, q_ptr, out_ptr, out_desc, lse_ptr, q_smem, q_tail_smem, k_smem, k_tail_smem, v_smem, q_full, q_empty,
-            k_full, k_empty, v_full, v_empty, doc_ptr, cmp_ptr, scale_log2, T, S, q_start, k_start, num_tiles,
-            heads, G, HKV, D, TAIL, SIZE, STRIDE, WINDOW, BLOCK, INIT, LOCAL, PACKED, LN2, STAGES, BOXES,
-        )),
-        (_row_partition, (
-            1, q_ptr, out_ptr, out_desc, lse_ptr, q_smem, q_tail_smem, k_smem, k_tail_smem, v_smem, q_full, q_empty,
-            k_full, k_empty, v_full, v_empty, doc_ptr, cmp_ptr, scale_log2, T, S, q_start, k_start, num_tiles,
-            heads, G, HKV, D, TAIL, SIZE, STRIDE, WINDOW, BLOCK, INIT, LOCAL, PACKED, LN2, STAGES, BOXES,
-        )),
-        (_row_partition, (
-            2, q_ptr, out_ptr, out_desc, lse_ptr, q_smem, q_tail_smem, k_smem, k_tail_smem, v_smem, q_full, q_empty,
-            k_full, k_empty, v_full, v_empty, doc_ptr, cmp_ptr, scale_log2, T, S, q_start, k_start, num_tiles,
-            heads, G, HKV, D, TAIL, SIZE, STRIDE, WINDOW, BLOCK, INIT, LOCAL, PACKED, LN2, STAGES, BOXES,
-        )),
-        (_load_partition, (
-            q_desc, q_tail_desc, k_desc, k_tail_desc, v_desc, q_smem, q_tail_smem, k_smem, k_tail_smem, v_smem,
-            q_full, q_empty, k_full, k_empty, v_full, v_empty, doc_ptr, cmp_ptr, T, S, q_start, k_start, num_tiles,
-            heads, G, HKV, D, TAIL, SIZE, STRIDE, WINDOW, BLOCK, INIT, LOCAL, PACKED, STAGES, BOXES,
-        )),
-    ], [4, 4, 1], [160, 160, 24])  # fmt: skip
 
 
 def dense_forward_sm90(

@@ -11,9 +11,7 @@ Columns, tiles and what is stored are those of `scores.py`.
 # pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportReturnType=false
 # pyright: reportGeneralTypeIssues=false, reportPossiblyUnboundVariable=false
 # pyright: reportAssignmentType=false, reportOperatorIssue=false
-# Lists in kernels are added, not unpacked.
-# ruff: noqa: RUF005
-from __future__ import annotations
+# No postponed annotations: Triton holds the fields of aggregates against them.
 
 import triton
 from torch import Tensor
@@ -23,262 +21,333 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+from triton.language.core import _aggregate as aggregate
 
 from nsa.geometry import BlockGeometry
 from nsa.ops.triton.gpu import LOG2E
 from nsa.ops.triton.layout import Layout, document_pointers, num_documents, place_of_tile
 from nsa.ops.triton.selected.invert import Chunk
-from nsa.ops.triton.sm90 import describe_parts, make_barriers, num_rounds, tile_of_round
+from nsa.ops.triton.sm90 import (
+    KEYS,
+    Pipe,
+    Schedule,
+    Shape,
+    describe_parts,
+    line_layout,
+    make_barriers,
+    make_pipe,
+    wgmma_layout,
+)
 from nsa.ops.triton.tiles import Tile
 from nsa.ops.triton.topk.scores import Scores, tiles_of_chunk
 
-COLUMNS = gl.constexpr(128)  # (head, token) of a tile
-KEYS = gl.constexpr(64)  # keys of a step, as one wgmma takes
-GROUPS = gl.constexpr(3)  # groups of four warps
+COLUMNS = gl.constexpr(128)  # (head, token) of a tile: scores with 64 keys take 64 registers of a thread
+GROUPS = gl.constexpr(3)  # groups of four warps: two take exponentials and store while one multiplies
 # Steps in flight; multiples of GROUPS, so that a group waits for every use of its places. Keys of 192 leave room for 3.
 STAGES, TAIL_STAGES = 6, 3
 
 
-@gluon.jit
-def _place(
-    turn, num_tiles, heads, first_tile, cu_ptr, cu_cmp_ptr, T, N, q_start, num_docs, steps, token_start,
-    token_end, SIZE: gl.constexpr, STRIDE: gl.constexpr, TOKENS: gl.constexpr, PACKED: gl.constexpr,
-):  # fmt: skip
-    """A program's tile in a round: its head, first token, document, and the keys that all and any of its tokens see."""
-    tile, local_head, _group = tile_of_round(turn, num_tiles, heads, 1, 1)
-    first_token, doc_start, doc_end, cmp_start = place_of_tile(
-        first_tile + tile, cu_ptr, cu_cmp_ptr, T, num_docs, steps, TOKENS, PACKED
-    )
-    last_token = gl.minimum(first_token + TOKENS, doc_end) - 1
-    first_past = first_token + q_start - doc_start - (SIZE - 1)
-    last_past = last_token + q_start - doc_start - (SIZE - 1)
-    end = gl.minimum(gl.where(last_past >= 0, last_past // STRIDE + 1, 0), N - cmp_start)
-    full = gl.minimum(gl.where(first_past >= 0, first_past // STRIDE + 1, 0), end)
-    live = (first_token < gl.minimum(doc_end, token_end)) & (last_token >= token_start)
-    return local_head, first_token, doc_start, doc_end, cmp_start, full, gl.where(live, end, 0)
+@aggregate
+class Documents:
+    """Where packed documents lie, found in `steps`, and which of N compressed keys their tokens see."""
+
+    cu_ptr: gl.tensor
+    cu_cmp_ptr: gl.tensor
+    N: gl.tensor
+    q_start: gl.tensor
+    num_docs: gl.tensor
+    steps: gl.tensor
+    SIZE: gl.constexpr
+    STRIDE: gl.constexpr
+    PACKED: gl.constexpr
+
+    @gluon.constexpr_function
+    def __init__(self, cu_ptr, cu_cmp_ptr, N, q_start, num_docs, steps, SIZE, STRIDE, PACKED):
+        self.cu_ptr, self.cu_cmp_ptr, self.N, self.q_start = cu_ptr, cu_cmp_ptr, N, q_start
+        self.num_docs, self.steps = num_docs, steps
+        self.SIZE, self.STRIDE, self.PACKED = gl.constexpr(SIZE), gl.constexpr(STRIDE), gl.constexpr(PACKED)
+
+    @gluon.jit
+    def num_seen(self, t, doc_start):
+        """How many compressed keys of its document a token sees."""
+        past = t + self.q_start - doc_start - (self.SIZE - 1)
+        return gl.where(past >= 0, past // self.STRIDE + 1, 0)
+
+
+@aggregate
+class Tokens:
+    """Tokens of a launch, from `begin` to `end`, in tiles of TOKENS from number `first_tile` on, and its first pair."""
+
+    begin: gl.tensor
+    end: gl.tensor
+    first_tile: gl.tensor
+    pair_start: gl.tensor
+    TOKENS: gl.constexpr
+
+    @gluon.constexpr_function
+    def __init__(self, begin, end, first_tile, pair_start, TOKENS):
+        self.begin, self.end, self.first_tile, self.pair_start = begin, end, first_tile, pair_start
+        self.TOKENS = gl.constexpr(TOKENS)
+
+
+@aggregate
+class Place:
+    """Where a tile's columns lie: pair of the launch, first token, its document, and that one's first compressed key.
+
+    All of its tokens see keys before `full_end`, some before `end`; 0 if none of the launch are among them.
+    """
+
+    pair: gl.tensor
+    token: gl.tensor
+    doc_start: gl.tensor
+    doc_end: gl.tensor
+    cmp_start: gl.tensor
+    full_end: gl.tensor
+    end: gl.tensor
+
+    @gluon.constexpr_function
+    def __init__(self, pair, token, doc_start, doc_end, cmp_start, full_end, end):
+        self.pair, self.token, self.doc_start, self.doc_end = pair, token, doc_start, doc_end
+        self.cmp_start, self.full_end, self.end = cmp_start, full_end, end
+
+
+@aggregate
+class Output:
+    """Where a launch's scores go, `[pairs, tokens, width]`; if POOLED those of blocks of BLOCK tokens, else of keys."""
+
+    ptr: gl.tensor
+    width: gl.tensor | gl.constexpr  # a constant if it is 1
+    BLOCK: gl.constexpr
+    POOLED: gl.constexpr
+
+    @gluon.constexpr_function
+    def __init__(self, ptr, width, BLOCK, POOLED):
+        self.ptr = ptr
+        self.width = gl.constexpr(width) if isinstance(width, int) else width
+        self.BLOCK, self.POOLED = gl.constexpr(BLOCK), gl.constexpr(POOLED)
+
+
+@aggregate
+class Target:
+    """Where a tile's scores go: to rows of `width` of the tokens from `begin` to `end`; the tile begins at `token`."""
+
+    ptr: gl.tensor
+    width: gl.tensor | gl.constexpr
+    token: gl.tensor
+    begin: gl.tensor
+    end: gl.tensor
+    TOKENS: gl.constexpr
+
+    @gluon.constexpr_function
+    def __init__(self, ptr, width, token, begin, end, TOKENS):
+        self.ptr, self.token, self.begin, self.end = ptr, token, begin, end
+        self.width = gl.constexpr(width) if isinstance(width, int) else width
+        self.TOKENS = gl.constexpr(TOKENS)
+
+    @gluon.jit
+    def store(self, x, column, SPAN: gl.constexpr):
+        """Store the sums over SPAN keys each to columns from `column` on."""
+        if SPAN > 1:
+            x = gl.sum(x.reshape([KEYS // SPAN, SPAN, self.TOKENS]), 1)
+        LAYOUT: gl.constexpr = x.type.layout
+        token = self.token + gl.arange(0, self.TOKENS, gl.SliceLayout(0, LAYOUT))
+        live = (token >= self.begin) & (token < self.end)
+        target = (token - self.begin)[None, :] * self.width + column
+        target += gl.arange(0, KEYS // SPAN, gl.SliceLayout(1, LAYOUT))[:, None]
+        gl.store(self.ptr + target, x, mask=live[None, :])
 
 
 @gluon.jit
-def _copy_queries(
-    q_ptr, tile, low, b, group, T, doc_end, G: gl.constexpr, HKV: gl.constexpr, D: gl.constexpr, WIDTH: gl.constexpr,
-    TOKENS: gl.constexpr,
-):  # fmt: skip
-    """Begin to copy D columns of the queries of TOKENS tokens from `low` on, head by head; zeros for what is none."""
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
+def _place(schedule, round, documents, tokens, T):
+    """Where the columns of a program's tile lie."""
+    tile = schedule.tile(round)
+    token, doc_start, doc_end, cmp_start = place_of_tile(
+        tokens.first_tile + tile.row, documents.cu_ptr, documents.cu_cmp_ptr, T, documents.num_docs, documents.steps,
+        tokens.TOKENS, documents.PACKED,
+    )  # fmt: skip
+    last = gl.minimum(token + tokens.TOKENS, doc_end) - 1
+    end = gl.minimum(documents.num_seen(last, doc_start), documents.N - cmp_start)
+    full_end = gl.minimum(documents.num_seen(token, doc_start), end)
+    live = (token < gl.minimum(doc_end, tokens.end)) & (last >= tokens.begin)
+    return Place(tile.b, token, doc_start, doc_end, cmp_start, full_end, gl.where(live, end, 0))
+
+
+@gluon.jit
+def _row_of_column(column, b, group, place, shape, TOKENS: gl.constexpr):
+    """Where the (token, head) of a column lies in `[B, T, H]`, and which columns have one."""
+    t = place.token + column % TOKENS
+    head = column // TOKENS
+    first = (b.to(gl.int64) * shape.T + gl.minimum(t, shape.T - 1)) * (shape.G * shape.HKV)
+    return first + shape.G * group + gl.minimum(head, shape.G - 1), (t < place.doc_end) & (head < shape.G)
+
+
+@gluon.jit
+def _copy_queries(q_ptr, smem, b, group, place, shape, TOKENS: gl.constexpr):
+    """Begin to copy some columns of the queries of a tile, head by head; zeros for what is none."""
+    D: gl.constexpr = smem.shape[1]
+    LAYOUT: gl.constexpr = line_layout(D)
     column = gl.arange(0, COLUMNS, gl.SliceLayout(1, LAYOUT))
-    t = low + column % TOKENS
-    live = (t < doc_end) & (column // TOKENS < G)
-    row = (b.to(gl.int64) * T + gl.minimum(t, T - 1)) * (G * HKV) + group * G + gl.minimum(column // TOKENS, G - 1)
-    place = row[:, None] * WIDTH + gl.arange(0, D, gl.SliceLayout(0, LAYOUT))[None, :]
-    async_copy.async_copy_global_to_shared(tile, q_ptr + place, mask=live[:, None])
+    row, live = _row_of_column(column, b, group, place, shape, TOKENS)
+    offsets = row[:, None] * (shape.D + shape.TAIL) + gl.arange(0, D, gl.SliceLayout(0, LAYOUT))[None, :]
+    async_copy.async_copy_global_to_shared(smem, q_ptr + offsets, mask=live[:, None])
 
 
 @gluon.jit
-def _load_partition(
-    q_ptr, k_desc, k_tail_desc, lse_ptr, q_smem, q_tail_smem, k_smem, k_tail_smem, lse_smem, q_full, q_empty, k_full,
-    k_empty, cu_ptr, cu_cmp_ptr, log2e, T, N, q_start, num_docs, steps, head_start, token_start, token_end, first_tile,
-    num_tiles, heads,
-    G: gl.constexpr, HKV: gl.constexpr, D: gl.constexpr, TAIL: gl.constexpr, SIZE: gl.constexpr, STRIDE: gl.constexpr,
-    PACKED: gl.constexpr, TOKENS: gl.constexpr, STAGES: gl.constexpr,
-):  # fmt: skip
+def _load_partition(q_ptr, lse_ptr, q_pipe, lse_smem, k_pipe, shape, documents, tokens, schedule, log2e):
+    """Four warps: gather every tile's queries and log-sum-exps, and load its keys."""
     LINE: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    used = 0
+    TOKENS: gl.constexpr = tokens.TOKENS
+    used = 0  # tiles so far that see any key
     step = 0
-    for turn in range(num_rounds(num_tiles * heads)):
-        local_head, first_token, _start, doc_end, cmp_start, _full, end = _place(
-            turn, num_tiles, heads, first_tile, cu_ptr, cu_cmp_ptr, T, N, q_start, num_docs, steps,
-            token_start, token_end, SIZE, STRIDE, TOKENS, PACKED,
-        )  # fmt: skip
-        if end > 0:
-            b = (head_start + local_head) // HKV
-            group = (head_start + local_head) % HKV
-            buffer = used % 2
-            mbarrier.wait(q_empty.index(buffer), (used // 2 & 1) ^ 1)
-            place = q_smem.index(buffer)
-            _copy_queries(q_ptr, place, first_token, b, group, T, doc_end, G, HKV, D, D + TAIL, TOKENS)
-            if TAIL > 0:
-                place = q_tail_smem.index(buffer)
-                _copy_queries(q_ptr + D, place, first_token, b, group, T, doc_end, G, HKV, TAIL, D + TAIL, TOKENS)
-            line = gl.arange(0, COLUMNS, LINE)
-            t = first_token + line % TOKENS
-            live = (t < doc_end) & (line // TOKENS < G)
-            row = (b.to(gl.int64) * T + gl.minimum(t, T - 1)) * (G * HKV) + group * G
-            row += gl.minimum(line // TOKENS, G - 1)
+    for round in range(schedule.num_rounds()):
+        place = _place(schedule, round, documents, tokens, shape.T)
+        if place.end > 0:
+            b = (tokens.pair_start + place.pair) // shape.HKV
+            group = (tokens.pair_start + place.pair) % shape.HKV
+            q_pipe.producer_wait(used)
+            stage = q_pipe.buffer(used)
+            _copy_queries(q_ptr, q_pipe.smem.index(stage), b, group, place, shape, TOKENS)
+            if shape.TAIL > 0:
+                _copy_queries(q_ptr + shape.D, q_pipe.tail.index(stage), b, group, place, shape, TOKENS)
+            row, live = _row_of_column(gl.arange(0, COLUMNS, LINE), b, group, place, shape, TOKENS)
             lse = gl.load(lse_ptr + row, mask=live, other=float("inf")) * log2e
-            lse_smem.index(buffer).store(lse)
-            async_copy.mbarrier_arrive(q_full.index(buffer), increment_count=False)
-            mbarrier.arrive(q_full.index(buffer), count=1)
+            lse_smem.index(stage).store(lse)
+            # Every thread arrives when its own copies have, and once for the log-sum-exps, which all have stored.
+            async_copy.mbarrier_arrive(q_pipe.full.index(stage), increment_count=False)
+            mbarrier.arrive(q_pipe.full.index(stage), count=1)
             used += 1
-            for i in range(gl.cdiv(end, KEYS)):
-                slot = step % STAGES
-                mbarrier.wait(k_empty.index(slot), (step // STAGES & 1) ^ 1)
-                mbarrier.expect(k_full.index(slot), 2 * KEYS * (D + TAIL))
-                box = [b, cmp_start + i * KEYS, group, 0]
-                tma.async_copy_global_to_shared(k_desc, box, k_full.index(slot), k_smem.index(slot))
-                if TAIL > 0:
-                    tma.async_copy_global_to_shared(k_tail_desc, box, k_full.index(slot), k_tail_smem.index(slot))
+            for i in range(gl.cdiv(place.end, KEYS)):
+                k_pipe.load(step, [b, place.cmp_start + i * KEYS, group, 0])
                 step += 1
 
 
 @gluon.jit
-def _store_mass(
-    head_ptr, p, key, width, first_token, token_start, token_end, TOKENS: gl.constexpr, HEADS: gl.constexpr,
-    SPAN: gl.constexpr, REACH: gl.constexpr, POOLED: gl.constexpr,
+def _store_scores(
+    target, p, key, HEADS: gl.constexpr, SPAN: gl.constexpr, REACH: gl.constexpr, POOLED: gl.constexpr
 ):  # fmt: skip
     """Store the sums over the heads of a group, or what they give to the blocks; see `scores.py`."""
     # A thread takes neighbouring keys of one token, so that a short block's sum is its own.
-    NEAR: gl.constexpr = KEYS * TOKENS // 128
+    NEAR: gl.constexpr = KEYS * target.TOKENS // 128
     LAYOUT: gl.constexpr = gl.BlockedLayout([NEAR, 1], [KEYS // NEAR, 32 * NEAR // KEYS], [1, 4], [0, 1])
-    mass = gl.convert_layout(gl.sum(p.reshape([KEYS, HEADS, TOKENS]), 1), LAYOUT)
+    scores = gl.convert_layout(gl.sum(p.reshape([KEYS, HEADS, target.TOKENS]), 1), LAYOUT)
     if POOLED:
         i = gl.arange(0, KEYS, gl.SliceLayout(1, LAYOUT)) % SPAN
-        own = mass * gl.minimum(REACH, SPAN - i).to(gl.float32)[:, None]
-        _store_blocks(head_ptr, own, key // SPAN, width, first_token, token_start, token_end, TOKENS, SPAN)
+        own = scores * gl.minimum(REACH, SPAN - i).to(gl.float32)[:, None]
+        target.store(own, key // SPAN, SPAN)
         if REACH > 1:
-            other = mass * gl.maximum(i + REACH - SPAN, 0).to(gl.float32)[:, None]
-            place = width // 2 + key // SPAN
-            _store_blocks(head_ptr, other, place, width, first_token, token_start, token_end, TOKENS, SPAN)
+            other = scores * gl.maximum(i + REACH - SPAN, 0).to(gl.float32)[:, None]
+            target.store(other, target.width // 2 + key // SPAN, SPAN)
     else:
-        _store_blocks(head_ptr, mass, key, width, first_token, token_start, token_end, TOKENS, 1)
+        target.store(scores, key, 1)
 
 
 @gluon.jit
-def _store_blocks(
-    head_ptr, mass, place, width, first_token, token_start, token_end, TOKENS: gl.constexpr, SPAN: gl.constexpr
-):
-    """Store the sums over SPAN keys each."""
-    if SPAN > 1:
-        mass = gl.sum(mass.reshape([KEYS // SPAN, SPAN, TOKENS]), 1)
-    LAYOUT: gl.constexpr = mass.type.layout
-    token = first_token + gl.arange(0, TOKENS, gl.SliceLayout(0, LAYOUT))
-    live = (token >= token_start) & (token < token_end)
-    target = (token - token_start)[None, :] * width + place
-    target += gl.arange(0, KEYS // SPAN, gl.SliceLayout(1, LAYOUT))[:, None]
-    gl.store(head_ptr + target, mass, mask=live[None, :])
-
-
-@gluon.jit
-def _store_step(
-    head_ptr, s, lse, key, full, first_token, doc_start, q_start, scale_log2, width, token_start, token_end,
-    TOKENS: gl.constexpr, SIZE: gl.constexpr, STRIDE: gl.constexpr, BLOCK: gl.constexpr, POOLED: gl.constexpr,
-    S_LAYOUT: gl.constexpr,
-):  # fmt: skip
-    """Store what KEYS keys from `key` on give, of which all tokens see those before `full`."""
+def _store_step(target, s, lse, key, place, documents, scale_log2, BLOCK: gl.constexpr, POOLED: gl.constexpr):
+    """Store what KEYS keys from `key` on give, of which all tokens see those before `place.full_end`."""
     p = gl.exp2(s * scale_log2 - lse[None, :])
-    if key + KEYS > full:
-        t = first_token + gl.arange(0, COLUMNS, gl.SliceLayout(0, S_LAYOUT)) % TOKENS
-        past = t + q_start - doc_start - (SIZE - 1)
-        column_end = gl.where(past >= 0, past // STRIDE + 1, 0)
-        keys = key + gl.arange(0, KEYS, gl.SliceLayout(1, S_LAYOUT))
+    if key + KEYS > place.full_end:
+        t = place.token + gl.arange(0, COLUMNS, gl.SliceLayout(0, s.type.layout)) % target.TOKENS
+        column_end = documents.num_seen(t, place.doc_start)
+        keys = key + gl.arange(0, KEYS, gl.SliceLayout(1, s.type.layout))
         p = gl.where(keys[:, None] < column_end[None, :], p, 0.0)
-    _store_mass(
-        head_ptr, p, key, width, first_token, token_start, token_end, TOKENS, COLUMNS // TOKENS, BLOCK // STRIDE,
-        SIZE // STRIDE, POOLED,
-    )  # fmt: skip
+    SPAN: gl.constexpr = BLOCK // documents.STRIDE
+    REACH: gl.constexpr = documents.SIZE // documents.STRIDE
+    _store_scores(target, p, key, COLUMNS // target.TOKENS, SPAN, REACH, POOLED)
 
 
 @gluon.jit
 def _key_partition(
-    PART: gl.constexpr, mass_ptr, q_smem, q_tail_smem, k_smem, k_tail_smem, lse_smem, q_full, q_empty, k_full, k_empty,
-    turn_of, cu_ptr, cu_cmp_ptr, scale_log2, T, N, q_start, num_docs, steps, token_start, token_end,
-    first_tile, num_tiles, heads, width,
-    D: gl.constexpr, TAIL: gl.constexpr, SIZE: gl.constexpr, STRIDE: gl.constexpr,
-    BLOCK: gl.constexpr, PACKED: gl.constexpr, POOLED: gl.constexpr, TOKENS: gl.constexpr, STAGES: gl.constexpr,
+    PART: gl.constexpr, output, q_pipe, lse_smem, k_pipe, turns, shape, documents, tokens, schedule, scale_log2
 ):  # fmt: skip
-    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])
+    """Four warps: the scores of every third step's keys."""
+    S_LAYOUT: gl.constexpr = wgmma_layout(COLUMNS)
     COLUMN: gl.constexpr = gl.SliceLayout(0, S_LAYOUT)
     none = gl.zeros([KEYS, COLUMNS], gl.float32, S_LAYOUT)
-    used = 0
-    step = 0
-    for turn in range(num_rounds(num_tiles * heads)):
-        local_head, first_token, doc_start, doc_end, _cmp_start, full, end = _place(
-            turn, num_tiles, heads, first_tile, cu_ptr, cu_cmp_ptr, T, N, q_start, num_docs, steps,
-            token_start, token_end, SIZE, STRIDE, TOKENS, PACKED,
-        )  # fmt: skip
-        if end > 0:
-            buffer = used % 2
-            num_steps = gl.cdiv(end, KEYS)
-            last = gl.minimum(token_end, doc_end)
-            head_ptr = mass_ptr + local_head.to(gl.int64) * (token_end - token_start) * width
-            mbarrier.wait(q_full.index(buffer), used // 2 & 1)
+    used = 0  # tiles so far that see any key
+    first_step = 0
+    for round in range(schedule.num_rounds()):
+        place = _place(schedule, round, documents, tokens, shape.T)
+        if place.end > 0:
+            num_steps = gl.cdiv(place.end, KEYS)
+            last = gl.minimum(tokens.end, place.doc_end)
+            pair_ptr = output.ptr + place.pair.to(gl.int64) * (tokens.end - tokens.begin) * output.width
+            target = Target(pair_ptr, output.width, place.token, tokens.begin, last, tokens.TOKENS)
+            q_pipe.consumer_wait(used)
             fence_async_shared()  # queries were written by threads, the products read them as TMA does
-            q = q_smem.index(buffer).permute([1, 0])
-            lse = lse_smem.index(buffer).load(COLUMN)
-            for i in range((PART + GROUPS - step % GROUPS) % GROUPS, num_steps, GROUPS):
-                slot = (step + i) % STAGES
-                mbarrier.wait(k_full.index(slot), (step + i) // STAGES & 1)
-                # The products of one group at a time: the step before this one is another group's.
-                mbarrier.wait(turn_of.index(PART), ((step + i) // GROUPS + (PART == 0)) & 1)
-                k = k_smem.index(slot).reshape([KEYS, D])
-                s = warpgroup_mma(k, q, none, use_acc=False, is_async=True)
-                if TAIL > 0:
-                    k_tail = k_tail_smem.index(slot).reshape([KEYS, TAIL])
-                    s = warpgroup_mma(k_tail, q_tail_smem.index(buffer).permute([1, 0]), s, is_async=True)
+            q, q_tail = q_pipe.tile(used).permute([1, 0]), q_pipe.tail_tile(used).permute([1, 0])
+            lse = lse_smem.index(q_pipe.buffer(used)).load(COLUMN)
+            for i in range((PART + GROUPS - first_step % GROUPS) % GROUPS, num_steps, GROUPS):
+                step = first_step + i
+                k_pipe.consumer_wait(step)
+                # The products of one group at a time: the step before this one is another group's, which arrives here
+                # when it has multiplied. The first group waits for nobody at first, hence its opposite phase.
+                mbarrier.wait(turns.index(PART), (step // GROUPS + (PART == 0)) & 1)
+                s = warpgroup_mma(k_pipe.tile(step), q, none, use_acc=False, is_async=True)
+                if shape.TAIL > 0:
+                    s = warpgroup_mma(k_pipe.tail_tile(step), q_tail, s, is_async=True)
                 s = warpgroup_mma_wait(0, deps=[s])
-                mbarrier.arrive(turn_of.index((PART + 1) % GROUPS), count=1)
-                mbarrier.arrive(k_empty.index(slot), count=1)
-                _store_step(
-                    head_ptr, s, lse, i * KEYS, full, first_token, doc_start, q_start, scale_log2, width, token_start,
-                    last, TOKENS, SIZE, STRIDE, BLOCK, POOLED, S_LAYOUT,
-                )  # fmt: skip
-            mbarrier.arrive(q_empty.index(buffer), count=1)
+                mbarrier.arrive(turns.index((PART + 1) % GROUPS), count=1)  # the next group may multiply
+                k_pipe.consumer_release(step)  # the products that read the keys are over
+                _store_step(target, s, lse, i * KEYS, place, documents, scale_log2, output.BLOCK, output.POOLED)
+            q_pipe.consumer_release(used)
             used += 1
-            step += num_steps
+            first_step += num_steps
+
+
+@gluon.jit
+def _make_queries(dtype: gl.constexpr, D: gl.constexpr, TAIL: gl.constexpr):
+    """Room for the queries of two tiles, the next one's under the present one's; threads fill it, not TMA."""
+    LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([COLUMNS, D], dtype)
+    smem = gl.allocate_shared_memory(dtype, [2, COLUMNS, D], LAYOUT)
+    tail = smem
+    if TAIL > 0:
+        TAIL_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([COLUMNS, TAIL], dtype)
+        tail = gl.allocate_shared_memory(dtype, [2, COLUMNS, TAIL], TAIL_LAYOUT)
+    full = make_barriers(2, 129)  # every thread that gathers, and one for the log-sum-exps
+    empty = make_barriers(2, GROUPS)
+    return Pipe(None, None, smem, tail, full, empty, 2, 1, TAIL)
 
 
 @gluon.jit(
     do_not_specialize=[
-        "T", "N", "q_start", "num_docs", "steps", "head_start", "token_start", "token_end", "first_tile", "num_tiles",
-        "heads",
+        "T", "N", "q_start", "num_docs", "steps", "pair_start", "token_start", "token_end", "first_tile", "num_tiles",
+        "num_pairs",
     ]
 )  # fmt: skip
 def scores_sm90_kernel(
-    q_ptr, k_desc, k_tail_desc, lse_ptr, mass_ptr, cu_ptr, cu_cmp_ptr, scale_log2, log2e,
-    T, N, q_start, num_docs, steps, head_start, token_start, token_end, first_tile, num_tiles, heads, width,
+    q_ptr, k_desc, k_tail_desc, lse_ptr, score_ptr, cu_ptr, cu_cmp_ptr, scale_log2, log2e,
+    T, N, q_start, num_docs, steps, pair_start, token_start, token_end, first_tile, num_tiles, num_pairs, width,
     G: gl.constexpr, HKV: gl.constexpr, D: gl.constexpr, TAIL: gl.constexpr, SIZE: gl.constexpr, STRIDE: gl.constexpr,
     BLOCK: gl.constexpr, PACKED: gl.constexpr, POOLED: gl.constexpr, TOKENS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    dtype: gl.constexpr = k_desc.dtype
-    queries: gl.constexpr = gl.NVMMASharedLayout.get_default_for([COLUMNS, D], dtype)
-    line: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[0])
-    q_smem = gl.allocate_shared_memory(dtype, [2, COLUMNS, D], queries)
-    k_smem = gl.allocate_shared_memory(dtype, [STAGES] + k_desc.block_shape, k_desc.layout)
-    q_tail_smem, k_tail_smem = q_smem, k_smem
-    if TAIL > 0:
-        tails: gl.constexpr = gl.NVMMASharedLayout.get_default_for([COLUMNS, TAIL], dtype)
-        q_tail_smem = gl.allocate_shared_memory(dtype, [2, COLUMNS, TAIL], tails)
-        k_tail_smem = gl.allocate_shared_memory(dtype, [STAGES] + k_tail_desc.block_shape, k_tail_desc.layout)
-    lse_smem = gl.allocate_shared_memory(gl.float32, [2, COLUMNS], line)
-    q_full = make_barriers(2, 129)  # every thread that gathers, and one for the log-sum-exps
-    q_empty = make_barriers(2, GROUPS)
-    k_full = make_barriers(STAGES, 1)
-    k_empty = make_barriers(STAGES, 1)
-    turn_of = make_barriers(GROUPS, 1)
-    fence_async_shared()
+    """Scores of a launch's tokens, summed over the heads of each group, by key or by block (POOLED)."""
+    shape = Shape(T, G, HKV, D, TAIL, False)
+    documents = Documents(cu_ptr, cu_cmp_ptr, N, q_start, num_docs, steps, SIZE, STRIDE, PACKED)
+    tokens = Tokens(token_start, token_end, first_tile, pair_start, TOKENS)
+    schedule = Schedule(num_tiles, num_pairs, 1, 1)  # one number for a pair: it counts from `pair_start`
+    output = Output(score_ptr, width, BLOCK, POOLED)
+    q_pipe = _make_queries(k_desc.dtype, D, TAIL)
+    k_pipe = make_pipe(k_desc, k_tail_desc, STAGES, 1, TAIL, 1)
+    LINE: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[0])
+    lse_smem = gl.allocate_shared_memory(gl.float32, [2, COLUMNS], LINE)
+    turns = make_barriers(GROUPS, 1)
+    fence_async_shared()  # all partitions and TMA see the barriers
+    # The last list is registers of a thread, for all but the first partition: what loads needs fewer of them.
     gl.warp_specialize([
         (_key_partition, (
-            0, mass_ptr, q_smem, q_tail_smem, k_smem, k_tail_smem, lse_smem, q_full, q_empty, k_full, k_empty, turn_of,
-            cu_ptr, cu_cmp_ptr, scale_log2, T, N, q_start, num_docs, steps, token_start, token_end,
-            first_tile, num_tiles, heads, width, D, TAIL, SIZE, STRIDE, BLOCK, PACKED, POOLED, TOKENS, STAGES,
+            0, output, q_pipe, lse_smem, k_pipe, turns, shape, documents, tokens, schedule, scale_log2,
         )),
         (_key_partition, (
-            1, mass_ptr, q_smem, q_tail_smem, k_smem, k_tail_smem, lse_smem, q_full, q_empty, k_full, k_empty, turn_of,
-            cu_ptr, cu_cmp_ptr, scale_log2, T, N, q_start, num_docs, steps, token_start, token_end,
-            first_tile, num_tiles, heads, width, D, TAIL, SIZE, STRIDE, BLOCK, PACKED, POOLED, TOKENS, STAGES,
+            1, output, q_pipe, lse_smem, k_pipe, turns, shape, documents, tokens, schedule, scale_log2,
         )),
         (_key_partition, (
-            2, mass_ptr, q_smem, q_tail_smem, k_smem, k_tail_smem, lse_smem, q_full, q_empty, k_full, k_empty, turn_of,
-            cu_ptr, cu_cmp_ptr, scale_log2, T, N, q_start, num_docs, steps, token_start, token_end,
-            first_tile, num_tiles, heads, width, D, TAIL, SIZE, STRIDE, BLOCK, PACKED, POOLED, TOKENS, STAGES,
+            2, output, q_pipe, lse_smem, k_pipe, turns, shape, documents, tokens, schedule, scale_log2,
         )),
         (_load_partition, (
-            q_ptr, k_desc, k_tail_desc, lse_ptr, q_smem, q_tail_smem, k_smem, k_tail_smem, lse_smem, q_full, q_empty,
-            k_full, k_empty, cu_ptr, cu_cmp_ptr, log2e, T, N, q_start, num_docs, steps, head_start, token_start,
-            token_end, first_tile, num_tiles, heads, G, HKV, D, TAIL, SIZE, STRIDE, PACKED, TOKENS, STAGES,
+            q_ptr, lse_ptr, q_pipe, lse_smem, k_pipe, shape, documents, tokens, schedule, log2e,
         )),
     ], [4, 4, 4], [144, 144, 72])  # fmt: skip
 
