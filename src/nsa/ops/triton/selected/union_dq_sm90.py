@@ -1,6 +1,6 @@
 """dQ of the selected branch over unions of blocks on Hopper, in Gluon: two groups of rows share every load.
 
-The rows, lists and skips of `hopper_union` with the steps of `hopper_bwd_queries`; a tile has two groups of four warps.
+The rows, lists and skips of `union_sm90.py` with the steps of `dense/dq_sm90.py`; a tile has two groups of four warps.
 Nothing waits across steps, so that a group skips every block that none of its tokens chose.
 """
 
@@ -24,8 +24,8 @@ from nsa.ops.triton.gpu import LOG2E, num_multiprocessors
 from nsa.ops.triton.selected.pipes_sm90 import Part, Pipe, Shape, Unions, begin_scores, make_pipe, tokens_of_part
 from nsa.ops.triton.sm90 import KEYS, ROWS, describe_box, describe_parts
 
-GROUPS = gl.constexpr(2)  # groups of four warps: each thread holds dQ, scores and dP in its registers
-STAGES = gl.constexpr(3)  # steps in flight: what the shared memory has room for beside queries and output gradients
+GROUPS = gl.constexpr(2)  # groups of four warps: beside dQ, scores and dP, registers have no room for a third
+STAGES = gl.constexpr(3)  # steps in flight, as the shared memory has room for
 
 
 def query_tile_tokens(group_size: int) -> int:
@@ -273,7 +273,7 @@ def hopper_union_query_kernel(
     gradient = Gradient(dq_ptr, dq_desc, dq_tail_desc, ADD)
     fence_async_shared()  # TMA sees the barriers
     row_arguments = (shape, unions, queries, douts, keys, values, inputs, gradient, scale, scale_log2, log2e)
-    # 65,536 registers a multiprocessor: what the loading warp leaves goes to the rows.
+    # Registers a thread, of 65,536 / 128 in three groups of warps: the loading warp leaves its own to the rows.
     gl.warp_specialize([
         (_row_partition, (0,) + row_arguments),
         (_row_partition, (1,) + row_arguments),

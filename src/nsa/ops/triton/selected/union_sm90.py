@@ -1,11 +1,11 @@
 """Forward of the selected branch over unions of blocks on Hopper, in Gluon: three groups of rows share every load.
 
-As in `hopper_fwd`, a program is persistent, one warp loads by TMA, and groups of four warps hold 64 rows (token, head)
-each: TOKENS whole tokens, so that a tile and its union have three times as many. A group skips the blocks that none of
-its own tokens chose; of the others each row takes those of its token. A block that all rows lie behind needs no mask by
-key.
+As in `dense/forward_sm90.py`, a program is persistent, one warp loads by TMA, and groups of four warps hold 64 rows
+(token, head) each: TOKENS whole tokens, so that a tile and its union have three times as many. A group skips the blocks
+that none of its own tokens chose; of the others each row takes those of its token. A block that all rows lie behind
+needs no mask by key.
 
-Shapes and unions are those of `select_union`; `hopper_union_serves` says which shapes come here.
+Shapes and unions are those of `union.py`; `hopper_union_serves` says which shapes come here.
 """
 
 # Kernels are typed by Triton, not by Python.
@@ -283,7 +283,7 @@ def hopper_union_forward_kernel(
     output = Output(out_ptr, out_desc, lse_ptr)
     gated = GatedSum(cmp_ptr, win_ptr, gate_ptr, sum_ptr, sum_desc, GATED)
     fence_async_shared()  # TMA sees the barriers
-    # 65,536 registers a multiprocessor: what the loading warp leaves goes to the rows.
+    # Registers a thread, of 65,536 / 128 in four groups of warps: the loading warp leaves its own to the rows.
     gl.warp_specialize([
         (_row_partition, (0, shape, unions, queries, keys, values, q_ptr, output, gated, scale_log2, LN2)),
         (_row_partition, (1, shape, unions, queries, keys, values, q_ptr, output, gated, scale_log2, LN2)),
