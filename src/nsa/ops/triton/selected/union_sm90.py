@@ -215,11 +215,12 @@ def _write_results(
     """Write a part's log-sum-exps, output and gated sum."""
     BOXES: gl.constexpr = part.shape.BOXES
     D: gl.constexpr = part.shape.D
+    ROW: gl.constexpr = softmax.row_sum.type.layout
     row_sum = softmax.row_sum
     # Rows that saw no key have output 0 and log-sum-exp -inf.
     share = 1.0 / gl.where(row_sum == 0.0, 1.0, row_sum)
     lse = gl.where(row_sum == 0.0, float("-inf"), (softmax.row_max + gl.log2(row_sum)) * LN2)
-    row, live = part.rows(row_sum.type.layout)
+    row, live = part.rows(ROW)
     gl.store(output.lse_ptr + row, lse, mask=live)
     acc = acc * gl.convert_layout(share, gl.SliceLayout(1, O_LAYOUT))[:, None]
     _send(acc, output.desc, output.ptr, queries, round, part, PART)
