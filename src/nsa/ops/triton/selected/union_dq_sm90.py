@@ -261,14 +261,15 @@ def hopper_union_query_kernel(
     """dQ of the selected branch; ADD puts it on top of what `dq_ptr` holds."""
     shape = Shape(T, q_start, num_tiles, num_pairs, G, HKV, D, TAIL, TOKENS, GROUPS, BOXES)
     unions = Unions(start_ptr, mask_ptr, count_ptr, COUNT)
-    queries = make_pipe(q_desc, q_tail_desc, BUFFERS, GROUPS, 1, D, TAIL)
-    # Output gradients come and go with the queries, and share their barriers.
+    keys = make_pipe(k_desc, k_tail_desc, STAGES, 1, GROUPS, D, TAIL)
+    values = make_pipe(v_desc, v_desc, STAGES, 1, GROUPS, D, 0)
     dout_smem = gl.allocate_shared_memory(
         dout_desc.dtype, [BUFFERS * GROUPS] + dout_desc.block_shape, dout_desc.layout
     )  # fmt: skip
+    # The last pipe: without BOXES nobody uses its barriers, whose place goes to what is allocated later.
+    queries = make_pipe(q_desc, q_tail_desc, BUFFERS, GROUPS, 1, D, TAIL)
+    # Output gradients come and go with the queries, and share their barriers.
     douts = Pipe(dout_desc, dout_desc, dout_smem, dout_smem, queries.full, queries.empty, BUFFERS, GROUPS, D, 0)
-    keys = make_pipe(k_desc, k_tail_desc, STAGES, 1, GROUPS, D, TAIL)
-    values = make_pipe(v_desc, v_desc, STAGES, 1, GROUPS, D, 0)
     inputs = Inputs(q_ptr, dout_ptr, lse_ptr, delta_ptr)
     gradient = Gradient(dq_ptr, dq_desc, dq_tail_desc, ADD)
     fence_async_shared()  # TMA sees the barriers

@@ -278,9 +278,11 @@ def hopper_union_forward_kernel(
     """Output and log-sum-exps of the selected branch, and with GATED the gated sum of the branches."""
     shape = Shape(T, q_start, num_tiles, num_pairs, G, HKV, D, TAIL, TOKENS, GROUPS, BOXES)
     unions = Unions(start_ptr, mask_ptr, count_ptr, COUNT)
-    queries = make_pipe(q_desc, q_tail_desc, 2, GROUPS, 1, D, TAIL)  # the next tile's arrive under the present one
     keys = make_pipe(k_desc, k_tail_desc, STAGES, 1, GROUPS, D, TAIL)
     values = make_pipe(v_desc, v_desc, STAGES, 1, GROUPS, D, 0)
+    # Two stages: the next tile's queries arrive under the present one. The last pipe, as without BOXES nobody uses its
+    # barriers, whose place goes to what is allocated later.
+    queries = make_pipe(q_desc, q_tail_desc, 2, GROUPS, 1, D, TAIL)
     output = Output(out_ptr, out_desc, lse_ptr)
     gated = GatedSum(cmp_ptr, win_ptr, gate_ptr, sum_ptr, sum_desc, GATED)
     fence_async_shared()  # TMA sees the barriers
