@@ -21,7 +21,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-from triton.language.core import _aggregate as aggregate
+from triton.language.core import _aggregate as aggregate  # public as gluon.aggregate from Triton 3.9 on
 
 ROWS = gl.constexpr(64)  # rows of a group of four warps, as one wgmma takes
 KEYS = gl.constexpr(64)  # keys of a step: a thread holds 32 of 64 by 64 scores, which leaves registers for sums
