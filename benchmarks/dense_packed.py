@@ -28,11 +28,11 @@ from itertools import accumulate
 from pathlib import Path
 
 import torch
-from nsa.eval.loss import NextTokenLoss
 from torch import Tensor
 
 from nsa.bench.protocol import print_table, timed_s, write_results
 from nsa.hf import NSAConfig, NSAForCausalLM, dense_nsa
+from nsa.loss import NextTokenLoss
 from nsa.train.model import compile_layers
 
 SHORT = 64  # tokens of a short document
@@ -46,8 +46,8 @@ class Settings:
     rows: int = 8
     length: int = 8192
     layers: int = 12
-    warmup: int = 4
-    steps: int = 12
+    warmup: int = 2
+    steps: int = 8
 
 
 @dataclass(frozen=True)

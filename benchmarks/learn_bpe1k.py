@@ -14,14 +14,14 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from nsa.data import open_source
 from nsa.data.config import DataConfig
-from nsa.data.heldout import split_documents
+from nsa.data.heldout import heldout_rule
 
 END, VOCAB_SIZE = "<|endoftext|>", 1024
 
 if __name__ == "__main__":
     config = DataConfig()
     source = open_source(config)
-    documents, _ = split_documents(source, config.heldout)
+    is_held_out = heldout_rule(source, config.heldout)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -29,5 +29,5 @@ if __name__ == "__main__":
     trainer = trainers.BpeTrainer(
         vocab_size=VOCAB_SIZE, special_tokens=[END], initial_alphabet=alphabet, show_progress=False
     )
-    tokenizer.train_from_iterator((source.text(document) for document in documents), trainer)
+    tokenizer.train_from_iterator((document.text for document in source if not is_held_out(document.name)), trainer)
     tokenizer.save(str(Path(sys.argv[1]) / "tokenizer.json"), pretty=False)

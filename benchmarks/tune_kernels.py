@@ -15,6 +15,8 @@ import csv
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -26,18 +28,21 @@ from torch.nn.attention.varlen import varlen_attn
 
 from nsa.bench.protocol import median_ms
 from nsa.geometry import BlockGeometry
-from nsa.ops.triton import compress, gpu
+from nsa.ops.triton import compress
 from nsa.ops.triton.dense import backward as dense_backward, forced, forward as dense_forward
+from nsa.ops.triton.gpu import read_device
+from nsa.ops.triton.plan import Plan, Shapes, Stage, TopK, make_plan
 from nsa.ops.triton.selected import (
     backward as selected_backward,
     forward as selected_forward,
     forward_sm90 as selected_forward_sm90,
-    union as unions,
+    union,
 )
+from nsa.ops.triton.tiles import choice_tile
 from nsa.ops.triton.topk import choice
 
 Patch = tuple[Any, str, Any]
-PLAIN: tuple[Patch, ...] = ((gpu, "is_hopper", lambda x: False),)
+Run = Callable[[], tuple[Tensor, ...]]
 
 
 @contextmanager
@@ -58,7 +63,7 @@ def row_error(x: Tensor, expected: Tensor) -> float:
     return float(difference / expected.float().norm(dim=-1).square().mean().sqrt())
 
 
-def score_tiles(q: Tensor, num_kv_heads: int) -> Iterator[dict[str, int]]:
+def scores_tiles(q: Tensor, num_kv_heads: int) -> Iterator[dict[str, int]]:
     """Tiles of the scores: 64 to 256 columns."""
     heads = triton.next_power_of_2(q.shape[2] // num_kv_heads)
     for columns, stages in product((64, 128, 256), (2, 3)):
@@ -80,41 +85,46 @@ class Stages:
         self.dout = draw(1, T, H, value_size)
         count = self.geometry.num_compressed(T)
         self.k_cmp, self.v_cmp = (compress.mean_pool(x, self.geometry, None, count) for x in (self.k, self.v))
-        with patched(PLAIN):
-            self.cmp, self.win = self.compressed(), self.windowed()
-            self.blocks = self.choose()[0]
-            self.slc = self.selected()
+        shapes = Shapes(1, T, H, Hkv, D, value_size, torch.bfloat16, self.geometry, num_docs=1, num_compressed=count)
+        device = read_device(self.q.device)
+        # Without Hopper's own kernels: what another GPU of the same memory would run.
+        plain, own = (device._replace(capability=capability) for capability in ((8, 0), device.capability))
+        self.plain, self.own = (make_plan(shapes, x, unions=False) for x in (plain, own))
+        self.plain_unions, self.own_unions = (make_plan(shapes, x, unions=True) for x in (plain, own))
+        self.cmp, self.win = self.compressed(self.plain), self.windowed(self.plain)
+        self.blocks = self.choose(self.plain.topk)[0]
+        self.slc = self.selected(self.plain)
         self.flash: Tensor | None = None
 
     def rows(self, result: tuple[Tensor, ...]) -> dense_backward.Rows:
         return dense_backward.Rows(result[1], dense_backward.make_delta(result[0], self.dout, None))
 
-    def compressed(self) -> tuple[Tensor, ...]:
+    def compressed(self, plan: Plan) -> tuple[Tensor, ...]:
         what = (self.q, self.k_cmp, self.v_cmp, self.geometry, None, 0, 0, 0, self.scale)
-        return dense_forward.dense_forward(*what)
+        return dense_forward.dense_forward(*what, plan.compressed.forward)
 
-    def windowed(self) -> tuple[Tensor, ...]:
-        return dense_forward.dense_forward(self.q, self.k, self.v, self.geometry, None, self.window, 0, 0, self.scale)
+    def windowed(self, plan: Plan) -> tuple[Tensor, ...]:
+        what = (self.q, self.k, self.v, self.geometry, None, self.window, 0, 0, self.scale)
+        return dense_forward.dense_forward(*what, plan.window.forward)
 
-    def choose(self, **options: Any) -> tuple[Tensor, ...]:
+    def choose(self, plan: TopK) -> tuple[Tensor, ...]:
         what = (self.q, self.k_cmp, self.cmp[1], self.geometry, None, 0, self.scale)
-        return (choice.select_blocks(*what, **options),)
+        return (choice.select_blocks(*what, plan),)
 
-    def selected(self, union: bool = False, **options: Any) -> tuple[Tensor, ...]:
+    def selected(self, plan: Plan) -> tuple[Tensor, ...]:
         what = (self.q, self.k, self.v)
         tail = (self.geometry, None, 0, self.scale)
-        if union:
-            return unions.union_forward(*what, self.blocks, *tail)
-        return selected_forward.select_forward(
-            *what, self.blocks, *tail, forced=forced.forced_forward(*what, *tail), **options
-        )
+        if plan.selected.forced is None:
+            return union.union_forward(*what, self.blocks, *tail, plan.selected.forward)
+        known = forced.forced_forward(*what, *tail, plan.selected.forced)
+        return selected_forward.select_forward(*what, self.blocks, *tail, plan.selected.forward, known)
 
-    def compressed_backward(self) -> tuple[Tensor, ...]:
-        what = (self.geometry, None, 0, 0, 0, self.scale)
+    def compressed_backward(self, plan: Plan) -> tuple[Tensor, ...]:
+        what = (self.geometry, None, 0, 0, 0, self.scale, plan.compressed)
         return dense_backward.dense_backward(self.dout, self.q, self.k_cmp, self.v_cmp, self.rows(self.cmp), *what)
 
-    def window_backward(self) -> tuple[Tensor, ...]:
-        what = (self.geometry, None, self.window, 0, 0, self.scale)
+    def window_backward(self, plan: Plan) -> tuple[Tensor, ...]:
+        what = (self.geometry, None, self.window, 0, 0, self.scale, plan.window)
         return dense_backward.dense_backward(self.dout, self.q, self.k, self.v, self.rows(self.win), *what)
 
     def flash_window(self) -> tuple[Tensor, ...]:
@@ -132,65 +142,69 @@ class Stages:
             self.q, self.k, self.v = given
         return torch.autograd.grad(self.flash, self.inputs, self.dout, retain_graph=True)
 
-    def selected_backward(self, union: bool = False, **options: Any) -> tuple[Tensor, ...]:
+    def selected_backward(self, plan: Plan) -> tuple[Tensor, ...]:
         what = (self.dout, self.q, self.k, self.v, self.rows(self.slc), self.blocks, self.geometry, None, 0, self.scale)
-        if not union:
-            return selected_backward.select_backward(*what, **options)
-        dq = torch.zeros_like(self.q)
-        unions.union_query_backward(*what, dq)
-        return selected_backward.select_backward(*what, dq, queries=False, **options)
+        dq = None
+        if plan.selected.dq:
+            dq = union.union_dq(*what, plan.selected.dq, torch.zeros_like(self.q))
+        return selected_backward.select_backward(*what, plan.selected, dq)
 
-    def variants(self) -> dict[str, dict[str, tuple[tuple[Patch, ...], Callable[[], tuple[Tensor, ...]]]]]:
+    def variants(self) -> dict[str, dict[str, tuple[tuple[Patch, ...], Run]]]:
         """stage -> variant -> constants and function; the first variant is the plain one."""
         found: dict[str, Any] = {}
         for stage, run in (
             ("compressed forward", self.compressed),
             ("window forward", self.windowed),
-            ("choice", self.choose),
+            ("choice", lambda plan: self.choose(plan.topk)),
             ("selected forward", self.selected),
             ("compressed backward", self.compressed_backward),
             ("window backward", self.window_backward),
             ("selected backward", self.selected_backward),
         ):
-            found[stage] = {"plain": (PLAIN, run), "Hopper's": ((), run)}
-        for tile in score_tiles(self.q, self.k.shape[2]):
-            found["choice"][str(tile)] = ((), lambda tile=tile: self.choose(tile=tile))
-        num_blocks = self.geometry.num_select_blocks(self.q.shape[1])
-        for what in ({"max_chunk": 512}, {"whole": 128}, {"whole": 512}, {"slack": 0}, {"slack": 4}, {"registers": 72}):
-            how = choice.choice_tile(self.geometry, num_blocks, **what)
-            found["choice"][str(what)] = ((), lambda how=how: self.choose(choice=how))
+            found[stage] = {"plain": ((), partial(run, self.plain)), "Hopper's": ((), partial(run, self.own))}
+        found["choice"] |= {name: ((), partial(self.choose, plan)) for name, plan in self.choices()}
+        selected = found["selected forward"]
         for stages, elements in ((2, 1024), (4, 1024), (4, 2048), (6, 512), (6, 1024), (6, 2048)):
             patch = ((selected_forward, "REDUCE_STAGES", stages), (selected_forward, "REDUCE_ELEMENTS", elements))
             name = f"{stages} slots on their way, {elements} elements a program of the sum"
-            found["selected forward"][name] = (patch, self.selected)
+            selected[name] = (patch, partial(self.selected, self.own))
         for rows in (16, 64):
-            found["selected forward"][f"ranges of {rows} rows a block"] = (
-                ((selected_forward_sm90, "RANGE_ROWS", rows),),
-                self.selected,
-            )
+            patch = ((selected_forward_sm90, "RANGE_ROWS", rows),)
+            selected[f"ranges of {rows} rows a block"] = (patch, partial(self.selected, self.own))
         for mib in (512, 1024):
-            run = lambda mib=mib: self.selected(scratch_bytes=mib * 2**20)  # noqa: E731
-            found["selected forward"][f"{mib} MiB of scratch"] = ((), run)
+            stage = replace(self.own.selected.forward, scratch_bytes=mib * 2**20)
+            plan = replace(self.own, selected=replace(self.own.selected, forward=stage))
+            selected[f"{mib} MiB of scratch"] = ((), partial(self.selected, plan))
+        backward = found["selected backward"]
         for mib in (768, 1536, 3072):
-            run = lambda mib=mib: self.selected_backward(scratch_bytes=mib * 2**20)  # noqa: E731
-            found["selected backward"][f"{mib} MiB of scratch"] = ((), run)
+            stage = replace(self.own.selected.backward, scratch_bytes=mib * 2**20)
+            plan = replace(self.own, selected=replace(self.own.selected, backward=stage))
+            backward[f"{mib} MiB of scratch"] = ((), partial(self.selected_backward, plan))
         for keys, deep in product((4, 8, 16), (1, 3, 4, 6)):
             patch = ((selected_backward, "KEYS_OF_SUM", keys), (selected_backward, "STAGES_OF_SUM", deep))
-            found["selected backward"][f"{keys} keys of {deep} items a program of the sum"] = (
-                patch,
-                self.selected_backward,
-            )
+            name = f"{keys} keys of {deep} items a program of the sum"
+            backward[name] = (patch, partial(self.selected_backward, self.own))
         for rows in (1024, 2048, 4096, 8192):
-            run = lambda rows=rows: self.selected_backward(item_rows=rows)  # noqa: E731
-            found["selected backward"][f"{rows} rows an item"] = ((), run)
+            patch = ((selected_backward, "rows_of_item", lambda _, rows=rows: rows),)
+            backward[f"{rows} rows an item"] = (patch, partial(self.selected_backward, self.own))
         found["window forward"]["PyTorch's FlashAttention"] = ((), self.flash_window)
         found["window backward"]["PyTorch's FlashAttention"] = ((), self.flash_window_backward)
         if self.q.shape[1] <= 32768:  # beyond, unions are long
-            found["selected forward"]["union, plain"] = (PLAIN, lambda: self.selected(union=True))
-            found["selected forward"]["union"] = ((), lambda: self.selected(union=True))
-            found["selected backward"]["union, plain dQ"] = (PLAIN, lambda: self.selected_backward(union=True))
-            found["selected backward"]["union"] = ((), lambda: self.selected_backward(union=True))
+            selected["union, plain"] = ((), partial(self.selected, self.plain_unions))
+            selected["union"] = ((), partial(self.selected, self.own_unions))
+            backward["union, plain dQ"] = ((), partial(self.selected_backward, self.plain_unions))
+            backward["union"] = ((), partial(self.selected_backward, self.own_unions))
         return found
+
+    def choices(self) -> Iterator[tuple[str, TopK]]:
+        """The choice of blocks with other tiles of the plain scores, and of the choice itself."""
+        topk, reason = self.own.topk, "a variant"
+        for tile in scores_tiles(self.q, self.k.shape[2]):
+            yield str(tile), replace(self.plain.topk, scores=Stage(("scores",), tile, reason))
+        num_blocks = self.geometry.num_select_blocks(self.q.shape[1])
+        for what in ({"max_chunk": 512}, {"whole": 128}, {"whole": 512}, {"slack": 0}, {"slack": 4}, {"registers": 72}):
+            tile = choice_tile(self.geometry, num_blocks, **what)
+            yield str(what), replace(topk, choice=replace(topk.choice, tile=tile))
 
 
 def measure(stages: Stages, length: int, repeats: int, only: str) -> list[dict[str, Any]]:
@@ -198,8 +212,7 @@ def measure(stages: Stages, length: int, repeats: int, only: str) -> list[dict[s
     for stage, variants in stages.variants().items():
         if only not in stage:
             continue
-        with patched(PLAIN):
-            expected = next(iter(variants.values()))[1]()
+        expected = next(iter(variants.values()))[1]()
         ready: dict[str, Any] = {}
         errors: dict[str, float] = {}
         for name, (patch, run) in variants.items():

@@ -25,7 +25,8 @@ def main() -> None:
     print(
         f"blocks of {geometry.select_block_size} that the last query selected: {aux.block_indices[0, -1, 0].tolist()}"
     )
-    print(f"reads of the last query: {geometry.predicted_reads(tokens)} tokens at most, dense attention {tokens}")
+    reads = sum(geometry.predicted_reads(tokens).values())
+    print(f"reads of the last query: {reads} tokens at most, dense attention {tokens}")
     print(f"gradients: q {q.grad.norm():.2e}, k {k.grad.norm():.2e}, v {v.grad.norm():.2e}")
 
 

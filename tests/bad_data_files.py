@@ -16,7 +16,7 @@ from bad_inputs.case import TINY, BadInput
 
 TEXT = "Some words that a person wrote down, and then some more of them.\n" * 40
 LINES = "".join(json.dumps({"text": f"{number} {TEXT}", "id": f"d{number}"}) + "\n" for number in range(30))
-BLOCKS = ", in_memory_mib: 0"
+CHUNKS = ", in_memory_mib: 0"
 PACKED = LINES.encode()
 CHECK = "data check c.yaml --batches 1 "
 Prepare = Callable[[Path], object]

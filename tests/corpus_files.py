@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
+
+from nsa.data import DataConfig, open_source
 
 TEXTS = [f"text {index} " + "é世" * (index % 7) for index in range(57)]
 NAMES = [f"<urn:uuid:{index}>" for index in range(57)]
@@ -31,3 +34,35 @@ def write_jsonl(path: Path, texts: Sequence[str], ids: Sequence[str] | None = No
     rows = [{"text": text} | ({"id": ids[index]} if ids else {}) for index, text in enumerate(texts)]
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     return path
+
+
+def write_plain_parquet(path: Path) -> Path:
+    """Texts as they are in the file, without checksums, so that a letter can be changed and nothing else."""
+    table = pyarrow.table({"text": TEXTS, "id": NAMES})
+    pyarrow.parquet.write_table(table, path, row_group_size=10, compression="NONE", use_dictionary=False)
+    return path
+
+
+def change(path: Path, old: bytes, new: bytes, *, replace: bool, keep_times: bool) -> None:
+    """Put `new` in the place of `old`, in the file itself or by another file."""
+    status, content = path.stat(), path.read_bytes()
+    assert content.count(old) == 1
+    assert len(old) == len(new)
+    target = path.with_name("other") if replace else path
+    target.write_bytes(content.replace(old, new))
+    if keep_times:
+        os.utime(target, ns=(status.st_atime_ns, status.st_mtime_ns))
+    target.replace(path)
+
+
+def read(source: str, *paths: Path, **options: str) -> dict[str, str]:
+    """Texts by names, which are all different."""
+    documents = open_source(DataConfig(source=source, paths=tuple(map(str, paths)), **options))
+    found = {document.name: document.text for document in documents}
+    assert len(found) == len(documents)
+    return found
+
+
+def zstd(content: bytes) -> bytes:
+    """Compressed."""
+    return bytes(pyarrow.compress(content, codec="zstd", asbytes=True))

@@ -108,6 +108,19 @@ def training(tokens: str) -> list[float]:
     return [*percent[0], *percent[1], float(ours["speedup"])]
 
 
+MIXES = {
+    "one a row": "rows",
+    "of 64 tokens": "short",
+    "half a row, then of 64 tokens": "long",
+    "drawn from 32 to 8,192 tokens": "drawn",
+    "three of four rows whole, else drawn": "books",
+}
+
+
+def packed(documents: str) -> list[float]:
+    return [speed_of("dense_packed_h200", mix=MIXES[documents], attention=x) for x in ("nsa", "varlen", "buckets")]
+
+
 def speed_of(name: str, **keys: object) -> float:
     """Tokens per second of a training run."""
     return float(find(name, **keys)["tokens_per_s"])
@@ -143,6 +156,7 @@ HELD = [
         1,
         training,
     ),
+    Held("docs/training.md", "| documents | NSA | dense | dense by batches of similar length |", 1, packed),
     Held(
         "docs/nsa_vs_dense.md",
         "| run | parameters | tokens | held-out loss | bits per byte | against the first |",

@@ -48,7 +48,7 @@ def test_select_blocks_cover_the_document_once(geometry, length):
 
 
 def test_predicted_reads_at_64k():
-    assert BlockGeometry().predicted_reads(65536) == 5631
+    assert BlockGeometry().predicted_reads(65536) == {"cmp": 4095, "slc": 1024, "win": 512}
 
 
 @pytest.mark.parametrize(

@@ -43,3 +43,19 @@ def test_the_geometry_needs_no_torch(module):
 
 def test_unknown_names_are_attribute_errors():
     run("import nsa; assert 'NSAAttention' in dir(nsa); assert not hasattr(nsa, 'Nothing')")
+
+
+@pytest.mark.parametrize("package", ["nsa.config", "nsa.runs"])
+def test_a_run_s_files_and_its_config_need_no_torch(package):
+    """So that any machine can check a config, and watch, halt or compare runs."""
+    run(
+        BLOCK.format(blocked=("torch", "transformers"))
+        + f"""
+import importlib, pkgutil
+package = importlib.import_module({package!r})
+names = [module.name for module in pkgutil.walk_packages(package.__path__, {package!r} + ".")]
+assert len(names) > 5
+for name in names:
+    importlib.import_module(name)
+"""
+    )

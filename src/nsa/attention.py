@@ -21,11 +21,12 @@ from torch import Tensor, nn
 from nsa.cache import NSACache
 from nsa.compress import block_starts, build_compression
 from nsa.gate import Gate
-from nsa.geometry import BlockGeometry
-from nsa.ops.api import DecodeAux, NSAAux, nsa_attention, nsa_decode
+from nsa.geometry import BRANCHES, BlockGeometry
+from nsa.model_options import head_sizes
+from nsa.ops.api import nsa_attention, nsa_decode
+from nsa.ops.call import DecodeAux, NSAAux
+from nsa.ops.packed import packed_positions
 from nsa.rope import RotaryEmbedding, apply_rope
-
-BRANCH_ORDER = ("cmp", "slc", "win")
 
 
 class NSAAttention(nn.Module):
@@ -78,21 +79,16 @@ class NSAAttention(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        if num_heads < 1 or num_kv_heads < 1 or num_heads % num_kv_heads:
-            raise ValueError(f"num_heads {num_heads} must be a positive multiple of num_kv_heads {num_kv_heads}")
-        if head_dim is None and hidden_size % num_heads:
-            raise ValueError(f"hidden_size {hidden_size} is no multiple of num_heads {num_heads}; give head_dim")
         if compress_rope not in ("before", "after"):
             raise ValueError(f"compress_rope must be 'before' or 'after', not {compress_rope!r}")
         self.hidden_size, self.num_heads, self.num_kv_heads = hidden_size, num_heads, num_kv_heads
-        self.head_dim = head_dim or hidden_size // num_heads
-        self.value_head_dim = value_head_dim or self.head_dim
+        self.head_dim, self.value_head_dim = head_sizes(hidden_size, num_heads, num_kv_heads, head_dim, value_head_dim)
         self.geometry = geometry or BlockGeometry()
         self.compress_rope, self.shared_kv, self.backend = compress_rope, shared_kv, backend
         self.forced_branch: str | None = None
         self.aux_sink: Callable[[NSAAux | DecodeAux], None] | None = None
 
-        self.num_projections = 1 if shared_kv else len(BRANCH_ORDER)
+        self.num_projections = 1 if shared_kv else len(BRANCHES)
         self.q_proj = nn.Linear(hidden_size, num_heads * self.head_dim, bias=bias)
         self.k_proj = nn.Linear(hidden_size, self.num_projections * num_kv_heads * self.head_dim, bias=bias)
         self.v_proj = nn.Linear(hidden_size, self.num_projections * num_kv_heads * self.value_head_dim, bias=bias)
@@ -239,11 +235,10 @@ class NSAAttention(nn.Module):
     def _own_rope(self, x: Tensor, cu_seqlens: Tensor | None, cache: NSACache | None) -> tuple[Tensor, Tensor]:
         if self.rope is None:
             raise ValueError("the module was built with rope_base=None: give position_embeddings=(cos, sin)")
-        positions = torch.arange(x.shape[1], device=x.device).unsqueeze(0)
         if cu_seqlens is not None:
-            document = torch.searchsorted(cu_seqlens, positions.to(cu_seqlens.dtype), right=True) - 1
-            positions = positions - cu_seqlens[document.clamp(max=cu_seqlens.numel() - 2)]
-        elif cache is not None and any(cache.lengths):
+            return self.rope(packed_positions(cu_seqlens, x.shape[1]).unsqueeze(0), x.dtype)
+        positions = torch.arange(x.shape[1], device=x.device).unsqueeze(0)
+        if cache is not None and any(cache.lengths):
             positions = positions + torch.tensor(cache.lengths, device=x.device).unsqueeze(1)
         return self.rope(positions, x.dtype)
 

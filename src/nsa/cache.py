@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nsa.geometry import BlockGeometry
+from nsa.geometry import BRANCHES, BlockGeometry
 from nsa.ops.cache_view import CacheView
 
 Pair = tuple[Tensor, Tensor]
@@ -100,19 +100,14 @@ class NSACache:
         """Tokens read by the last step, predicted by the geometry and counted from the blocks that were chosen."""
         if self.last_block_indices is None:
             raise ValueError("no decode step has run on this cache yet")
-        geometry = self.geometry
-        window = [min(geometry.window_size, s) for s in self.lengths]
-        compressed = [geometry.num_compressed(s) for s in self.lengths]
-        block = geometry.select_block_size
+        block = self.geometry.select_block_size
         selected = []
         for s, rows in zip(self.lengths, self.last_block_indices[:, -1].tolist(), strict=True):
             tokens = [sum(min(block, s - j * block) for j in set(group) if j >= 0) for group in rows]
             selected.append(max(tokens))
-        most = geometry.num_selected_blocks * block
-        return Reads(
-            predicted={"cmp": compressed, "slc": [most] * len(self.lengths), "win": window},
-            done={"cmp": compressed, "slc": selected, "win": window},
-        )
+        rows = [self.geometry.predicted_reads(s) for s in self.lengths]
+        predicted = {branch: [row[branch] for row in rows] for branch in BRANCHES}
+        return Reads(predicted, done=predicted | {"slc": selected})
 
     def reorder(self, index: Tensor) -> None:
         """Replace row b by row index[b], as beam search asks for; `index` may be of another length than the batch."""

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 
 import torch
 
+from nsa.units import GIB
+
 ROUNDS = 7  # the best of which counts: others can only slow a round down
 REPEATS = {"cpu": 3, "cuda": 50}  # of an operation in a round, so that a round takes some 20 ms
 MATRIX = {"cpu": 512, "cuda": 4096}
@@ -64,7 +66,7 @@ def calibrate(device: torch.device, num_threads: int) -> Calibration:
         copy_s = _best_s(lambda: target.copy_(source), device, repeats)
     finally:
         torch.set_num_threads(before)
-    return Calibration(gflops=2 * size**3 / product_s / 1e9, gib_per_s=source.numel() / copy_s / 2**30)
+    return Calibration(gflops=2 * size**3 / product_s / 1e9, gib_per_s=source.numel() / copy_s / GIB)
 
 
 def _best_s(run: Callable[[], object], device: torch.device, repeats: int) -> float:

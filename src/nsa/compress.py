@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from nsa.geometry import BlockGeometry
 from nsa.ops.api import mean_pool
+from nsa.ops.packed import document_of
 
 
 def build_compression(kind: str, geometry: BlockGeometry, num_kv_heads: int, head_dim: int) -> nn.Module:
@@ -123,6 +124,6 @@ def block_starts(
     per_document = torch.where(lengths < size, 0, (lengths - size) // stride + 1)
     ends = per_document.cumsum(0)
     row = torch.arange(count, device=x.device)
-    document = torch.searchsorted(ends, row, right=True).clamp(max=lengths.numel() - 1)
+    document = document_of(row, nn.functional.pad(ends, (1, 0)))
     start = cu_seqlens[document] + (row - (ends - per_document)[document]) * stride
     return start.clamp(max=max(0, x.shape[1] - size))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-BRANCHES = ("cmp", "slc", "win")
+from nsa.geometry import BRANCHES
 
 
 class Gate(nn.Module):

@@ -5,8 +5,8 @@ compressed tokens exist, which of them a query sees, how compressed scores map t
 how many tokens a step reads. It is plain integer arithmetic and needs no torch.
 
     >>> geometry = BlockGeometry()
-    >>> geometry.num_compressed(65536), geometry.predicted_reads(65536)
-    (4095, 5631)
+    >>> geometry.predicted_reads(65536)
+    {'cmp': 4095, 'slc': 1024, 'win': 512}
     >>> geometry.overlap_weights
     (1, 2, 2, 2, 1)
 """
@@ -15,6 +15,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from functools import cached_property
+
+BRANCHES = ("cmp", "slc", "win")  # compressed, selected, sliding window: the order of gates and projections
 
 
 @dataclass(frozen=True)
@@ -103,10 +105,7 @@ class BlockGeometry:
         """l'/d: compressed tokens that start in one selection block."""
         return self.select_block_size // self.compress_stride
 
-    def predicted_reads(self, length: int) -> int:
-        """Tokens that one decode step reads for a group at `length` tokens of context: N(S) + n l' + min(w, S)."""
-        return (
-            self.num_compressed(length)
-            + self.num_selected_blocks * self.select_block_size
-            + min(self.window_size, length)
-        )
+    def predicted_reads(self, length: int) -> dict[str, int]:
+        """Tokens that one decode step reads for a group at S tokens of context, by branch: N(S), n l', min(w, S)."""
+        selected = self.num_selected_blocks * self.select_block_size
+        return dict(zip(BRANCHES, (self.num_compressed(length), selected, min(self.window_size, length)), strict=True))

@@ -36,12 +36,17 @@ class RotaryEmbedding(nn.Module):
         """`[B, T]` positions to cosines and sines `[B, T, D]`, in fp32, or fp64 if `dtype` is."""
         dtype = torch.promote_types(dtype, torch.float32)
         exponent = torch.arange(0, self.head_dim, 2, device=positions.device, dtype=dtype) / self.head_dim
-        angles = (positions.to(dtype) / self.scaling_factor).unsqueeze(-1) * self.base**-exponent
-        angles = torch.cat([angles, angles], dim=-1)
-        return angles.cos(), angles.sin()
+        return rotations(positions.to(dtype) / self.scaling_factor, self.base**-exponent)
 
     def extra_repr(self) -> str:
         return f"head_dim={self.head_dim}, base={self.base}, scaling_factor={self.scaling_factor}"
+
+
+def rotations(positions: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines and sines `[B, T, D]` of positions `[B, T]` times angles per position `[D/2]`, in their dtype."""
+    angles = positions.unsqueeze(-1) * frequencies
+    angles = torch.cat([angles, angles], dim=-1)
+    return angles.cos(), angles.sin()
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -23,10 +23,3 @@ def printable(text: str) -> str:
 def redacted(text: str) -> str:
     """The text without user names and passwords in its addresses: `https://***@hub.example`."""
     return _CREDENTIALS.sub("://***@", text)
-
-
-def duration(seconds: float) -> str:
-    """Minutes and seconds as 4:05, or hours, minutes and seconds as 1:04:05."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

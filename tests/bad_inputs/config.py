@@ -195,7 +195,7 @@ KEYS = [
 ]
 
 TOGETHER = [
-    ("model.num_key_value_heads 3", "model.num_key_value_heads", "3", ("num_key_value_heads 3 must divide",)),
+    ("model.num_key_value_heads 3", "model.num_key_value_heads", "3", ("multiple of num_key_value_heads 3",)),
     ("a stride that divides no block", "model.compress_stride", "5", ("compress_stride 5 must divide",)),
     ("fewer blocks than forced ones", "model.num_selected_blocks", "1", ("num_selected_blocks 1",)),
     ("a block of no tokens", "model.select_block_size", "0", ("select_block_size",)),

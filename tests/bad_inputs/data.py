@@ -10,8 +10,8 @@ import lzma
 import pyarrow
 
 from bad_data_files import (
-    BLOCKS,
     CHECK,
+    CHUNKS,
     LINES,
     PACKED,
     TEXT,
@@ -78,7 +78,7 @@ ENCODINGS = [
     case("UTF-16 of the other order", ("a.txt", "iconv -f utf-16be"), "text", "a.txt", TEXT.encode("utf-16-be")),
     case("UTF-32", ("a.txt", "iconv -f utf-32 "), "text", "a.txt", TEXT.encode("utf-32")),
     case("UTF-16 JSON Lines", ("a.jsonl", "iconv -f utf-16 "), "jsonl", "a.jsonl", LINES.encode("utf-16")),
-    case("UTF-16 by blocks", ("a.jsonl", "iconv -f utf-16 "), "jsonl", "a.jsonl", LINES.encode("utf-16"), BLOCKS),
+    case("UTF-16 by chunks", ("a.jsonl", "iconv -f utf-16 "), "jsonl", "a.jsonl", LINES.encode("utf-16"), CHUNKS),
     case("cut inside a character", ("a.txt", "cut off"), "text", "a.txt", ("words " * 9 + "é").encode()[:-1]),
     case(
         "one bad byte in UTF-8",
@@ -89,7 +89,7 @@ ENCODINGS = [
     ),
     case("Latin-1 in JSON Lines", ("a.jsonl:2", "0xe9"), "jsonl", "a.jsonl", b'{"text": "a"}\n{"text": "caf\xe9"}\n'),
     case("Latin-1 in gzip", ("a.txt.gz:1", "iconv -f latin1"), "text", "a.txt.gz", gzip.compress(b"caf\xe9\n")),
-    case("Latin-1 by blocks", ("a.jsonl:1", "0xe9"), "jsonl", "a.jsonl", b'{"text": "caf\xe9"}\n' * 50, BLOCKS),
+    case("Latin-1 by chunks", ("a.jsonl:1", "0xe9"), "jsonl", "a.jsonl", b'{"text": "caf\xe9"}\n' * 50, CHUNKS),
 ]
 DAMAGED = [
     case("gzip cut off", ("a.jsonl.gz", "damaged or cut off"), "jsonl", "a.jsonl.gz", gzip.compress(PACKED)[:-9]),
@@ -102,12 +102,12 @@ DAMAGED = [
     case("zstd cut off", ("a.jsonl.zst", "damaged"), "jsonl", "a.jsonl.zst", zstd(PACKED)[:-9]),
     case("zstd damaged", ("a.jsonl.zst", "damaged"), "jsonl", "a.jsonl.zst", flipped(zstd(PACKED))),
     case(
-        "gzip cut off by blocks",
+        "gzip cut off by chunks",
         ("a.jsonl.gz", "damaged"),
         "jsonl",
         "a.jsonl.gz",
         gzip.compress(PACKED)[:-9],
-        BLOCKS + ", cache_folder: cache",
+        CHUNKS + ", cache_folder: cache",
     ),
     case("no gzip", ("a.txt.gz", "not compressed", "rename it to a.txt"), "text", "a.txt.gz", TEXT),
     case("no zstd", ("a.jsonl.zst", "not compressed"), "jsonl", "a.jsonl.zst", LINES),
@@ -115,7 +115,7 @@ DAMAGED = [
     case("an empty text", ("a.txt is empty",), "text", "a.txt", ""),
     case("a blank text", ("a.txt is empty",), "text", "a.txt", "\n \n\t\n"),
     case("an empty JSON Lines file", ("a.jsonl is empty",), "jsonl", "a.jsonl", ""),
-    case("blank lines by blocks", ("a.jsonl is empty",), "jsonl", "a.jsonl", "\n\n\n", BLOCKS),
+    case("blank lines by chunks", ("a.jsonl is empty",), "jsonl", "a.jsonl", "\n\n\n", CHUNKS),
     case("an empty gzip", ("a.jsonl.gz is empty",), "jsonl", "a.jsonl.gz", gzip.compress(b"")),
     case("nothing called gzip", ("a.txt.gz is empty",), "text", "a.txt.gz", b""),
     case("only a byte-order mark", ("a.txt is empty",), "text", "a.txt", b"\xef\xbb\xbf"),
@@ -145,7 +145,7 @@ JSON_LINES = [
         "a.jsonl",
         '{"text": "a"}\n{"text": "b\n',
     ),
-    case("a broken line by blocks", ("a.jsonl:31", "not JSON"), "jsonl", "a.jsonl", LINES + '{"text": "b\n', BLOCKS),
+    case("a broken line by chunks", ("a.jsonl:31", "not JSON"), "jsonl", "a.jsonl", LINES + '{"text": "b\n', CHUNKS),
     case("a wrong key", ("a.jsonl:1", "['content']", "data.text_column"), "jsonl", "a.jsonl", '{"content": "a"}\n'),
     case("a key of other case", ("a.jsonl:1", "['Text']", "data.text_column"), "jsonl", "a.jsonl", '{"Text": "a"}\n'),
     case(

@@ -7,7 +7,7 @@ import lzma
 import os
 from pathlib import Path
 
-from bad_data_files import BLOCKS, CHECK, LINES, PACKED, file, link, listening, of, settings, sparse
+from bad_data_files import CHECK, CHUNKS, LINES, PACKED, file, link, listening, of, settings, sparse
 from bad_inputs.case import BadInput
 
 PATHS = [
@@ -196,7 +196,7 @@ PLACES = [
         CHECK,
         ("a.jsonl.gz cannot be unpacked", "data.cache_folder"),
         settings(
-            f"source: jsonl, paths: [a.jsonl.gz], cache_folder: c.yaml{BLOCKS}",
+            f"source: jsonl, paths: [a.jsonl.gz], cache_folder: c.yaml{CHUNKS}",
             file("a.jsonl.gz", gzip.compress(PACKED)),
         ),
     ),
@@ -205,7 +205,7 @@ PLACES = [
         CHECK,
         ("cannot be unpacked", "data.cache_folder"),
         settings(
-            f"source: jsonl, paths: [a.jsonl.xz], cache_folder: /proc/nsa{BLOCKS}",
+            f"source: jsonl, paths: [a.jsonl.xz], cache_folder: /proc/nsa{CHUNKS}",
             file("a.jsonl.xz", lzma.compress(PACKED)),
         ),
     ),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from bad_data_files import BLOCKS, CHECK, LINES, TEXT, case, file, of, settings
+from bad_data_files import CHECK, CHUNKS, LINES, TEXT, case, file, of, settings
 from bad_inputs.case import BadInput
 
 NOVEL = "".join(f"Sentence {n} of one long story that goes on and on.\n" for n in range(400))
@@ -15,12 +15,12 @@ TWICE = "".join(
 HELD_OUT = [
     case("a name that matches nothing", ('"zzz"', "nearest"), "jsonl", "a.jsonl", LINES, ", heldout: [zzz]"),
     case(
-        "a name that matches nothing by blocks",
+        "a name that matches nothing by chunks",
         ('"zzz"', "nearest"),
         "jsonl",
         "a.jsonl",
         LINES,
-        ", heldout: [zzz]" + BLOCKS,
+        ", heldout: [zzz]" + CHUNKS,
     ),
     case("a text as heldout", ("data.heldout", '["d1"]'), "jsonl", "a.jsonl", LINES, ", heldout: d1"),
     case("heldout of one", ("data.heldout", "below 1"), "jsonl", "a.jsonl", LINES, ", heldout: 1.0"),
@@ -34,21 +34,21 @@ HELD_OUT = [
     case("heldout of a mapping", ("data.heldout",), "jsonl", "a.jsonl", LINES, ", heldout: {a: 1}"),
     case("heldout that takes all", ("takes all 30",), "jsonl", "a.jsonl", LINES, ', heldout: ["*"]'),
     case(
-        "heldout that takes all by blocks",
+        "heldout that takes all by chunks",
         ("0 training documents",),
         "jsonl",
         "a.jsonl",
         LINES,
-        ', heldout: ["*"]' + BLOCKS,
+        ', heldout: ["*"]' + CHUNKS,
     ),
     case("a fraction that takes none", ("chooses none of the 30",), "jsonl", "a.jsonl", LINES, ", heldout: 0.0001"),
     case(
-        "a fraction that takes none by blocks",
+        "a fraction that takes none by chunks",
         ("chooses none",),
         "jsonl",
         "a.jsonl",
         LINES,
-        ", heldout: 0.0001" + BLOCKS,
+        ", heldout: 0.0001" + CHUNKS,
     ),
     case("the only document held out", ("takes all 1", "such as 0.1"), "text", "a.txt", NOVEL, ", heldout: [a.txt]"),
     case(
@@ -83,10 +83,10 @@ HELD_OUT = [
         of("jsonl", "a.jsonl", TWICE),
     ),
     BadInput(
-        "train on held-out texts by blocks",
+        "train on held-out texts by chunks",
         "train c.yaml",
         ("heldout-overlap", "remove the duplicate"),
-        of("jsonl", "a.jsonl", TWICE, BLOCKS),
+        of("jsonl", "a.jsonl", TWICE, CHUNKS),
     ),
 ]
 MIXES = [

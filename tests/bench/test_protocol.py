@@ -47,7 +47,7 @@ def test_results_are_written_with_their_circumstances(tmp_path):
     facts = json.loads(path.with_suffix(".json").read_text())
     assert facts["command"] == "nsa bench x"
     assert facts["settings"] == {"length": 1, "time_ms": 2.0}
-    assert facts["environment"]["torch"] == torch.__version__
+    assert facts["environment"]["packages"]["torch"] == torch.__version__
     assert facts["environment"]["num_threads"] == torch.get_num_threads()
 
 

@@ -98,7 +98,7 @@ def flat(text: str) -> str:
 
 def test_a_hung_loader_is_told_dumped_and_given_up(run: Path, start: Start, capsys: pytest.CaptureFixture) -> None:
     fault = """
-        from nsa.data import prefetch, loader
+        from nsa.data.stream import loader
         import threading
 
         def read_from_a_dead_disk(self, count=[0], take=loader.TrainLoader.__next__):

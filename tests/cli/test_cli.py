@@ -12,6 +12,7 @@ import pytest
 
 import nsa
 from nsa.cli import COMMANDS, main
+from nsa.runs.folder import RunFolder
 
 SOURCE = Path(nsa.__file__).parent
 ROOT = Path(__file__).parents[2]
@@ -92,6 +93,38 @@ def test_help_and_refusals_need_no_heavy_import(tmp_path: Path) -> None:
         command, cwd=tmp_path, capture_output=True, text=True, env=environment, check=False, timeout=60
     )
     assert done.returncode == 0, done.stderr
+
+
+AT_ONCE = """
+import contextlib, io, sys
+from nsa.cli import main
+
+with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+    main(sys.argv[1:])
+print(*sorted({"torch", "transformers", "numpy", "pandas", "matplotlib", "pydantic"} & sys.modules.keys()))
+print(len(sys.modules))
+"""
+
+
+@pytest.mark.parametrize("command", ["halt", "watch", "compare", "page"])
+@pytest.mark.parametrize("asks", ["--help", "absent --no_such_option", ""])
+def test_what_looks_after_a_run_explains_itself_with_few_modules(command: str, asks: str) -> None:
+    """Its help takes two tenths of a second; numpy alone would take as long again."""
+    environment = {"PYTHONPATH": str(SOURCE.parent)}
+    line = [sys.executable, "-c", AT_ONCE, command, *asks.split()]
+    done = subprocess.run(line, capture_output=True, text=True, env=environment, check=True)
+    heavy, count = done.stdout.split("\n")[:2]
+    assert not heavy
+    assert int(count) < 450
+
+
+def test_halt_and_watch_need_no_numpy(tmp_path: Path) -> None:
+    run = RunFolder.create(tmp_path / "run", config_yaml="", env={}, data_index={}).path
+    environment = {"PYTHONPATH": str(SOURCE.parent)}
+    for arguments in (["halt", str(run)], ["watch", str(run), "--once", "--thresholds.silent_s", "1e9"]):
+        line = [sys.executable, "-c", AT_ONCE, *arguments]
+        done = subprocess.run(line, capture_output=True, text=True, env=environment, check=True)
+        assert not {"torch", "transformers", "numpy", "pandas", "matplotlib"} & set(done.stdout.split()), arguments
 
 
 def _run_nsa(*arguments: str, **variables: str) -> subprocess.CompletedProcess[bytes]:

@@ -46,7 +46,7 @@ def test_json_is_one_object_with_units_in_its_names(tiny_config: Path, capsys: p
     assert result["epoch_tokens"] == sum(len(paragraph) for paragraph in words.split("\n\n"))
 
 
-def test_files_that_are_read_by_blocks_are_counted_as_far_as_known(
+def test_files_that_are_read_by_chunks_are_counted_as_far_as_known(
     tiny_config: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = write_parquet(tiny_config.parent / "a.parquet", [text * 30 for text in TEXTS], NAMES)
@@ -55,7 +55,7 @@ def test_files_that_are_read_by_blocks_are_counted_as_far_as_known(
     assert main(arguments) == 0
     out = capsys.readouterr().out
     assert "documents    57\n" in out
-    assert "in blocks during the run" in out
+    assert "by chunks during the run" in out
     assert "not known before one is over" in out
 
 

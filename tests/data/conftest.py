@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nsa.data import Batch, Documents
+from nsa.data import Batch, Documents, Source, TrainingDocuments
 
 STRIDE = 10_000
 
@@ -49,6 +49,12 @@ def counting_documents() -> Callable[[Sequence[int]], Documents]:
         return Documents(names, [f"{index} {length}" for index, length in enumerate(lengths)])
 
     return build
+
+
+@pytest.fixture
+def all_of() -> Callable[[Source], TrainingDocuments]:
+    """To train on all documents of a source."""
+    return lambda source: TrainingDocuments(source, lambda name: False, ())
 
 
 @pytest.fixture

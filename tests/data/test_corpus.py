@@ -10,7 +10,6 @@ import pytest
 from corpus_files import NAMES, TEXTS, write_jsonl, write_parquet
 from nsa.data import ByteTokenizer, DataConfig, DataError, build_eval_batches, build_train_loader, open_corpus
 from nsa.data.heldout import name_hash
-from nsa.data.sources.chunked import BlockSource
 
 SIZES = {"tokenizer": ByteTokenizer(), "sequence_length": 32, "rows_per_batch": 2}
 
@@ -47,19 +46,19 @@ def test_evaluation_finds_the_documents_that_training_leaves_out(parquet: DataCo
     assert seen == set(range(57)) - held
 
 
-def test_evaluation_reads_no_more_blocks_than_it_needs(parquet: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_evaluation_reads_no_more_chunks_than_it_needs(parquet: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[int] = []
     corpus = open_corpus(parquet.model_copy(update={"max_eval_tokens": 20}))
-    whole = type(corpus.source).read_block
-    monkeypatch.setattr(type(corpus.source), "read_block", lambda self, block: read.append(block) or whole(self, block))
+    whole = type(corpus.source).read
+    monkeypatch.setattr(type(corpus.source), "read", lambda self, chunk: read.append(chunk) or whole(self, chunk))
     first = build_eval_batches(corpus.config, **SIZES, corpus=corpus)
-    assert len(read) < 4 < corpus.source.num_blocks
+    assert len(read) < 4 < corpus.source.num_chunks
     again = build_eval_batches(corpus.config, **SIZES, corpus=open_corpus(corpus.config))
     assert first.document_names == again.document_names
     assert first.num_labels == again.num_labels == 32
 
 
-def test_names_and_patterns_are_looked_for_in_all_blocks(parquet: DataConfig) -> None:
+def test_names_and_patterns_are_looked_for_in_all_chunks(parquet: DataConfig) -> None:
     config = parquet.model_copy(update={"heldout": (NAMES[50], "<urn:uuid:1?>")})
     names = build_eval_batches(config, **SIZES).document_names
     assert names == tuple(NAMES[index] for index in [*range(10, 20), 50])
@@ -68,7 +67,7 @@ def test_names_and_patterns_are_looked_for_in_all_blocks(parquet: DataConfig) ->
         open_corpus(wrong).training_documents()
 
 
-def test_nothing_held_out_of_blocks_is_an_error_of_evaluation_alone(parquet: DataConfig) -> None:
+def test_nothing_held_out_of_chunks_is_an_error_of_evaluation_alone(parquet: DataConfig) -> None:
     config = parquet.model_copy(update={"heldout": 0.0})
     next(build_train_loader(config, **SIZES, seed=0))
     with pytest.raises(DataError, match="no document is held out"):
@@ -99,7 +98,7 @@ def test_synthetic_data_takes_its_place_only_if_asked_and_says_so(
 def test_only_drawn_bytes_have_a_known_floor(counting_tokenizer) -> None:
     assert open_corpus(DataConfig()).entropy_floor_nats(ByteTokenizer()) is None
     drawn = open_corpus(DataConfig(source="synthetic"))
-    assert isinstance(drawn.source, BlockSource)
+    assert not drawn.source.in_memory
     assert 1.5 < drawn.entropy_floor_nats(ByteTokenizer()) < 1.62
     assert drawn.entropy_floor_nats(counting_tokenizer) is None
 

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
 from nsa.data import ByteTokenizer, DataConfig, DataError, Documents, build_train_loader, open_corpus
-from nsa.data.heldout import split_documents, with_end_apart
+from nsa.data.heldout import heldout_rule, with_end_apart
 
 NAMES = ["1790 A", "1790 B", "1791 A", "a[1].txt", "a1.txt"]
 
 
-def documents(names: list[str]) -> Documents:
-    return Documents(names, ["text"] * len(names))
+def held_of(names: list[str], heldout: list[str] | float) -> list[str]:
+    """Which of documents of these names are held out."""
+    return list(filter(heldout_rule(Documents(names, ["text"] * len(names)), heldout), names))
 
 
 @pytest.mark.parametrize(
@@ -29,20 +31,18 @@ def documents(names: list[str]) -> Documents:
     ],
 )
 def test_names_and_patterns_choose(heldout: list[str] | float, expected: list[int]) -> None:
-    train, chosen = split_documents(documents(NAMES), heldout)
-    assert chosen == expected
-    assert sorted(train + chosen) == list(range(len(NAMES)))
+    assert held_of(NAMES, heldout) == [NAMES[index] for index in expected]
 
 
 def test_a_fraction_depends_on_the_names_alone() -> None:
     names = [f"document {index}" for index in range(2000)]
-    chosen = {names[index] for index in split_documents(documents(names), 0.1)[1]}
+    chosen = set(held_of(names, 0.1))
     assert 150 < len(chosen) < 250
     shuffled = [*names[1000:1900], "other", *names[:1000]]
-    again = {shuffled[index] for index in split_documents(documents(shuffled), 0.1)[1]}
+    again = set(held_of(shuffled, 0.1))
     assert again - {"other"} == {name for name in chosen if name in shuffled}
-    assert chosen < {names[index] for index in split_documents(documents(names), 0.2)[1]}
-    assert split_documents(documents(["1829 Andrew Jackson", "1830 Andrew Jackson"]), 0.05) == ([1], [0])
+    assert chosen < set(held_of(names, 0.2))
+    assert held_of(["1829 Andrew Jackson", "1830 Andrew Jackson"], 0.05) == ["1829 Andrew Jackson"]
 
 
 @pytest.mark.parametrize(
@@ -56,7 +56,7 @@ def test_a_fraction_depends_on_the_names_alone() -> None:
 )
 def test_a_choice_that_cannot_be_meant_is_refused(heldout: list[str] | float, message: str) -> None:
     with pytest.raises(DataError, match=message):
-        split_documents(documents(NAMES), heldout)
+        held_of(NAMES, heldout)
 
 
 @pytest.mark.parametrize(
@@ -75,17 +75,17 @@ def test_of_one_document_the_end_is_held_out_and_nothing_lies_across_the_cut(
 ) -> None:
     whole = Documents(["novel.txt"], [unit * 400])
     parts = with_end_apart(whole, fraction)
-    assert [parts.name(0), parts.name(1)] == ["novel.txt", "novel.txt (end)"]
-    assert parts.text(0) + parts.text(1) == whole.text(0)
-    assert parts.text(0).endswith(ends)
-    assert len(parts.text(1)) == pytest.approx(fraction * len(whole.text(0)), rel=0.5)
+    assert [parts[0].name, parts[1].name] == ["novel.txt", "novel.txt (end)"]
+    assert parts[0].text + parts[1].text == whole[0].text
+    assert parts[0].text.endswith(ends)
+    assert len(parts[1].text) == pytest.approx(fraction * len(whole[0].text), rel=0.5)
 
 
 def test_the_cut_lies_between_paragraphs_where_there_is_one_near() -> None:
     text = "a line\n" * 40 + "\n" + "a line\n" * 5
-    assert with_end_apart(Documents(["a"], [text]), 0.1).text(1) == "a line\n" * 5
+    assert with_end_apart(Documents(["a"], [text]), 0.1)[1].text == "a line\n" * 5
     far = "a line\n" * 10 + "\n" + "a line\n" * 80
-    assert with_end_apart(Documents(["a"], [far]), 0.1).text(1) == "a line\n" * 9
+    assert with_end_apart(Documents(["a"], [far]), 0.1)[1].text == "a line\n" * 9
 
 
 def test_a_text_without_two_parts_is_refused() -> None:
@@ -94,13 +94,15 @@ def test_a_text_without_two_parts_is_refused() -> None:
             with_end_apart(Documents(["novel"], [text]), 0.1)
 
 
-def test_a_corpus_of_one_text_trains_on_its_beginning(tmp_path: Path) -> None:
+@pytest.mark.parametrize("source", ["text", "jsonl"])
+def test_a_corpus_of_one_text_trains_on_its_beginning_however_it_is_read(source: str, tmp_path: Path) -> None:
     path = tmp_path / "novel.txt"
-    path.write_text("".join(f"Sentence {n} of a story.\n" for n in range(500)), encoding="utf-8")
-    corpus = open_corpus(DataConfig(source="text", paths=(str(path),), heldout=0.1))
-    source, held = corpus.heldout_documents(ByteTokenizer())
-    assert [source.name(index) for index in held] == ["novel.txt (end)"]
-    first_held = int(source.text(1).split()[1])
+    text = "".join(f"Sentence {n} of a story.\n" for n in range(500))
+    path.write_text(text if source == "text" else json.dumps({"text": text, "id": path.name}), encoding="utf-8")
+    corpus = open_corpus(DataConfig(source=source, paths=(str(path),), heldout=0.1, in_memory_mib=0))
+    (held,) = corpus.heldout_documents(ByteTokenizer())
+    assert held.name == "novel.txt (end)"
+    first_held = int(held.text.split()[1])
     loader = build_train_loader(
         corpus.config, tokenizer=ByteTokenizer(), sequence_length=64, rows_per_batch=2, seed=0, corpus=corpus
     )
@@ -108,7 +110,7 @@ def test_a_corpus_of_one_text_trains_on_its_beginning(tmp_path: Path) -> None:
     while loader.epoch == 0:
         seen |= set(next(loader).document_ids.unique().tolist())
     assert seen == {0}
-    assert f"Sentence {first_held} " not in source.text(0)
+    assert f"Sentence {first_held} " not in corpus.source[0].text
     assert corpus.index()["held_out_rule"] == "the end of novel.txt, about 0.1 of it"
     assert corpus.num_training_documents == 1
 

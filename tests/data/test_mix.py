@@ -63,9 +63,7 @@ def test_resume_continues_exactly_in_the_middle_of_every_epoch(files, num_batche
     for _ in range(num_batches):
         next(loader)
     state = json.loads(json.dumps(loader.state_dict()))
-    resumed = build_train_loader(config, **SIZES, seed=0)
-    next(resumed)
-    resumed.load_state_dict(state)
+    resumed = build_train_loader(config, **SIZES, seed=0, start=state)
     for _ in range(60):
         one, other = next(loader), next(resumed)
         assert torch.equal(one.input_ids, other.input_ids)
@@ -125,7 +123,7 @@ def test_the_index_tells_what_each_source_is(files) -> None:
 def test_a_state_of_other_weights_is_refused(files) -> None:
     state = build_train_loader(mixed(files), **SIZES, seed=0).state_dict()
     with pytest.raises(ValueError, match="must be the same to resume"):
-        build_train_loader(mixed(files, weights=(3, 2)), **SIZES, seed=0).load_state_dict(state)
+        build_train_loader(mixed(files, weights=(3, 2)), **SIZES, seed=0, start=state)
 
 
 def test_a_source_without_a_row_is_named(files, tmp_path: Path) -> None:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from nsa.data import ByteTokenizer, DataConfig, Documents, EvalBatches, build_eval_batches
+from nsa.data import Batch, ByteTokenizer, DataConfig, Documents, EvalBatches, build_eval_batches
 from nsa.eval.perplexity import EvalResult, evaluate, sum_loss
 
 CPU = torch.device("cpu")
@@ -31,17 +30,10 @@ class TableModel(nn.Module):
         return SimpleNamespace(logits=self.table[input_ids])
 
 
-@dataclass
-class Rows:
-    input_ids: Tensor
-    labels: Tensor
-    cu_seqlens: Tensor
-
-
 def batches(texts: list[str], **sizes: int) -> EvalBatches:
     names = [f"text {index}" for index in range(len(texts))]
-    source = Documents(names, texts)
-    return EvalBatches(source, range(len(texts)), tokenizer=ByteTokenizer(), **sizes)
+    documents = list(Documents(names, texts))
+    return EvalBatches(documents, tokenizer=ByteTokenizer(), **sizes)
 
 
 def test_a_uniform_guess_costs_log2_of_the_vocabulary_for_each_label() -> None:
@@ -74,7 +66,7 @@ def test_rows_are_given_as_one_packed_sequence_and_ignored_labels_cost_nothing()
     ids, bounds = torch.randint(0, 256, (2, 6)), torch.tensor([0, 6, 12], dtype=torch.int32)
     labels = torch.full((2, 6), -100)
     labels[1, 3] = 65
-    loss = sum_loss(model, Rows(ids, labels, bounds), CPU)
+    loss = sum_loss(model, Batch(ids, labels, bounds), CPU)
     assert loss.item() == pytest.approx(-model.table[ids[1, 3]].log_softmax(-1)[65].item(), rel=1e-6)
     assert model.calls[0]["shape"] == (1, 12)
     assert model.calls[0]["cu_seqlens"] is bounds or torch.equal(model.calls[0]["cu_seqlens"], bounds)
@@ -91,7 +83,9 @@ def test_evaluation_puts_the_mode_back_and_keeps_no_graph() -> None:
 
 
 def test_nothing_to_predict_is_an_error_and_a_huge_loss_is_no_overflow() -> None:
-    empty = Rows(torch.zeros(1, 2, dtype=torch.long), torch.full((1, 2), -100), torch.tensor([0, 2], dtype=torch.int32))
+    empty = Batch(
+        torch.zeros(1, 2, dtype=torch.long), torch.full((1, 2), -100), torch.tensor([0, 2], dtype=torch.int32)
+    )
     with pytest.raises(ValueError, match="no token to predict"):
         evaluate(TableModel(torch.zeros(VOCABULARY, VOCABULARY)), [empty], device=CPU, num_bytes=1)
     assert EvalResult(sum_nats=1e6, num_tokens=10, num_bytes=10).perplexity == math.inf

@@ -16,9 +16,11 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import hopper
 from triton.runtime.jit import JITCallable
 
-from gluon_emulator.language import Descriptor, SharedMemory
 from gluon_emulator.machine import Barrier, BarrierArray
-from gluon_emulator.values import Constant, EmulationError, Pointer, Value, where_in_kernel
+from gluon_emulator.memory import Pointer
+from gluon_emulator.places import EmulationError, where_in_kernel
+from gluon_emulator.shared_memory import Descriptor, SharedMemory
+from gluon_emulator.values import Constant, Value
 
 KINDS: dict[Any, tuple[type, ...]] = {
     gl.shared_memory_descriptor: (SharedMemory, BarrierArray, Barrier),

@@ -12,7 +12,7 @@ partition, deadlocks, results read before their wait, accesses out of bounds, wh
 and what is still in flight when a program ends.
 
     with emulate(seed=3):
-        hopper_forward(q, k, v, out, lse, ...)  # on CPU tensors
+        dense_forward_sm90(q, k, v, out, lse, ...)  # on CPU tensors
 """
 
 from __future__ import annotations
@@ -28,9 +28,13 @@ import triton.language as tl
 from triton.runtime.jit import JITCallable, JITFunction
 
 from gluon_emulator.aggregates import Aggregate, add_methods, emulated_aggregate
-from gluon_emulator.language import REPLACEMENTS, Descriptor, run_in
+from gluon_emulator.language import REPLACEMENTS
 from gluon_emulator.machine import Program, Schedule
-from gluon_emulator.values import Constant, EmulationError, Memory, Pointer, Scalar, emulated_range
+from gluon_emulator.memory import Memory, Pointer
+from gluon_emulator.places import EmulationError
+from gluon_emulator.running import run_in
+from gluon_emulator.shared_memory import Descriptor
+from gluon_emulator.values import Constant, Scalar, emulated_range
 
 
 class Emulator:
@@ -73,8 +77,8 @@ class Emulator:
         names = [parameter.name for parameter in kernel.params]
         values = dict(zip(names, arguments, strict=False))
         values |= {name: options[name] for name in names if name in options}
-        sizes = tuple(grid(values) if callable(grid) else grid)
-        sizes += (1,) * (3 - len(sizes))
+        asked: Any = grid(values) if callable(grid) else grid
+        sizes = (*asked, 1, 1)[:3]
         function, writers = self.function(kernel), {}
         places = list(itertools.product(*(range(n) for n in sizes)))
         self.schedule.random.shuffle(places)

@@ -3,6 +3,10 @@
 With FAULT it is wrong in one place. Annotations must not be postponed here: Triton holds fields against them.
 """
 
+# Kernels are typed by Triton, not by Python.
+# pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportIndexIssue=false
+# pyright: reportGeneralTypeIssues=false, reportAssignmentType=false
+# Lists in kernels are added, not unpacked.
 # ruff: noqa: RUF005
 
 from collections.abc import Sequence

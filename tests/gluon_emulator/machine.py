@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from gluon_emulator.values import POISON, EmulationError, where_in_kernel
+from gluon_emulator.places import EmulationError, where_in_kernel
+from gluon_emulator.values import POISON
 
 
 class Stop(BaseException):
@@ -97,7 +98,7 @@ class Agent:
 class Operation:
     """Something that completes at some time after it was issued, once everything in `after` has."""
 
-    def __init__(self, run: Callable[[], None], access: int, after: Sequence[Operation], straggles: bool) -> None:
+    def __init__(self, run: Callable[[], object], access: int, after: Sequence[Operation], straggles: bool) -> None:
         self.run, self.access, self.after, self.straggles, self.done = run, access, after, straggles, False
 
 
@@ -308,7 +309,7 @@ class Program:
         self.pending.remove(operation)
         operation.run()
 
-    def issue(self, run: Callable[[], None], access: int, after: Sequence[Operation] = ()) -> Operation:
+    def issue(self, run: Callable[[], object], access: int, after: Sequence[Operation] = ()) -> Operation:
         operation = Operation(run, access, after, self.schedule.straggles())
         self.by_engines |= access
         self.pending.append(operation)

@@ -1,5 +1,8 @@
 """The emulator passes a right pipeline under every schedule and finds what is wrong with one."""
 
+# Kernels are typed by Triton, not by Python.
+# pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportIndexIssue=false
+# pyright: reportGeneralTypeIssues=false, reportAssignmentType=false
 from __future__ import annotations
 
 from contextlib import nullcontext

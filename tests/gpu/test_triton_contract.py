@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from itertools import product
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
+from gpu.planned import plan_for, run_whole
 from nsa import BlockGeometry, mean_pool, nsa_attention
-from nsa.ops import triton as backend
 from nsa.ops.call import Call
 from nsa.ops.routing import choose_backend, explain_backend
 from nsa.ops.triton.dense import dkdv_sm90, dq_sm90, forward as dense_forward, forward_sm90 as dense_forward_sm90
@@ -16,11 +19,11 @@ from nsa.ops.triton.selected import (
     backward_sm90 as selected_backward_sm90,
     forward as selected_forward,
     forward_sm90 as selected_forward_sm90,
-    union as unions,
+    union,
     union_dq_sm90,
     union_sm90,
 )
-from nsa.ops.triton.topk import choice, scores_sm90
+from nsa.ops.triton.topk import choice, scores, scores_sm90
 
 SMALL = BlockGeometry(8, 4, 16, 4, 1, 2, 24)
 
@@ -32,15 +35,19 @@ def inputs(T: int = 300, H: int = 8, Hkv: int = 2, D: int = 64, dtype: torch.dty
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, gates: Tensor, cu: Tensor | None = None, geometry: BlockGeometry = SMALL
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, gates: Tensor, cu: Tensor | None = None, geometry: BlockGeometry = SMALL,
+    unions: bool | None = None,
+) -> Tensor:  # fmt: skip
     count = None if cu is None else geometry.max_num_compressed(q.shape[1])
     k_cmp, v_cmp = (mean_pool(x, geometry, cu, num_compressed=count) for x in (k, v))
-    return nsa_attention(q, k, v, k_cmp, v_cmp, gates, geometry, cu_seqlens=cu)
+    if unions is None:
+        return nsa_attention(q, k, v, k_cmp, v_cmp, gates, geometry, cu_seqlens=cu)
+    plan = plan_for(q, k_cmp, v, geometry, cu, unions=unions)
+    return run_whole(plan, (q, k, v, k_cmp, v_cmp, k, v, gates), Call(geometry, q.shape[3] ** -0.5, cu))
 
 
-def step(*tensors: Tensor, cu: Tensor | None = None, geometry: BlockGeometry = SMALL) -> list[Tensor]:
-    out = attention(*tensors, cu=cu, geometry=geometry)
+def step(*tensors: Tensor, **options: Any) -> list[Tensor]:
+    out = attention(*tensors, **options)
     return [out, *torch.autograd.grad(out.float().square().sum(), tensors)]
 
 
@@ -67,16 +74,15 @@ def test_what_triton_cannot_run_is_an_error_that_says_so(change, message):
         choose_backend("triton", change(inputs()[0]))
 
 
-@pytest.mark.parametrize("union", [False, True])
+@pytest.mark.parametrize("unions", [False, True])
 @pytest.mark.parametrize("geometry", [SMALL, BlockGeometry(8, 4, 64, 5, 1, 2, 24)])
-def test_repeated_calls_agree_bit_for_bit_whatever_lay_in_memory(geometry, union, monkeypatch):
-    monkeypatch.setattr(backend, "_union_pays", lambda *_: union)
+def test_repeated_calls_agree_bit_for_bit_whatever_lay_in_memory(geometry, unions):
     tensors = inputs(T=1200)
     cu = torch.tensor([0, 300, 301, 1100], dtype=torch.int32, device="cuda")
-    first = step(*tensors, cu=cu, geometry=geometry)
+    first = step(*tensors, cu=cu, geometry=geometry, unions=unions)
     torch.use_deterministic_algorithms(True)  # fills new tensors with NaN
     try:
-        second = step(*tensors, cu=cu, geometry=geometry)
+        second = step(*tensors, cu=cu, geometry=geometry, unions=unions)
     finally:
         torch.use_deterministic_algorithms(False)
     for x, y in zip(first, second, strict=True):
@@ -168,23 +174,22 @@ def test_every_operator_passes_opcheck():
     torch.library.opcheck(ops.attention.default, (q, k, v, k_cmp, v_cmp, k, v, gates, *tail))
 
 
-def test_new_lengths_do_not_compile_new_kernels(monkeypatch):
+def test_new_lengths_do_not_compile_new_kernels():
     geometry = BlockGeometry(8, 4, 64, 4, 1, 2, 24)
 
     def run(lengths: tuple[int, ...]) -> None:
-        for union in (False, True):
-            monkeypatch.setattr(backend, "_union_pays", lambda *_, union=union: union)
-            for T in lengths:
-                step(*inputs(T=T), geometry=geometry)
+        for unions, T in product((False, True), lengths):
+            step(*inputs(T=T), geometry=geometry, unions=unions)
 
     run((300, 301, 333))
     kernels = (
-        dense_forward.dense_forward_kernel, dense_forward_sm90.hopper_forward_kernel, dkdv_sm90.hopper_key_kernel,
-        dq_sm90.hopper_query_kernel, selected_forward.select_forward_kernel, selected_forward.select_reduce_kernel,
-        selected_backward.select_backward_kernel, choice.score_kernel, choice.choice_kernel, unions.union_kernel,
-        union_sm90.hopper_union_forward_kernel, union_dq_sm90.hopper_union_query_kernel,
-        scores_sm90.hopper_score_kernel, selected_forward_sm90.hopper_select_forward_kernel,
-        selected_backward_sm90.hopper_select_backward_kernel,
+        dense_forward.dense_forward_kernel, dense_forward_sm90.dense_forward_sm90_kernel,
+        dkdv_sm90.dense_dkdv_sm90_kernel, dq_sm90.dense_dq_sm90_kernel, selected_forward.selected_forward_kernel,
+        selected_forward.selected_reduce_kernel,
+        selected_backward.selected_backward_kernel, scores.scores_kernel, choice.choice_kernel, union.union_kernel,
+        union_sm90.union_forward_sm90_kernel, union_dq_sm90.union_dq_sm90_kernel,
+        scores_sm90.scores_sm90_kernel, selected_forward_sm90.selected_forward_sm90_kernel,
+        selected_backward_sm90.selected_backward_sm90_kernel,
     )  # fmt: skip
     before = [sum(len(cache[0]) for cache in kernel.device_caches.values()) for kernel in kernels]
     run((310, 350, 384, 401, 512, 517))

@@ -7,74 +7,96 @@ oracle; in the inputs' dtype it is the yardstick.
 
 from __future__ import annotations
 
-from itertools import pairwise
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from attention_cases import SMALL, Sizes
+from gpu.planned import OTHER_CAPABILITY, plan_for, run_stage, run_whole
 from nsa import BlockGeometry
 from nsa.ops import reference, triton as backend
-from nsa.ops.call import Call
-from nsa.ops.triton import gpu
+from nsa.ops.call import AttentionInputs, Call
+from nsa.ops.triton.plan import Plan
 
 PAPER = BlockGeometry()
-SMALL = BlockGeometry(8, 4, 16, 4, 1, 2, 24)
 
-# B, T, H, Hkv, Dk, Dv, geometry, document bounds, q_start, k_start, dtype
+
+@dataclass(frozen=True, kw_only=True)
+class Case(Sizes):
+    """A problem as large as training's."""
+
+    geometry: BlockGeometry = PAPER
+    dtype: torch.dtype = torch.bfloat16
+
+
 CASES = [
-    *((1, 200, group, 1, 64, 64, SMALL, None, 0, 0, torch.bfloat16) for group in (1, 2, 3, 4, 5, 8, 12, 16, 32)),
-    *((1, 150, 4, 2, size, size, SMALL, None, 0, 0, torch.bfloat16) for size in (16, 32, 48, 80, 96, 128, 160, 256)),
-    *((2, 130, 8, 2, 192, 128, PAPER, None, 0, 0, dtype) for dtype in (torch.float16, torch.bfloat16)),
-    *((1, 120, 4, 2, size, 64, SMALL, None, 0, 0, torch.float32) for size in (64, 128, 256)),
-    (1, 700, 16, 1, 128, 128, PAPER, None, 0, 0, torch.bfloat16),
-    (1, 500, 16, 1, 128, 128, SMALL, [0, 0, 1, 70, 133, 133, 140, 400, 500], 0, 0, torch.bfloat16),
-    (2, 333, 8, 2, 128, 128, PAPER, None, 0, 0, torch.bfloat16),
-    (1, 1500, 64, 4, 128, 128, PAPER, [0, 0, 31, 32, 700, 1500], 0, 0, torch.bfloat16),
+    *(Case(tokens=200, heads=group, geometry=SMALL) for group in (1, 2, 3, 4, 5, 8, 12, 16, 32)),
+    *(Case(tokens=150, groups=2, head_dim=size, geometry=SMALL) for size in (16, 32, 48, 80, 96, 128, 160, 256)),
+    *(
+        Case(batch=2, tokens=130, heads=8, groups=2, head_dim=192, value_head_dim=128, dtype=dtype)
+        for dtype in (torch.float16, torch.bfloat16)
+    ),
+    *(
+        Case(tokens=120, groups=2, head_dim=size, value_head_dim=64, geometry=SMALL, dtype=torch.float32)
+        for size in (64, 128, 256)
+    ),
+    Case(tokens=700, heads=16, head_dim=128),
+    Case(tokens=500, heads=16, head_dim=128, geometry=SMALL, documents=(0, 0, 1, 70, 133, 133, 140, 400, 500)),
+    Case(batch=2, tokens=333, heads=8, groups=2, head_dim=128),
+    Case(tokens=1500, heads=64, groups=4, head_dim=128, documents=(0, 0, 31, 32, 700, 1500)),
     # More blocks than a list has, so that rows are gathered: whole and cut items, group sizes of every kind.
-    (1, 1500, 16, 1, 128, 128, PAPER, None, 0, 0, torch.bfloat16),
-    (2, 1400, 8, 2, 128, 128, PAPER, None, 0, 0, torch.float16),
-    (1, 1500, 16, 1, 192, 128, PAPER, None, 0, 0, torch.bfloat16),
-    (1, 1600, 4, 1, 192, 128, PAPER, [0, 0, 1500, 1531, 1600], 0, 0, torch.bfloat16),
-    (1, 2000, 6, 1, 64, 64, PAPER, None, 0, 0, torch.bfloat16),
-    (1, 2400, 3, 1, 64, 64, PAPER, [0, 0, 1400, 1431, 2400], 0, 0, torch.bfloat16),
-    (1, 1200, 32, 1, 64, 64, PAPER, None, 0, 0, torch.bfloat16),
-    (1, 1500, 4, 1, 128, 128, BlockGeometry(32, 16, 64, 8, 0, 3, 100), None, 0, 0, torch.bfloat16),
-    (1, 1300, 2, 2, 128, 128, PAPER, None, 0, 0, torch.bfloat16),
-    (1, 1300, 2, 2, 192, 128, PAPER, None, 0, 0, torch.bfloat16),
-    (1, 77, 16, 1, 128, 128, PAPER, None, 900, 300, torch.float16),
-    (1, 300, 8, 2, 64, 64, PAPER, [0, 100, 131, 300], 0, 0, torch.float32),
-    (1, 90, 8, 2, 64, 64, SMALL, None, 133, 100, torch.float16),
-    (1, 700, 4, 1, 32, 32, BlockGeometry(32, 16, 256, 3, 1, 1, 100), None, 0, 0, torch.bfloat16),
-    (1, 400, 5, 1, 80, 80, BlockGeometry(12, 4, 24, 5, 0, 2, 33), None, 0, 0, torch.bfloat16),
-    (1, 600, 8, 2, 128, 64, BlockGeometry(64, 8, 64, 8, 1, 1, 128), None, 0, 0, torch.bfloat16),
-    (1, 1, 4, 2, 64, 64, SMALL, None, 0, 0, torch.bfloat16),
-    (3, 31, 4, 1, 64, 64, PAPER, None, 0, 0, torch.bfloat16),
+    Case(tokens=1500, heads=16, head_dim=128),
+    Case(batch=2, tokens=1400, heads=8, groups=2, head_dim=128, dtype=torch.float16),
+    Case(tokens=1500, heads=16, head_dim=192, value_head_dim=128),
+    Case(tokens=1600, head_dim=192, value_head_dim=128, documents=(0, 0, 1500, 1531, 1600)),
+    Case(tokens=2000, heads=6),
+    Case(tokens=2400, heads=3, documents=(0, 0, 1400, 1431, 2400)),
+    Case(tokens=1200, heads=32),
+    Case(tokens=1500, head_dim=128, geometry=BlockGeometry(32, 16, 64, 8, 0, 3, 100)),
+    Case(tokens=1300, heads=2, groups=2, head_dim=128),
+    Case(tokens=1300, heads=2, groups=2, head_dim=192, value_head_dim=128),
+    Case(tokens=77, heads=16, head_dim=128, q_start=900, k_start=300, dtype=torch.float16),
+    Case(tokens=300, heads=8, groups=2, documents=(0, 100, 131, 300), dtype=torch.float32),
+    Case(tokens=90, heads=8, groups=2, geometry=SMALL, q_start=133, k_start=100, dtype=torch.float16),
+    Case(tokens=700, head_dim=32, geometry=BlockGeometry(32, 16, 256, 3, 1, 1, 100)),
+    Case(tokens=400, heads=5, head_dim=80, geometry=BlockGeometry(12, 4, 24, 5, 0, 2, 33)),
+    Case(
+        tokens=600, heads=8, groups=2, head_dim=128, value_head_dim=64, geometry=BlockGeometry(64, 8, 64, 8, 1, 1, 128)
+    ),
+    Case(tokens=1, groups=2, geometry=SMALL),
+    Case(batch=3, tokens=31),
 ]
 
 
-class Case:
-    def __init__(self, B, T, H, Hkv, Dk, Dv, geometry, bounds, q_start, k_start, dtype) -> None:
+class Problem:
+    """Random inputs of a case, on the GPU."""
+
+    def __init__(self, case: Case) -> None:
         torch.manual_seed(0)
-        S = q_start + T
-        self.bounds = [0, S] if bounds is None else bounds
-        self.cu = None if bounds is None else torch.tensor(bounds, dtype=torch.int32, device="cuda")
-        N = sum(geometry.num_compressed(end - start) for start, end in pairwise(self.bounds))
-        self.geometry, self.dtype, self.q_start, self.k_start = geometry, dtype, q_start, k_start
+        B, T, H, Hkv, Dk, Dv = case.batch, case.tokens, case.heads, case.groups, case.head_dim, case.value_size
+        S, N, geometry = case.num_keys, case.num_compressed, case.geometry
+        self.cu = case.cu_seqlens("cuda")
+        self.geometry, self.dtype, self.q_start, self.k_start = geometry, case.dtype, case.q_start, case.k_start
         self.scale = Dk**-0.5
-        self.call = Call(geometry, self.scale, self.cu, q_start, k_start)
+        self.call = Call(geometry, self.scale, self.cu, case.q_start, case.k_start)
 
         def draw(*shape: int) -> Tensor:
-            return torch.randn(*shape, device="cuda").to(dtype)
+            return torch.randn(*shape, device="cuda").to(case.dtype)
 
         self.q, self.k, self.v = draw(B, T, H, Dk), draw(B, S, Hkv, Dk), draw(B, S, Hkv, Dv)
         self.k_cmp, self.v_cmp = draw(B, N, Hkv, Dk), draw(B, N, Hkv, Dv)
         self.dout = draw(B, T, H, Dv)
         self.dlse = torch.randn(B, T, H, device="cuda")
         # Of each query and key: document and position; of each compressed key: document and last position.
-        self.doc = torch.cat([torch.full((e - s,), i) for i, (s, e) in enumerate(pairwise(self.bounds))]).cuda()
-        self.position = torch.cat([torch.arange(e - s) for s, e in pairwise(self.bounds)]).cuda()
-        counts = [geometry.num_compressed(e - s) for s, e in pairwise(self.bounds)]
+        lengths = case.lengths
+        self.doc = torch.cat([torch.full((n,), i) for i, n in enumerate(lengths)]).cuda()
+        self.position = torch.cat([torch.arange(n) for n in lengths]).cuda()
+        counts = [geometry.num_compressed(n) for n in lengths]
         self.cmp_doc = torch.cat([torch.full((n,), i) for i, n in enumerate(counts)]).cuda()
         last = [torch.arange(n) * geometry.compress_stride + geometry.compress_block_size - 1 for n in counts]
         self.cmp_last = torch.cat(last).cuda()
@@ -112,7 +134,7 @@ def error(x: Tensor, exact: Tensor) -> float:
     return float((x.double() - exact)[finite].detach().norm())
 
 
-def results(run, inputs: tuple[Tensor, ...], case: Case) -> list[Tensor]:
+def results(run, inputs: tuple[Tensor, ...], case: Problem) -> list[Tensor]:
     inputs = tuple(x.requires_grad_() for x in inputs)
     out, lse = run(*inputs)
     finite = torch.where(torch.isfinite(lse), lse, 0.0)
@@ -121,7 +143,7 @@ def results(run, inputs: tuple[Tensor, ...], case: Case) -> list[Tensor]:
     return [out, lse, *(torch.zeros_like(x) if g is None else g for g, x in zip(grads, inputs, strict=True))]
 
 
-def check(stage: str, case: Case, inputs: tuple[Tensor, ...], run, blocks: Tensor | None = None) -> None:
+def check(stage: str, case: Problem, inputs: tuple[Tensor, ...], run, blocks: Tensor | None = None) -> None:
     seen = case.mask(stage, blocks)
     exact = results(lambda *x: plain(*x, seen, case.scale), tuple(x.double() for x in inputs), case)
     low = results(lambda *x: plain(*x, seen, case.scale), tuple(x.clone() for x in inputs), case)
@@ -132,31 +154,38 @@ def check(stage: str, case: Case, inputs: tuple[Tensor, ...], run, blocks: Tenso
         assert error(x, z) <= times * error(y, z) + floor, (stage, name, error(x, z), error(y, z))
 
 
-@pytest.mark.parametrize("arguments", CASES, ids=str)
-def test_every_stage_is_as_exact_as_plain_mathematics(arguments):
-    case = Case(*arguments)
-    compressed, tail = (case.q, case.k_cmp, case.v_cmp), (*case.call.flatten(), "triton")
-    ops = torch.ops.nsa
-    check("compressed", case, compressed, lambda *x: ops.compressed_attention(*x, *tail))
+def run_operator(name: str, *arguments: Any) -> tuple[Tensor, Tensor]:
+    *tensors, call = arguments
+    return getattr(torch.ops.nsa, name)(*tensors, *call.flatten(), "triton")
+
+
+@pytest.mark.parametrize("sizes", CASES, ids=str)
+def test_every_stage_is_as_exact_as_plain_mathematics(sizes):
+    check_stages(Problem(sizes), run_operator)
+
+
+def check_stages(case: Problem, run: Callable[..., tuple[Tensor, Tensor]], plan: Plan | None = None) -> None:
+    """Compare each stage as `run` runs it by name; `plan` is for what else runs."""
+    compressed, call = (case.q, case.k_cmp, case.v_cmp), case.call
+    check("compressed", case, compressed, lambda *x: run("compressed_attention", *x, call))
     window = (case.q, case.k[:, case.k_start :].contiguous(), case.v[:, case.k_start :].contiguous())
-    check("window", case, window, lambda *x: ops.window_attention(*x, *tail))
-    _, lse = backend.compressed_attention_forward(*compressed, case.call)
-    blocks = backend.select_blocks_forward(case.q, case.k_cmp, lse, case.call)
+    check("window", case, window, lambda *x: run("window_attention", *x, call))
+    _, lse = backend.compressed_attention_forward(*compressed, call, plan=plan)
+    blocks = backend.select_blocks_forward(case.q, case.k_cmp, lse, call, plan=plan)
     keys = (case.q, case.k, case.v)
-    check("selected", case, keys, lambda *x: ops.selected_attention(*x, blocks, *tail), blocks)
+    check("selected", case, keys, lambda *x: run("selected_attention", *x, blocks, call), blocks)
 
 
-@pytest.mark.parametrize("union", [False, True])
-@pytest.mark.parametrize("arguments", [c for c in CASES if c[8] == 0], ids=str)
-def test_the_whole_operator_is_as_exact_as_plain_mathematics(arguments, union, monkeypatch):
-    monkeypatch.setattr(backend, "_union_pays", lambda *_: union)
-    case = Case(*arguments)
+@pytest.mark.parametrize("unions", [False, True])
+@pytest.mark.parametrize("sizes", [x for x in CASES if x.q_start == 0], ids=str)
+def test_the_whole_operator_is_as_exact_as_plain_mathematics(sizes, unions):
+    case = Problem(sizes)
     scale = case.scale
     gates = torch.randn(*case.q.shape[:3], 3, device="cuda").to(case.dtype)
     k_win, v_win = torch.randn_like(case.k), torch.randn_like(case.v)
     inputs = (case.q, case.k, case.v, case.k_cmp, case.v_cmp, k_win, v_win, gates)
-    tail = (*case.call.flatten(), "triton")
-    blocks = torch.ops.nsa.attention(*inputs, *tail)[-1]
+    plan = plan_for(case.q, case.k_cmp, case.v, case.geometry, case.cu, unions=unions)
+    blocks = backend.attention_forward(AttentionInputs(*inputs), case.call, plan=plan)[1].block_indices
     seen = [case.mask("compressed"), case.mask("selected", blocks), case.mask("window")]
 
     def by_stages(q, k, v, k_cmp, v_cmp, k_win, v_win, gates):
@@ -170,7 +199,7 @@ def test_the_whole_operator_is_as_exact_as_plain_mathematics(arguments, union, m
         return out, *grads
 
     exact, low = run(by_stages, torch.float64), run(by_stages, case.dtype)
-    mine = run(lambda *x: torch.ops.nsa.attention(*x, *tail)[0], case.dtype)
+    mine = run(lambda *x: run_whole(plan, x, case.call), case.dtype)
     names = ("out", "dq", "dk", "dv", "dk_cmp", "dv_cmp", "dk_win", "dv_win", "dgates")
     for name, x, y, z in zip(names, mine, low, exact, strict=True):
         # Where exact gradients are zero (one key), rounding leaves what it leaves of the terms that cancel.
@@ -179,15 +208,16 @@ def test_the_whole_operator_is_as_exact_as_plain_mathematics(arguments, union, m
         assert error(x, z) <= times * error(y, z) + floor, (name, error(x, z), error(y, z))
 
 
-@pytest.mark.parametrize("arguments", [c for c in CASES if c[4] in (64, 128) and c[7] is not None], ids=str)
-def test_what_other_devices_run_is_as_exact_on_hopper(arguments, monkeypatch):
-    monkeypatch.setattr(gpu, "is_hopper", lambda x: False)
-    test_every_stage_is_as_exact_as_plain_mathematics(arguments)
+@pytest.mark.parametrize("sizes", [x for x in CASES if x.head_dim in (64, 128) and x.documents], ids=str)
+def test_what_other_devices_run_is_as_exact_on_hopper(sizes):
+    case = Problem(sizes)
+    plan = plan_for(case.q, case.k_cmp, case.v, case.geometry, case.cu, case.q_start, capability=OTHER_CAPABILITY)
+    check_stages(case, partial(run_stage, plan), plan)
 
 
-@pytest.mark.parametrize("arguments", [c for c in CASES if c[1] <= 300], ids=str)
-def test_the_chosen_blocks_are_the_references_where_scores_do_not_tie(arguments):
-    case = Case(*arguments)
+@pytest.mark.parametrize("sizes", [x for x in CASES if x.tokens <= 300], ids=str)
+def test_the_chosen_blocks_are_the_references_where_scores_do_not_tie(sizes):
+    case = Problem(sizes)
     _, lse = backend.compressed_attention_forward(case.q, case.k_cmp, case.v_cmp, case.call)
     blocks = backend.select_blocks_forward(case.q, case.k_cmp, lse, case.call)
     expected = reference.select_blocks(case.q, case.k_cmp, lse, case.geometry, case.cu, case.q_start, case.scale)

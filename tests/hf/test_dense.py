@@ -12,11 +12,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from nsa.eval.loss import NextTokenLoss
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
 from nsa.hf import dense_nsa
+from nsa.loss import NextTokenLoss
 from tiny_models import tiny_model
 
 BOUNDS = torch.tensor([0, 3, 40, 40, 41, 70], dtype=torch.int32)

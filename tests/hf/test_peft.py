@@ -5,6 +5,7 @@ import torch
 from transformers import DynamicCache
 
 from nsa.hf import register_with_peft
+from nsa.hf.cache_nsa import CACHE_NAME
 from tiny_models import left_padded, tiny_model
 
 peft = pytest.importorskip("peft")
@@ -20,6 +21,7 @@ CONFIGS = {
     "lora everywhere": lambda: peft.LoraConfig(target_modules="all-linear"),
     "ia3": lambda: peft.IA3Config(),
 }
+BEFORE_THE_ROWS = {"prompt tuning", "p-tuning", "prefix tuning"}
 
 
 @pytest.mark.filterwarnings("ignore:Position ids are not supported")
@@ -39,6 +41,8 @@ def test_peft_trains_generates_saves_and_loads(kind, tmp_path):
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < losses[0]
+    if kind in BEFORE_THE_ROWS and CACHE_NAME == "cache":
+        pytest.skip("PEFT 0.21 looks for the cache by the name that it had before transformers 5.24 when it generates")
     model.eval().save_pretrained(tmp_path)
     loaded = peft.PeftModel.from_pretrained(tiny_model(*LAYERS).float(), tmp_path).eval()
     texts = [x.generate(input_ids=IDS, attention_mask=torch.ones_like(IDS), **GENERATE) for x in (model, loaded)]

@@ -15,15 +15,17 @@ from nsa.config.run import RunConfig
 from nsa.launch import budget
 from nsa.launch.budget import measure, usable_cores
 from nsa.launch.resume import prepare_resume
+from nsa.launch.resume_config import resumed_config
 from nsa.launch.start import prepare
+from nsa.preflight import budget as fitting
 from nsa.preflight.budget import MIN_STEPS, RESERVED_S, RESERVED_SHARE, Costs, fit_steps
 from nsa.runs.halt import ask_to_halt
 from nsa.runs.tables import TRAINING_COLUMNS, VALIDATION_COLUMNS, read_csv
-from nsa.terminal import duration
 from nsa.train.loop import train
 from nsa.train.parallel import Parallel
 from nsa.train.telemetry import eta
 from nsa.train.telemetry.eta import Deadline, Eta
+from nsa.units import duration
 from ranks import run_ranks
 
 COSTS = Costs(step_s=0.5, evaluation_s=2.0, health_s=1.0, samples_s=4.0, build_s=3.0, num_threads=1)
@@ -65,7 +67,7 @@ def eight_steps(monkeypatch: pytest.MonkeyPatch) -> None:
         return Costs(left_s / 8.9, evaluation_s=0.0, health_s=0.0, samples_s=0.0, build_s=0.0, num_threads=1)
 
     monkeypatch.setattr(budget, "measure", as_if)
-    monkeypatch.setattr(budget, "MIN_STEPS", 2)
+    monkeypatch.setattr(fitting, "MIN_STEPS", 2)
 
 
 def test_the_steps_fill_the_minutes_and_what_counts_in_steps_keeps_its_share(tiny) -> None:
@@ -127,8 +129,8 @@ def test_a_fitted_run_is_bit_for_bit_the_run_of_its_config(
     assert (outcome.stopped_by, trainer.step) == ("HALT", 3)
     assert "step 3" in (folder.samples / "after.txt").read_text(encoding="utf-8")
     assert f"nsa resume {folder.path}" in closing(outcome)
-    trainer, folder = prepare_resume(folder.path)
-    assert train(trainer, folder, resumed=True).stopped_by is None
+    trainer, folder = prepare_resume(resumed_config(folder.path))
+    assert train(trainer, folder).stopped_by is None
     assert losses(folder.path) == losses(fitted)
 
 
@@ -168,7 +170,7 @@ def test_all_ranks_do_as_many_steps(tiny) -> None:
     steps = run_ranks(
         """
         import time
-        from nsa.train import budget
+        from nsa.launch import budget
         with setup_parallel("cpu") as parallel:
             budget.measure = lambda *_: budget.Costs(0.1 * (1 + parallel.rank), 0.0, 0.0, 0.0, 0.0, 1)
             report(budget.fit_to_budget(given, parallel, time.perf_counter() - parallel.rank)[0].train.steps)

@@ -16,11 +16,14 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from nsa.config.load import load_config
+from nsa.config.resume_keys import ALLOWED
 from nsa.config.run import RunConfig
-from nsa.launch.resume import ALLOWED, changed_keys, prepare_resume, resumed_config
+from nsa.launch.resume import prepare_resume
+from nsa.launch.resume_config import changed_keys, resumed_config
 from nsa.launch.start import prepare
 from nsa.preflight.examine import examine_resume
 from nsa.runs.checkpoints import newest_checkpoint
+from nsa.runs.folder import RunFolder
 from nsa.runs.tables import TRAINING_COLUMNS, VALIDATION_COLUMNS, read_csv
 from nsa.train.loop import Outcome, train
 from nsa.train.trainer import Trainer
@@ -30,7 +33,7 @@ TIMES = {"tokens_per_s", "step_s", "fetch_s"}
 
 
 def resume(folder: Path, *overrides: str) -> Outcome:
-    return train(*prepare_resume(folder, overrides, ["nsa", "resume"]), resumed=True)
+    return train(*prepare_resume(resumed_config(folder, overrides), ["nsa", "resume"]))
 
 
 def table(folder: Path) -> list[dict[str, Any]]:
@@ -109,7 +112,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
 
 def test_a_run_is_resumed_again_and_again(whole: Path, tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = run_until(tiny(train=STEPS), 4, monkeypatch, "crash")
-    trainer, opened = prepare_resume(folder)
+    trainer, opened = prepare_resume(resumed_config(folder))
     honest_step = trainer.train_step
 
     def crash_again() -> Any:
@@ -119,7 +122,7 @@ def test_a_run_is_resumed_again_and_again(whole: Path, tiny, monkeypatch: pytest
 
     monkeypatch.setattr(trainer, "train_step", crash_again)
     with pytest.raises(MemoryError):
-        train(trainer, opened, resumed=True)
+        train(trainer, opened)
     resume(folder)
     assert table(folder) == table(whole)
     assert equal_weights(folder, whole)
@@ -139,7 +142,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_resumed(
     capsys.readouterr()
     resume(folder)
     out = capsys.readouterr().out
-    assert f"damaged checkpoint passed over: {part}" in out
+    assert f"damaged checkpoint skipped: {part}" in out
     assert f"resuming {folder} from step_000003" in out
     assert (folder / "checkpoints" / "damaged_step_000006").is_dir()
     assert table(folder) == table(whole)
@@ -162,7 +165,7 @@ def test_a_run_can_be_made_longer_and_the_change_is_recorded(tiny) -> None:
 
 
 def test_a_run_that_was_killed_while_it_closed_only_closes_again(tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    from nsa.train import run as module
+    from nsa.train import loop as module
 
     with monkeypatch.context() as patch:
         patch.setattr(module, "draw_curves", lambda *args: 1 / 0)
@@ -196,10 +199,10 @@ def test_the_keys_that_may_be_changed_exist() -> None:
 
 def test_a_folder_that_is_no_run_or_is_in_use_is_refused(tiny, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is no run folder: it holds no config"):
-        prepare_resume(tmp_path)
+        prepare_resume(resumed_config(tmp_path))
     trainer, folder = prepare(tiny(train=STEPS))
     with pytest.raises(ValueError, match=f"is in use by process {os.getpid()}"):
-        prepare_resume(folder.path)
+        prepare_resume(resumed_config(folder.path))
     train(trainer, folder)
     assert resume(folder.path, "--train.steps", "9").metrics["step"] == 9
 
@@ -332,11 +335,15 @@ def test_a_compiled_rest_follows_the_same_losses(whole: Path, tiny, monkeypatch:
     assert losses == pytest.approx(expected, rel=1e-5)
 
 
-def test_a_trainer_goes_on_with_its_guards(tiny) -> None:
-    trainer, other = Trainer(tiny()), Trainer(tiny())
+def test_a_trainer_goes_on_where_the_checkpoint_was_and_with_its_guards(tiny, tmp_path: Path) -> None:
+    trainer, folder = Trainer(tiny()), RunFolder(tmp_path)
     trainer.guard.num_skipped = 3
     trainer.train_step()
-    other.load_state_dict(trainer.state_dict())
-    assert other.guard.state_dict() == trainer.guard.state_dict()
+    with trainer.checkpointer(folder) as checkpointer:
+        trainer.save(checkpointer)
+    other = Trainer(tiny(), checkpoint=newest_checkpoint(tmp_path))
+    assert other.position == trainer.position
     assert other.guard.state_dict()["num_skipped"] == 3
     assert len(other.guard.state_dict()["losses"]) == 1
+    with other.checkpointer(folder) as checkpointer:
+        assert checkpointer.saved_step == 1

@@ -12,8 +12,7 @@ import yaml
 
 from nsa.config.load import dump_config
 from nsa.config.run import RunConfig
-from nsa.launch.resume import is_allowed
-from nsa.launch.resume_config import changed_keys, stored_config
+from nsa.launch.resume_config import changed_keys, resumed_config, stored_config
 from nsa.runs.folder import RunFolder
 from saved_runs import write_files
 
@@ -40,7 +39,7 @@ def edit(path: Path, /, **sections: dict[str, Any]) -> None:
 
 
 def test_an_untouched_config_is_taken_as_it_is(run: Path) -> None:
-    found = stored_config(run, is_allowed)
+    found = stored_config(run)
     assert (found.trained, found.wanted, found.note) == (CONFIG, CONFIG, None)
 
 
@@ -48,7 +47,7 @@ def test_an_untouched_config_is_taken_as_it_is(run: Path) -> None:
 def test_a_lost_config_is_that_of_the_newest_whole_checkpoint(run: Path, contents: bytes | None) -> None:
     path = run / "config.yaml"
     path.unlink() if contents is None else path.write_bytes(contents)
-    found = stored_config(run, is_allowed)
+    found = stored_config(run)
     assert found.wanted == CONFIG
     assert found.note == f"{path} is lost; the config is that of {run}/checkpoints/step_000005/run_config.yaml"
 
@@ -56,14 +55,14 @@ def test_a_lost_config_is_that_of_the_newest_whole_checkpoint(run: Path, content
 def test_what_config_yaml_lacks_is_taken_from_the_checkpoint_and_said(run: Path) -> None:
     text = (run / "config.yaml").read_text()
     (run / "config.yaml").write_text(text[: text.index("  warmup_steps")])
-    found = stored_config(run, is_allowed)
+    found = stored_config(run)
     assert found.wanted == CONFIG
     assert "such as optim.warmup_steps; they are those of" in str(found.note)
 
 
 def test_edited_keys_that_may_change_count_and_are_told_from_what_was_trained(run: Path) -> None:
     edit(run, train={"steps": 20}, run={"name": "renamed"})
-    found = stored_config(run, is_allowed)
+    found = stored_config(run)
     assert changed_keys(found.trained, found.wanted) == {"run.name": ["mine", "renamed"], "train.steps": [8, 20]}
 
 
@@ -73,7 +72,7 @@ def test_edited_keys_that_decide_a_step_are_refused_with_both_values(run: Path, 
         (run / "checkpoints").rename(run / "elsewhere")
     edit(run, optim={"lr": 0.5}, model={"window_size": 64})
     with pytest.raises(ValueError, match=r"config\.yaml is not what the run was trained with") as caught:
-        stored_config(run, is_allowed)
+        stored_config(run)
     for part in ("  optim.lr: 0.01 -> 0.5", "  model.window_size: 512 -> 64", f"rm {run}/config.yaml", "nsa train"):
         assert part in str(caught.value)
     assert ("run_config.yaml" if checkpoints else "env.json") in str(caught.value)
@@ -82,27 +81,27 @@ def test_edited_keys_that_decide_a_step_are_refused_with_both_values(run: Path, 
 def test_a_config_that_is_no_config_is_named_with_what_has_it(run: Path) -> None:
     (run / "config.yaml").write_text("train: {stepz: 3}")
     with pytest.raises(ValueError, match=r"train\.stepz is unknown(.|\n)*step_000005/run_config\.yaml has the config"):
-        stored_config(run, is_allowed)
+        stored_config(run)
 
 
 def test_without_a_checkpoint_and_env_json_the_file_must_be_whole(run: Path) -> None:
     (run / "checkpoints").rename(run / "elsewhere")
     (run / "env.json").write_text(json.dumps({}))
-    assert stored_config(run, is_allowed).wanted == CONFIG
+    assert stored_config(run).wanted == CONFIG
     text = (run / "config.yaml").read_text()
     (run / "config.yaml").write_text(text[: text.index("train:")])
     with pytest.raises(ValueError, match="has lost its sections eval, guards, observe, preflight, sample, train"):
-        stored_config(run, is_allowed)
+        stored_config(run)
     (run / "config.yaml").write_text("")
     with pytest.raises(ValueError, match=r"holds no config\.yaml with contents"):
-        stored_config(run, is_allowed)
+        stored_config(run)
 
 
 def test_a_run_config_whose_checksum_is_wrong_is_not_trusted(run: Path) -> None:
     path = run / "checkpoints" / "step_000005" / "run_config.yaml"
     path.write_text(path.read_text().replace("lr: 0.01", "lr: 0.91"))
     (run / "config.yaml").write_text("")
-    assert stored_config(run, is_allowed).wanted == CONFIG
+    assert stored_config(run).wanted == CONFIG
 
 
 def test_resume_records_what_was_edited(tiny: Callable[..., RunConfig], capsys: pytest.CaptureFixture[str]) -> None:
@@ -112,7 +111,7 @@ def test_resume_records_what_was_edited(tiny: Callable[..., RunConfig], capsys: 
     _, folder = prepare(tiny(train={"steps": 2}))
     folder.lock.close()
     edit(folder.path, train={"steps": 3})
-    _, folder = prepare_resume(folder.path)
+    _, folder = prepare_resume(resumed_config(folder.path))
     folder.lock.close()
     assert "train.steps: 2 -> 3" in capsys.readouterr().out
     assert folder.read_status()["resumed_from"]["changed"] == {"train.steps": [2, 3]}

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from nsa.config.run import RunConfig
 from nsa.launch.resume import prepare_resume
+from nsa.launch.resume_config import resumed_config
 from nsa.launch.start import prepare
 from nsa.runs.checkpoints import damage, newest_checkpoint
 from nsa.runs.tables import TRAINING_COLUMNS, read_csv
@@ -26,7 +27,9 @@ import os, signal
 from pathlib import Path
 from nsa.config.run import RunConfig
 from nsa.launch.resume import prepare_resume
-from nsa.train.loop import prepare, train
+from nsa.launch.resume_config import resumed_config
+from nsa.launch.start import prepare
+from nsa.train.loop import train
 
 whole, stopped = (RunConfig.model_validate(values) for values in given)
 with setup_parallel("cpu", whole.train.parallel, timeout_s=100) as parallel:
@@ -45,7 +48,7 @@ with setup_parallel("cpu", whole.train.parallel, timeout_s=100) as parallel:
     status = folder.read_status()
     ended_at = trainer.step
     parallel.barrier()
-    second = train(*prepare_resume(folder.path, parallel=parallel), resumed=True)
+    second = train(*prepare_resume(resumed_config(folder.path), parallel=parallel))
     report((first.stopped_by, ended_at, (status["state"], status["step"], status["rank"]), second.stopped_by))
 """
 
@@ -91,7 +94,7 @@ def test_one_process_goes_on_where_two_were(runs: dict[str, Any], capsys: pytest
     folder = runs["whole"]
     (folder / "checkpoints" / "step_000006" / "complete.json").unlink()
     before = losses(folder)
-    outcome = train(*prepare_resume(folder, ["--train.parallel", "none"]), resumed=True)
+    outcome = train(*prepare_resume(resumed_config(folder, ["--train.parallel", "none"])))
     assert outcome.stopped_by is None
     assert "was written by 2 ranks and is continued by 1" in capsys.readouterr().out
     assert losses(folder) == pytest.approx(before, rel=1e-4)
@@ -101,10 +104,12 @@ def test_one_process_goes_on_where_two_were(runs: dict[str, Any], capsys: pytest
 FULL_DISK_THEN_RESUME = """
 import errno, os
 from pathlib import Path
-from nsa.runs.checkpoints import CheckpointError
+from nsa.runs.errors import CheckpointError
 from nsa.config.run import RunConfig
 from nsa.launch.resume import prepare_resume
-from nsa.train.loop import prepare, train
+from nsa.launch.resume_config import resumed_config
+from nsa.launch.start import prepare
+from nsa.train.loop import train
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
 honest = FileSystemWriter.write_data
@@ -125,9 +130,9 @@ with setup_parallel("cpu", "fsdp2", timeout_s=100) as parallel:
         parallel.barrier()
         failure = (trainer.step, str(error), folder.read_status())
     FileSystemWriter.write_data = honest
-    trainer, folder = prepare_resume(Path(alone), ["--train.parallel", "fsdp2"], parallel=parallel)
+    trainer, folder = prepare_resume(resumed_config(Path(alone), ["--train.parallel", "fsdp2"]), parallel=parallel)
     steps = [trainer.step]
-    train(trainer, folder, resumed=True)
+    train(trainer, folder)
     report((failure, [*steps, trainer.step]))
 """
 

@@ -1,37 +1,28 @@
-"""Run the Gluon kernels for Hopper in the emulator against the reference; prints one JSON line for each case and seed.
-
-    PYTHONPATH=src:tests python tests/ops/gluon_cases.py             # all cases, with their seeds
-    PYTHONPATH=src:tests python tests/ops/gluon_cases.py packed 7    # cases whose names hold a word, with one seed
+"""Problems for Hopper's Gluon kernels, and their comparison with the reference while the emulator runs them.
 
 Plain kernels around them run in the emulator too.
 """
 
 from __future__ import annotations
 
-import json
-import sys
-from functools import partial
+from collections.abc import Set
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
+import pytest
 import torch
 from torch import Tensor
 
-from gluon_emulator import emulate
+from attention_cases import Sizes
 from nsa.geometry import BlockGeometry
 from nsa.ops import reference, triton as backend
 from nsa.ops.call import AttentionInputs, Call
-from nsa.ops.triton import gpu, report
 from nsa.ops.triton.dense import backward as dense_backward
+from nsa.ops.triton.gpu import Device
 from nsa.ops.triton.layout import make_layout
-from nsa.ops.triton.selected import (
-    backward as selected_backward,
-    forward as selected_forward,
-    forward_sm90 as selected_forward_sm90,
-    union as unions,
-)
-from nsa.ops.triton.topk import choice
+from nsa.ops.triton.plan import Plan, Shapes, make_plan
+from nsa.ops.triton.selected import forward as selected_forward, forward_sm90 as selected_forward_sm90, union as unions
 
-SMALL = BlockGeometry(8, 4, 16, 4, 1, 2, 24)
 WIDE = BlockGeometry(8, 4, 16, 4, 1, 2, 150)
 EDGE = BlockGeometry(8, 4, 16, 4, 1, 2, 127)  # intervals begin and end one from where a step does
 BLOCKS = BlockGeometry(4, 2, 64, 4, 1, 1, 40)
@@ -40,61 +31,150 @@ FEW = BlockGeometry(4, 2, 64, 2, 1, 1, 40)
 FORCED = BlockGeometry(4, 2, 64, 6, 2, 3, 150)
 BARE = BlockGeometry(4, 2, 64, 4, 0, 1, 40)  # no initial block
 
-# name -> batch, tokens, heads, groups, size of keys (values have 128 at most), geometry, document bounds, q_start,
-# k_start, dtype, multiprocessors, what runs: c compressed branch, w window, s selected branch by unions, a whole
-# operator, u with unions in it, k with scratch for few tokens at a time, r with short ranges of tokens, f selected
-# branch for lists that hold later blocks too
+
+# Of Hopper's own kernels, those that a stage must run, whatever the case.
+DENSE = {"dense_forward_sm90_kernel", "dense_dkdv_sm90_kernel", "dense_dq_sm90_kernel"}
+UNIONS = {"union_forward_sm90_kernel", "union_dq_sm90_kernel"}
+KERNELS = {
+    "compressed": DENSE,
+    "window": DENSE,
+    "whole": DENSE | {"scores_sm90_kernel"},
+    "unions": UNIONS,
+    "later blocks": {"selected_backward_sm90_kernel"},
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case(Sizes):
+    """A problem for Hopper's kernels.
+
+    Args:
+        multiprocessors: of the device, which decides how programs share the work.
+        stages: "compressed", "window", "whole" (the operator), "unions" (the selected branch by unions, for any lists)
+            and "later blocks" (the selected branch for lists that hold blocks that a token does not see yet).
+        by_unions: the selected branch of the whole operator is done by unions.
+        small_scratch: the whole operator works on few tokens at a time.
+        short_ranges: the selected branch works on short ranges of tokens.
+    """
+
+    multiprocessors: int = 2
+    stages: Set[str] = frozenset({"compressed", "window"})
+    by_unions: bool = False
+    small_scratch: bool = False
+    short_ranges: bool = False
+
+    @property
+    def kernels(self) -> set[str]:
+        """Those of Hopper's own that must run."""
+        names = set().union(*(KERNELS[stage] for stage in self.stages))
+        if "whole" in self.stages and self.geometry.select_block_size == 64:
+            names.add("selected_backward_sm90_kernel")
+            if not self.by_unions:
+                names.add("selected_forward_sm90_kernel")
+            elif self.heads // self.groups >= 3:
+                names |= UNIONS
+        return names
+
+
 CASES = {
-    "batch of two, two groups": (2, 75, 8, 2, 64, SMALL, None, 0, 0, "bfloat16", 2, "cw"),
-    "many steps": (1, 230, 4, 1, 64, WIDE, None, 0, 0, "float16", 1, "w"),
-    "one head a group": (1, 201, 1, 1, 64, EDGE, None, 0, 0, "float16", 1, "cw"),
-    "many heads a group, edges of steps": (1, 18, 32, 1, 64, EDGE, None, 256, 130, "float16", 2, "cw"),
-    "five heads a group": (2, 50, 5, 1, 64, SMALL, None, 0, 0, "float16", 1, "cw"),
-    "head size 128": (1, 70, 16, 1, 128, SMALL, None, 0, 0, "bfloat16", 2, "cw"),
-    "keys of 192, values of 128": (1, 70, 16, 1, 192, SMALL, None, 0, 0, "bfloat16", 2, "cw"),
-    "keys of 192, packed, three heads": (1, 90, 3, 1, 192, SMALL, [0, 13, 80], 0, 0, "float16", 1, "cw"),
-    "rows in two splits": (1, 90, 16, 1, 64, SMALL, None, 0, 0, "float16", 3, "c"),
-    "packed, empty and short documents": (1, 120, 4, 1, 64, SMALL, [0, 0, 51, 51, 54, 120], 0, 0, "float16", 1, "cw"),
-    "rows after the last document": (1, 61, 8, 1, 64, SMALL, [0, 43], 0, 0, "bfloat16", 2, "cw"),
-    "whole tiles after the last document": (1, 200, 4, 2, 64, WIDE, [0, 19], 0, 0, "float16", 3, "cw"),
-    "chunk of a prefill": (1, 30, 8, 2, 64, SMALL, None, 150, 111, "float16", 1, "cw"),
-    "one token": (1, 1, 4, 1, 64, SMALL, None, 0, 0, "bfloat16", 1, "cw"),
-    "whole": (1, 420, 8, 2, 64, BLOCKS, None, 0, 0, "float16", 3, "a"),
-    "whole, head size 128": (2, 330, 2, 1, 128, BLOCKS, None, 0, 0, "bfloat16", 1, "a"),
-    "whole, keys of 192": (1, 400, 4, 1, 192, BLOCKS, None, 0, 0, "float16", 2, "a"),
-    "whole, packed, keys of 192, three heads": (1, 330, 6, 2, 192, BLOCKS, [0, 0, 20, 320], 0, 0, "bfloat16", 2, "ak"),
-    "whole, unions, keys of 192": (1, 230, 3, 1, 192, BLOCKS, None, 0, 0, "float16", 2, "au"),
-    "whole, blocks of 48 tokens": (1, 190, 4, 1, 64, ODD, None, 0, 0, "float16", 2, "a"),
-    "whole, packed, five heads a group": (1, 450, 5, 1, 64, BLOCKS, [0, 0, 20, 440], 0, 0, "float16", 2, "ak"),
-    "whole, packed, four heads a group": (
-        1, 520, 8, 2, 64, BLOCKS, [0, 0, 20, 150, 151, 490], 0, 0, "float16", 2, "ak",
+    "batch of two, two groups": Case(batch=2, tokens=75, heads=8, groups=2, dtype=torch.bfloat16),
+    "many steps": Case(tokens=230, geometry=WIDE, multiprocessors=1, stages={"window"}),
+    "one head a group": Case(tokens=201, heads=1, geometry=EDGE, multiprocessors=1),
+    "many heads a group, edges of steps": Case(tokens=18, heads=32, geometry=EDGE, q_start=256, k_start=130),
+    "five heads a group": Case(batch=2, tokens=50, heads=5, multiprocessors=1),
+    "head size 128": Case(tokens=70, heads=16, head_dim=128, dtype=torch.bfloat16),
+    "keys of 192, values of 128": Case(tokens=70, heads=16, head_dim=192, value_head_dim=128, dtype=torch.bfloat16),
+    "keys of 192, packed, three heads": Case(
+        tokens=90, heads=3, head_dim=192, value_head_dim=128, documents=(0, 13, 80), multiprocessors=1,
     ),
-    "whole, packed, one head a group": (1, 420, 1, 1, 64, BLOCKS, [0, 20, 410], 0, 0, "float16", 2, "a"),
-    "whole, packed, one head a group, no initial block": (
-        1, 600, 1, 1, 64, BARE, [0, 3, 70, 72, 420, 590], 0, 0, "float16", 2, "a",
+    "rows in two splits": Case(tokens=90, heads=16, multiprocessors=3, stages={"compressed"}),
+    "packed, empty and short documents": Case(tokens=120, documents=(0, 0, 51, 51, 54, 120), multiprocessors=1),
+    "rows after the last document": Case(tokens=61, heads=8, documents=(0, 43), dtype=torch.bfloat16),
+    "whole tiles after the last document": Case(
+        tokens=200, groups=2, geometry=WIDE, documents=(0, 19), multiprocessors=3,
     ),
-    "whole, many forced blocks, keys of 192": (1, 700, 16, 1, 192, FORCED, [0, 700], 0, 0, "bfloat16", 2, "ar"),
-    "whole, unions": (1, 420, 8, 2, 64, BLOCKS, None, 0, 0, "float16", 3, "au"),
-    "whole, unions, packed, five heads a group": (1, 350, 5, 1, 64, BLOCKS, [0, 0, 20, 340], 0, 0, "float16", 2, "au"),
-    "whole, unions, small scratch": (1, 330, 4, 2, 128, BARE, [0, 0, 20, 320], 0, 0, "float16", 2, "auk"),
-    "whole, ranges, no initial block": (2, 500, 4, 2, 64, BARE, None, 0, 0, "float16", 2, "akr"),
-    "whole, 32 heads a group": (1, 250, 32, 1, 64, BLOCKS, None, 0, 0, "bfloat16", 2, "ar"),
-    "lists with later blocks": (1, 300, 2, 1, 64, BARE, None, 0, 0, "float16", 2, "f"),
-    "unions, 16 heads a group": (1, 190, 16, 1, 64, FEW, None, 1300, 0, "float16", 2, "s"),
-    "unions, 32 heads a group, batch of two": (2, 31, 64, 2, 64, FEW, None, 1000, 0, "bfloat16", 3, "s"),
-    "unions, 64 heads a group": (1, 40, 64, 1, 64, FEW, None, 1279, 0, "float16", 1, "s"),
-    "unions, 6 heads a group, short documents": (1, 310, 6, 1, 64, FEW, [0, 3, 3, 67, 300], 0, 0, "float16", 2, "s"),
-    "unions, 4 heads a group": (1, 120, 8, 2, 64, FEW, None, 850, 0, "float16", 2, "s"),
-    "unions, three heads a group, keys of 192": (1, 230, 3, 1, 192, FEW, None, 900, 0, "bfloat16", 2, "s"),
-    "unions, 48 heads a group, keys of 192": (1, 11, 48, 1, 192, FEW, None, 1000, 0, "float16", 1, "s"),
-    "unions, no block twice": (1, 6, 64, 1, 64, FEW, None, 2000, 0, "bfloat16", 1, "s"),
-    "unions, head size 128": (1, 61, 16, 1, 128, FEW, [0, 61], 0, 0, "float16", 1, "s"),
-    "unions, a tile partly beyond the tokens": (1, 70, 16, 1, 128, FEW, None, 500, 0, "bfloat16", 5, "s"),
+    "chunk of a prefill": Case(tokens=30, heads=8, groups=2, q_start=150, k_start=111, multiprocessors=1),
+    "one token": Case(tokens=1, dtype=torch.bfloat16, multiprocessors=1),
+    "whole": Case(tokens=420, heads=8, groups=2, geometry=BLOCKS, multiprocessors=3, stages={"whole"}),
+    "whole, head size 128": Case(
+        batch=2, tokens=330, heads=2, head_dim=128, geometry=BLOCKS, dtype=torch.bfloat16, multiprocessors=1,
+        stages={"whole"},
+    ),
+    "whole, keys of 192": Case(tokens=400, head_dim=192, value_head_dim=128, geometry=BLOCKS, stages={"whole"}),
+    "whole, packed, keys of 192, three heads": Case(
+        tokens=330, heads=6, groups=2, head_dim=192, value_head_dim=128, geometry=BLOCKS, documents=(0, 0, 20, 320),
+        dtype=torch.bfloat16, stages={"whole"}, small_scratch=True,
+    ),
+    "whole, unions, keys of 192": Case(
+        tokens=230, heads=3, head_dim=192, value_head_dim=128, geometry=BLOCKS, stages={"whole"}, by_unions=True,
+    ),
+    "whole, blocks of 48 tokens": Case(tokens=190, geometry=ODD, stages={"whole"}),
+    "whole, packed, five heads a group": Case(
+        tokens=450, heads=5, geometry=BLOCKS, documents=(0, 0, 20, 440), stages={"whole"}, small_scratch=True,
+    ),
+    "whole, packed, four heads a group": Case(
+        tokens=520, heads=8, groups=2, geometry=BLOCKS, documents=(0, 0, 20, 150, 151, 490), stages={"whole"},
+        small_scratch=True,
+    ),
+    "whole, packed, one head a group": Case(
+        tokens=420, heads=1, geometry=BLOCKS, documents=(0, 20, 410), stages={"whole"},
+    ),
+    "whole, packed, one head a group, no initial block": Case(
+        tokens=600, heads=1, geometry=BARE, documents=(0, 3, 70, 72, 420, 590), stages={"whole"},
+    ),
+    "whole, many forced blocks, keys of 192": Case(
+        tokens=450, heads=16, head_dim=192, value_head_dim=128, geometry=FORCED, documents=(0, 450),
+        dtype=torch.bfloat16, stages={"whole"}, short_ranges=True,
+    ),
+    "whole, unions": Case(
+        tokens=420, heads=8, groups=2, geometry=BLOCKS, multiprocessors=3, stages={"whole"}, by_unions=True,
+    ),
+    "whole, unions, packed, five heads a group": Case(
+        tokens=350, heads=5, geometry=BLOCKS, documents=(0, 0, 20, 340), stages={"whole"}, by_unions=True,
+    ),
+    "whole, unions, small scratch": Case(
+        tokens=330, groups=2, head_dim=128, geometry=BARE, documents=(0, 0, 20, 320), stages={"whole"}, by_unions=True,
+        small_scratch=True,
+    ),
+    "whole, ranges, no initial block": Case(
+        batch=2, tokens=500, groups=2, geometry=BARE, stages={"whole"}, small_scratch=True, short_ranges=True,
+    ),
+    "whole, 32 heads a group": Case(
+        tokens=250, heads=32, geometry=BLOCKS, dtype=torch.bfloat16, stages={"whole"}, short_ranges=True,
+    ),
+    "lists with later blocks": Case(tokens=300, heads=2, geometry=BARE, stages={"later blocks"}),
+    "unions, 16 heads a group": Case(tokens=190, heads=16, geometry=FEW, q_start=1300, stages={"unions"}),
+    "unions, 32 heads a group, batch of two": Case(
+        batch=2, tokens=31, heads=64, groups=2, geometry=FEW, q_start=1000, dtype=torch.bfloat16, multiprocessors=3,
+        stages={"unions"},
+    ),
+    "unions, 64 heads a group": Case(
+        tokens=40, heads=64, geometry=FEW, q_start=1279, multiprocessors=1, stages={"unions"},
+    ),
+    "unions, 6 heads a group, short documents": Case(
+        tokens=310, heads=6, geometry=FEW, documents=(0, 3, 3, 67, 300), stages={"unions"},
+    ),
+    "unions, 4 heads a group": Case(tokens=120, heads=8, groups=2, geometry=FEW, q_start=850, stages={"unions"}),
+    "unions, three heads a group, keys of 192": Case(
+        tokens=230, heads=3, head_dim=192, value_head_dim=128, geometry=FEW, q_start=900, dtype=torch.bfloat16,
+        stages={"unions"},
+    ),
+    "unions, 48 heads a group, keys of 192": Case(
+        tokens=11, heads=48, head_dim=192, value_head_dim=128, geometry=FEW, q_start=1000, multiprocessors=1,
+        stages={"unions"},
+    ),
+    "unions, no block twice": Case(
+        tokens=6, heads=64, geometry=FEW, q_start=2000, dtype=torch.bfloat16, multiprocessors=1, stages={"unions"},
+    ),
+    "unions, head size 128": Case(
+        tokens=61, heads=16, head_dim=128, geometry=FEW, documents=(0, 61), multiprocessors=1, stages={"unions"},
+    ),
+    "unions, a tile partly beyond the tokens": Case(
+        tokens=70, heads=16, head_dim=128, geometry=FEW, q_start=500, dtype=torch.bfloat16, multiprocessors=5,
+        stages={"unions"},
+    ),
 }  # fmt: skip
-SEEDS = range(3)
-RANGES = selected_forward_sm90.RANGE_ROWS, selected_forward_sm90.RANGE_BYTES
 NAMES = ("q", "k", "v", "k_cmp", "v_cmp", "k_win", "v_win", "gates")
-MODULES = [module for name, module in sorted(sys.modules.items()) if name.startswith("nsa.ops.triton.")]
 
 
 def row_error(x: Tensor, expected: Tensor) -> float:
@@ -110,46 +190,61 @@ def row_error(x: Tensor, expected: Tensor) -> float:
     return float(difference.norm(dim=-1).max() / size)
 
 
-class Case:
-    """Inputs of one case and the comparison of each branch."""
+def imitate(case: Case, patch: pytest.MonkeyPatch) -> None:
+    """Short ranges of tokens, where a case wants them."""
+    if case.short_ranges:
+        patch.setattr(selected_forward_sm90, "RANGE_ROWS", 1)
+        patch.setattr(selected_forward_sm90, "RANGE_BYTES", 1)
 
-    def __init__(
-        self, B, T, H, Hkv, D, geometry, bounds, q_start, k_start, dtype, multiprocessors, branches
-    ) -> None:  # fmt: skip
+
+def with_small_scratch(plan: Plan) -> Plan:
+    """The plan with scratch for few tokens at a time."""
+    topk = replace(plan.topk, choice=replace(plan.topk.choice, scratch_bytes=1))
+    forward, backward = (
+        replace(stage, scratch_bytes=2**18) for stage in (plan.selected.forward, plan.selected.backward)
+    )
+    return replace(plan, topk=topk, selected=replace(plan.selected, forward=forward, backward=backward))
+
+
+class Comparison:
+    """Inputs of one case and the errors of each of its stages."""
+
+    def __init__(self, case: Case) -> None:
         torch.manual_seed(0)
-        self.cu = None if bounds is None else torch.tensor(bounds, dtype=torch.int32)
-        self.geometry, self.dtype, self.branches = geometry, getattr(torch, dtype), branches
-        self.q_start, self.k_start = q_start, k_start
-        S = q_start + T
-        pieces = [S] if bounds is None else [b - a for a, b in pairwise(bounds)]
-        N = sum(geometry.num_compressed(piece) for piece in pieces)
-        self.used = T if bounds is None else bounds[-1]
+        B, T, H, Hkv, D = case.batch, case.tokens, case.heads, case.groups, case.head_dim
+        S, N = case.num_keys, case.num_compressed
+        self.case, self.geometry, self.dtype = case, case.geometry, case.dtype
+        self.q_start, self.k_start = case.q_start, case.k_start
+        self.cu, self.used, self.value_size = case.cu_seqlens(), case.num_used, case.value_size
         self.q = self.draw(B, T, H, D)
-        self.value_size = min(D, 128)
         self.compressed = (self.draw(B, N, Hkv, D), self.draw(B, N, Hkv, self.value_size))
-        self.window = (self.draw(B, S - k_start, Hkv, D), self.draw(B, S - k_start, Hkv, self.value_size))
-        self.reported: set[str] = set()
-        self.scale, self.errors = (2 if "a" in branches else 1) * D**-0.5, {}
+        self.window = (self.draw(B, S - case.k_start, Hkv, D), self.draw(B, S - case.k_start, Hkv, self.value_size))
+        self.planned: set[str] = set()
+        self.scale = (2 if "whole" in case.stages else 1) * D**-0.5
+        self.errors: dict[str, float] = {}
         self.numbers = (B, S, Hkv, N)
-        self.call = Call(geometry, self.scale, self.cu, q_start, k_start)
-        for module in MODULES:
-            if hasattr(module, "num_multiprocessors"):
-                module.num_multiprocessors = lambda x: multiprocessors
-        unions.union_pays = lambda *_: "u" in branches
+        self.call = Call(self.geometry, self.scale, self.cu, case.q_start, case.k_start)
+        sizes = (B, T, H, Hkv, D, self.value_size, self.dtype, self.geometry)
+        shapes = Shapes(*sizes, B if case.documents is None else len(case.documents) - 1, N, case.q_start)
+        device = Device((9, 0), 232448, case.multiprocessors, total_memory=2**40)
+        self.plan = make_plan(shapes, device, unions=case.by_unions)
+        if case.small_scratch:
+            self.plan = with_small_scratch(self.plan)
+        self.by_union = make_plan(shapes, device, unions=True).selected
 
     def draw(self, *shape: int) -> Tensor:
         return torch.randn(*shape).to(self.dtype)
 
     def run(self) -> dict[str, float]:
-        if "c" in self.branches:
+        if "compressed" in self.case.stages:
             self.branch("compressed_attention", *self.compressed, (self.q_start, self.scale))
-        if "w" in self.branches:
+        if "window" in self.case.stages:
             self.branch("window_attention", *self.window, (self.q_start, self.k_start, self.scale))
-        if "s" in self.branches:
+        if "unions" in self.case.stages:
             self.unions()
-        if "a" in self.branches:
-            self.whole("k" in self.branches, "r" in self.branches)
-        if "f" in self.branches:
+        if "whole" in self.case.stages:
+            self.whole()
+        if "later blocks" in self.case.stages:
             self.later()
         return self.errors
 
@@ -161,14 +256,14 @@ class Case:
         inputs = (self.q, k, v)
         exact = [x[:, :length].double().requires_grad_() for x, length in zip(inputs, lengths, strict=True)]
         expected = getattr(reference, name)(*exact, self.geometry, self.cu, *numbers)
-        out, lse = getattr(backend, f"{name}_forward")(*inputs, self.call)
+        out, lse = getattr(backend, f"{name}_forward")(*inputs, self.call, plan=self.plan)
         self.errors[f"{name} out"] = row_error(out[:, :used], expected[0])
         self.errors[f"{name} lse"] = row_error(lse[:, :used], expected[1])
         outside = [out[:, used:].abs().sum(), torch.isfinite(lse[:, used:]).sum()]
 
         # The gradients of rows outside any document must not leak into the keys.
         dout, dlse = self.draw(*out.shape), torch.where(torch.isfinite(lse), torch.randn(lse.shape), 0.0)
-        grads = getattr(backend, f"{name}_backward")(dout, dlse, *inputs, out, lse, self.call)
+        grads = getattr(backend, f"{name}_backward")(dout, dlse, *inputs, out, lse, self.call, plan=self.plan)
         finite = torch.where(torch.isfinite(expected[1]), expected[1], 0.0)
         loss = (expected[0] * dout[:, :used].double()).sum() + (finite * dlse[:, :used].double()).sum()
         wanted = torch.autograd.grad(loss, exact, allow_unused=True, materialize_grads=True)
@@ -188,7 +283,9 @@ class Case:
         before = self.draw(*dq.shape)
         expected = before.double() + dq.double()
         numbers = (self.q_start, self.k_start if window else 0, self.scale)
-        mine = dense_backward.dense_backward(dout, *inputs, rows, self.geometry, layout, window, *numbers, before)[0]
+        branch = self.plan.window if window else self.plan.compressed
+        what = (self.geometry, layout, window, *numbers, branch, before)
+        mine = dense_backward.dense_backward(dout, *inputs, rows, *what)[0]
         self.errors[f"{name} dq on top"] = row_error(mine, expected)
 
     def lists(self) -> Tensor:
@@ -228,7 +325,7 @@ class Case:
         expected, expected_lse = reference.selected_attention(q, *exact, *what)
         gated = selected_forward.Gated(cmp, win, gates, torch.empty_like(cmp))
         for name, given in (("", None), ("gated ", gated)):
-            what = (lists, self.geometry, layout, self.q_start, self.scale, given)
+            what = (lists, self.geometry, layout, self.q_start, self.scale, self.by_union.forward, given)
             out, lse = unions.union_forward(self.q, k, v, *what)
             self.errors[f"unions {name}out"] = row_error(out[:, :used], expected)
             self.errors[f"unions {name}lse"] = row_error(lse[:, :used], expected_lse)
@@ -245,9 +342,10 @@ class Case:
         wanted[:, :used] = torch.autograd.grad(loss, q)[0]
         rows = dense_backward.Rows(lse, dense_backward.make_delta(out, dout, dlse))
         what = (dout, self.q, k, v, rows, lists, self.geometry, layout, self.q_start, self.scale)
-        self.errors["unions dq"] = row_error(unions.union_query_backward(*what), wanted)
+        what += (self.by_union.dq,)
+        self.errors["unions dq"] = row_error(unions.union_dq(*what), wanted)
         on_top = before.double() + wanted
-        self.errors["unions dq on top"] = row_error(unions.union_query_backward(*what, before), on_top)
+        self.errors["unions dq on top"] = row_error(unions.union_dq(*what, before), on_top)
 
     def later(self) -> None:
         """The selected branch alone, whose lists may hold blocks that a token does not see yet."""
@@ -257,29 +355,25 @@ class Case:
         lists = torch.full((B, S, Hkv, self.geometry.num_selected_blocks), -1, dtype=torch.int32)
         lists[..., 0] = own[None, :, None]
         lists[..., 1] = torch.where(own < 3, 3, -1)[None, :, None]
-        out, lse = backend.selected_attention_forward(self.q, k, v, lists, self.call)
+        tail = (lists, self.call)
+        out, lse = backend.selected_attention_forward(self.q, k, v, *tail, plan=self.plan)
         dout = self.draw(*out.shape)
-        grads = backend.selected_attention_backward(dout, None, self.q, k, v, out, lse, lists, self.call)
+        grads = backend.selected_attention_backward(dout, None, self.q, k, v, out, lse, *tail, plan=self.plan)
         exact = [x.double().requires_grad_() for x in (self.q, k, v)]
         expected, _ = reference.selected_attention(*exact, lists, self.geometry, self.cu, self.q_start, self.scale)
         self.errors["later"] = row_error(out, expected)
         for name, x, y in zip("qkv", grads, torch.autograd.grad(expected, exact, dout.double()), strict=True):
             self.errors[f"later d{name}"] = row_error(x, y)
 
-    def whole(self, small_scratch: bool, short_ranges: bool) -> None:
+    def whole(self) -> None:
         """Compare the whole operator with its branches by the reference, for the blocks that it chose."""
-        selected_forward_sm90.RANGE_ROWS, selected_forward_sm90.RANGE_BYTES = (1, 1) if short_ranges else RANGES
-        if small_scratch:
-            selected_forward.select_forward = partial(selected_forward.select_forward, scratch_bytes=2**18)
-            selected_backward.select_backward = partial(selected_backward.select_backward, scratch_bytes=2**18)
-            choice.select_blocks = partial(choice.select_blocks, scratch_bytes=1)
         B, S, Hkv, N = self.numbers
         D, used = self.q.shape[3], self.used
         k, v = self.draw(B, S, Hkv, D), self.draw(B, S, Hkv, self.value_size)
         inputs = AttentionInputs(self.q, k, v, *self.compressed, *self.window, self.draw(*self.q.shape[:3], 3))
-        out, saved = backend.attention_forward(inputs, self.call)
+        out, saved = backend.attention_forward(inputs, self.call, plan=self.plan)
         dout = self.draw(*out.shape)
-        grads = backend.attention_backward(dout, inputs, saved, self.call)
+        grads = backend.attention_backward(dout, inputs, saved, self.call, plan=self.plan)
 
         lengths = [N if name.endswith("cmp") else used for name in NAMES]
         exact = [x[:, :length].double().requires_grad_() for x, length in zip(inputs, lengths, strict=True)]
@@ -301,24 +395,4 @@ class Case:
             self.errors[f"whole d{name}"] = row_error(x[:, :length], y)
             outside.append(x[:, length:].abs().sum())
         self.errors["whole outside"] = float(sum(outside))
-        stages = report.kernels(self.q, inputs[1], inputs[2], self.geometry, B)
-        self.reported = {f"{name}_kernel" for stage in stages for name in stage.kernels.split(", ")}
-
-
-def main(word: str = "", seed: str = "", part: str = "0", num_parts: str = "1") -> None:
-    torch.set_num_threads(1)
-    torch.use_deterministic_algorithms(True)  # fills what is allocated with NaN
-    gpu.is_hopper = lambda x: True
-    for name, case in list(CASES.items())[int(part) :: int(num_parts)]:
-        for number in [int(seed)] if seed else SEEDS:
-            if word in name:
-                with emulate(number) as emulator:
-                    inputs = Case(*case)
-                    errors = inputs.run()
-                errors["kernels reported, not run"] = float(len(inputs.reported - emulator.launched))
-                line = {"case": name, "seed": number, "dtype": case[9], "errors": errors}
-                print(json.dumps(line | {"kernels": sorted(emulator.launched)}), flush=True)
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+        self.planned = {f"{name}_kernel" for _, stage in self.plan.stages() for name in stage.kernels}

@@ -1,19 +1,11 @@
-"""Run the kernels of a paged decode step in the interpreter against the reference; one JSON line for each case.
-
-A program of its own, because TRITON_INTERPRET is read when the kernels are defined:
-
-    TRITON_INTERPRET=1 PYTHONPATH=src:tests python tests/ops/paged_interpreter_cases.py
-"""
+"""A paged decode step in small tiles, to be run in Triton's interpreter (`in_interpreter`)."""
 
 from __future__ import annotations
 
-import json
-
-import torch
 import triton
 
 from nsa.ops.triton import decode
-from paged_caches import CASES, PagedCase, make_problem, relative_error
+from paged_caches import PagedCase, make_problem, relative_error
 
 
 def decode_step(case: PagedCase) -> dict[str, float]:
@@ -28,10 +20,3 @@ def decode_step(case: PagedCase) -> dict[str, float]:
     inputs = (problem.q, problem.gates, problem.view, geometry, case.head_dim**-0.5)
     out, chosen = decode.paged_decode_forward(*inputs, plan)
     return {"out": relative_error(out, problem.out), "blocks": float((chosen != problem.blocks).sum())}
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    for name, case in CASES.items():
-        limit = 2e-3 if case.dtype == torch.float16 else 2e-6
-        print(json.dumps({"case": name, "limit": limit, "errors": decode_step(case)}), flush=True)

@@ -35,27 +35,3 @@ def test_the_report_says_which_backend_runs_and_why(backend, chosen, reason):
 def test_a_backend_that_cannot_run_is_an_error():
     with pytest.raises(ValueError, match="'triton' cannot run here"):
         routing_report(*tensors(), BlockGeometry(), backend="triton")
-
-
-def test_kernels_depend_on_length_documents_and_group(monkeypatch):
-    report = pytest.importorskip("nsa.ops.triton.report")
-    monkeypatch.setattr(report.unions, "BACKWARD_RATIO", report.unions.FORWARD_RATIO)
-    geometry = BlockGeometry()
-
-    def selected(T: int, H: int, docs: int = 1) -> list[str]:
-        found = report.kernels(*tensors(T, H, 1, 128), geometry, docs)
-        assert [k.stage for k in found].count("selected backward") == 1
-        return [k.kernels for k in found if k.stage.startswith("selected")]
-
-    by_union = ["union, union_forward", "union, union_query, select_backward, select_key_reduce"]
-    by_block = [
-        "forced_forward, select_forward, select_reduce",
-        "select_backward, select_query_reduce, select_key_reduce",
-    ]
-    assert selected(2048, 6) == by_union
-    assert selected(65536, 6) == by_block
-    assert selected(65536, 6, docs=32) == by_union
-    loads = {
-        k.reason.rpartition(" ")[2] for k in report.kernels(*tensors(64, 6, 1, 128), geometry, 1) if "keys" in k.stage
-    }
-    assert loads == {"rows"}

@@ -16,24 +16,24 @@ PROGRAM = Path(__file__).with_name("triton_compile.py")
 PATHS = [str(Path(__file__).parents[2] / "src"), str(Path(__file__).parents[1])]
 KERNELS = {
     "mean_pool_kernel", "mean_pool_backward_kernel", "delta_kernel", "choice_kernel", "count_kernel",
-    "sort_kernel", "first_item_kernel", "item_kernel", "select_forward_kernel", "select_reduce_kernel",
-    "select_query_reduce_kernel", "select_key_reduce_kernel", "gate_backward_kernel", "union_kernel",
+    "sort_kernel", "first_item_kernel", "item_kernel", "selected_forward_kernel", "selected_reduce_kernel",
+    "selected_dq_reduce_kernel", "selected_dkdv_reduce_kernel", "gate_backward_kernel", "union_kernel",
 }  # fmt: skip
 PLAIN_KERNELS = {
-    "dense_forward_kernel", "dense_key_kernel", "dense_query_kernel", "score_kernel", "union_forward_kernel",
-    "union_query_kernel", "select_backward_kernel", "forced_forward_kernel",
+    "dense_forward_kernel", "dense_dkdv_kernel", "dense_dq_kernel", "scores_kernel", "union_forward_kernel",
+    "union_dq_kernel", "selected_backward_kernel", "forced_forward_kernel",
 }  # fmt: skip
 HOPPER_KERNELS = {
-    "hopper_forward_kernel", "hopper_key_kernel", "hopper_query_kernel", "hopper_score_kernel",
-    "hopper_select_forward_kernel", "hopper_select_backward_kernel", "hopper_union_forward_kernel",
-    "hopper_union_query_kernel",
+    "dense_forward_sm90_kernel", "dense_dkdv_sm90_kernel", "dense_dq_sm90_kernel", "scores_sm90_kernel",
+    "selected_forward_sm90_kernel", "selected_backward_sm90_kernel", "union_forward_sm90_kernel",
+    "union_dq_sm90_kernel",
 }  # fmt: skip
 DECODE_KERNELS = {
     "decode_compressed_kernel", "decode_importance_kernel", "decode_choice_window_kernel", "decode_selected_kernel",
     "decode_merge_kernel",
 }  # fmt: skip
 LAYOUT_KERNELS = {"_compressed_bounds", "_spread"}
-MATRIX_KERNELS = {"select_forward_kernel"}
+MATRIX_KERNELS = {"selected_forward_kernel"}
 # Shared memory that a program may have: consumer Ampere and Ada 99 KiB, Hopper and data-centre Blackwell 227 KiB.
 LIMITS = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 
@@ -73,8 +73,8 @@ def test_all_kernels_compile_within_shared_memory(architecture, dtype, group_siz
     hopper = architecture == 90 and head_dim in (64, 128, 192)
     matrix = HOPPER_KERNELS if hopper else PLAIN_KERNELS
     if hopper and group_size == 1:  # nor has that for the scores for one wide head; unions take three heads or more
-        matrix = matrix - {"hopper_score_kernel"} - {name for name in matrix if "union" in name} | {"score_kernel"}
-        matrix |= {"union_forward_kernel", "union_query_kernel"}
+        matrix = matrix - {"scores_sm90_kernel"} - {name for name in matrix if "union" in name} | {"scores_kernel"}
+        matrix |= {"union_forward_kernel", "union_dq_kernel"}
     others = ({"_pack_rows_kernel"} if hopper else set()) | (LAYOUT_KERNELS | DECODE_KERNELS if packed else set())
     assert {kernel["kernel"] for kernel in kernels} == KERNELS | matrix | others
     assert max(kernel["shared_bytes"] for kernel in kernels) <= LIMITS[architecture]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import sys
-from functools import partial
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,45 +21,46 @@ from nsa.geometry import BlockGeometry
 from nsa.ops import triton as backend
 from nsa.ops.cache_view import PagedView
 from nsa.ops.call import AttentionInputs, Call
-from nsa.ops.triton import gpu
-from nsa.ops.triton.dense import backward as dense_backward, forced, forward as dense_forward
-from nsa.ops.triton.selected import backward as selected_backward, forward as selected_forward, union as unions
-from nsa.ops.triton.topk import choice
+from nsa.ops.triton.gpu import Device
+from nsa.ops.triton.plan import Shapes, make_plan
+from nsa.ops.triton.tiles import choice_tile
 
 
 def compile_only(architecture: int) -> list[tuple[str, Any]]:
     """Make every launch compile its kernel instead, and collect name and kernel."""
     kernels = compile_launches(architecture)
-    for module in (dense_forward, dense_backward, forced, choice, selected_forward, selected_backward, unions):
-        module.has_large_shared_memory = lambda x: architecture >= 90
-    gpu.is_hopper = lambda x: architecture == 90
     return kernels
 
 
-def launch_all(dtype: torch.dtype, group_size: int, head_dim: int, packed: bool) -> None:
+def launch_all(architecture: int, dtype: torch.dtype, group_size: int, head_dim: int, packed: bool) -> None:
     """Values have the size of keys, 128 at most."""
     geometry, T = BlockGeometry(), 2048
     q = torch.zeros(1, T, group_size, head_dim, dtype=dtype)
     k = torch.zeros(1, T, 1, head_dim, dtype=dtype)
     v = torch.zeros(1, T, 1, min(head_dim, 128), dtype=dtype)
     cu = torch.tensor([0, 100, T], dtype=torch.int32) if packed else None
-    call = Call(geometry, 1.0, cu)
-    k_cmp, v_cmp = (backend.mean_pool_forward(x, cu, geometry, geometry.num_compressed(T)) for x in (k, v))
+    N = geometry.num_compressed(T)
+    sizes = (1, T, group_size, 1, head_dim, v.shape[3], dtype, geometry, 2 if packed else 1, N)
+    shared_memory = 232448 if architecture >= 90 else 101376
+    device = Device(divmod(architecture, 10), shared_memory, num_multiprocessors=1, total_memory=2**40)
+    plan, call = make_plan(Shapes(*sizes), device), Call(geometry, 1.0, cu)
+    k_cmp, v_cmp = (backend.mean_pool_forward(x, cu, geometry, N) for x in (k, v))
     backend.mean_pool_backward(k_cmp, cu, geometry, T)
-    out, lse = backend.compressed_attention_forward(q, k_cmp, v_cmp, call)
-    backend.compressed_attention_backward(out, lse, q, k_cmp, v_cmp, out, lse, call)
-    blocks = backend.select_blocks_forward(q, k_cmp, lse, call)
-    choice.choice_tile = partial(choice.choice_tile, whole=0)  # as for more blocks
-    backend.select_blocks_forward(q, k_cmp, lse, call)
-    out, lse = backend.selected_attention_forward(q, k, v, blocks, call)
-    backend.selected_attention_backward(out, lse, q, k, v, out, lse, blocks, call)
-    out, lse = backend.window_attention_forward(q, k, v, call)
-    backend.window_attention_backward(out, lse, q, k, v, out, lse, call)
+    out, lse = backend.compressed_attention_forward(q, k_cmp, v_cmp, call, plan)
+    backend.compressed_attention_backward(out, lse, q, k_cmp, v_cmp, out, lse, call, plan)
+    blocks = backend.select_blocks_forward(q, k_cmp, lse, call, plan)
+    in_chunks = choice_tile(geometry, geometry.num_select_blocks(T), whole=0)  # as for more blocks
+    plan = replace(plan, topk=replace(plan.topk, choice=replace(plan.topk.choice, tile=in_chunks)))
+    backend.select_blocks_forward(q, k_cmp, lse, call, plan)
+    out, lse = backend.selected_attention_forward(q, k, v, blocks, call, plan)
+    backend.selected_attention_backward(out, lse, q, k, v, out, lse, blocks, call, plan)
+    out, lse = backend.window_attention_forward(q, k, v, call, plan)
+    backend.window_attention_backward(out, lse, q, k, v, out, lse, call, plan)
     inputs = AttentionInputs(q, k, v, k_cmp, v_cmp, k, v, q[..., :3].contiguous())
-    for union in (False, True):
-        backend._union_pays = lambda *_, union=union: union
-        out, branches = backend.attention_forward(inputs, call)
-        backend.attention_backward(out, inputs, branches, call)
+    for unions in (False, True):
+        plan = make_plan(Shapes(*sizes), device, unions)
+        out, branches = backend.attention_forward(inputs, call, plan)
+        backend.attention_backward(out, inputs, branches, call, plan)
     if packed:
         launch_decode(q[:, :1], k, v, geometry)
 
@@ -85,7 +86,7 @@ def launch_decode(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, geometry: B
 if __name__ == "__main__":
     architecture, dtype, group_size, head_dim, packed = sys.argv[1:]
     kernels = compile_only(int(architecture))
-    launch_all(getattr(torch, dtype), int(group_size), int(head_dim), packed == "1")
+    launch_all(int(architecture), getattr(torch, dtype), int(group_size), int(head_dim), packed == "1")
     for name, kernel in kernels:
         ptx = kernel.asm["ptx"]
         print(json.dumps({"kernel": name, "shared_bytes": kernel.metadata.shared, "wgmma": "wgmma" in ptx}))

@@ -1,53 +1,89 @@
-"""Run every Triton kernel in the interpreter against the reference; prints one JSON line for each case.
+"""Problems for every Triton kernel, and their comparison with the reference, to be run in Triton's interpreter.
 
-A program of its own, because TRITON_INTERPRET is read when the kernels are defined:
-
-    TRITON_INTERPRET=1 PYTHONPATH=src python tests/ops/triton_interpreter_cases.py
+`compare` and `choose_given` belong into a process of their own (`in_interpreter`).
 """
 
 from __future__ import annotations
 
-import json
+from collections.abc import Set
+from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import pairwise
 
+import pytest
 import torch
 import triton
 from torch import Tensor
 
+from attention_cases import Sizes
 from nsa.geometry import BlockGeometry
 from nsa.ops import reference, triton as backend
 from nsa.ops.call import AttentionInputs, Call
-from nsa.ops.triton.selected import backward as selected_backward, forward as selected_forward
-from nsa.ops.triton.topk import choice
+from nsa.ops.triton.gpu import read_device
+from nsa.ops.triton.plan import Plan, Shapes, make_plan
+from nsa.ops.triton.tiles import choice_tile
+from nsa.ops.triton.topk import choice as choices
 
-SMALL = BlockGeometry(8, 4, 16, 4, 1, 2, 24)
 NAMES = ("q", "k", "v", "k_cmp", "v_cmp", "k_win", "v_win", "gates")
 WIDE = BlockGeometry(8, 4, 16, 4, 1, 2, 60)
 LONG = BlockGeometry(16, 16, 144, 2, 0, 1, 9)
 
-# name -> batch, tokens, heads, groups, Dk, Dv, geometry, document bounds, q_start, k_start, dtype, stages
+ALL = frozenset({"pool", "compressed", "window", "selected", "whole", "unions"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case(Sizes):
+    """A problem for the kernels.
+
+    Args:
+        stages: "pool", "compressed", "window", "selected", "choice" (of blocks, by few at a time), "whole" (the
+            operator) and "unions" (the operator with the selected branch by unions).
+        equal_scores: all blocks are as good as each other.
+        small_scratch: the selected branch works on few tokens at a time.
+    """
+
+    heads: int = 2
+    head_dim: int = 16
+    dtype: torch.dtype = torch.float32
+    stages: Set[str]
+    equal_scores: bool = False
+    small_scratch: bool = False
+
+
 CASES = {
-    "three heads a group, batch of two, Dk != Dv": (2, 41, 3, 1, 16, 32, SMALL, None, 0, 0, "float32", "pcwsau"),
-    "packed, empty and short documents": (1, 52, 4, 2, 16, 16, SMALL, [0, 0, 25, 25, 28, 52], 0, 0, "float32",
-                                          "pcwsau"),
-    "rows after the last document": (1, 30, 2, 1, 16, 16, SMALL, [0, 19], 0, 0, "float32", "cwsa"),
-    "whole tiles after the last document": (1, 150, 2, 1, 16, 16, WIDE, [0, 19], 0, 0, "float32", "cw"),
-    "chunk of a prefill": (1, 14, 2, 2, 16, 16, SMALL, None, 37, 11, "float32", "cws"),
-    "one token": (1, 1, 2, 1, 16, 16, SMALL, None, 0, 0, "float32", "pcwsau"),
-    "no token": (1, 0, 2, 1, 16, 16, SMALL, None, 0, 0, "float32", "pcwsau"),
-    "head size that fits no tile, fp16": (1, 33, 2, 1, 20, 12, SMALL, None, 0, 0, "float16", "cwsa"),
-    "long selection blocks in parts": (1, 150, 1, 1, 16, 16, LONG, None, 0, 0, "float32", "sau"),
-    "long stencil": (1, 60, 1, 1, 16, 16, BlockGeometry(24, 4, 8, 5, 1, 1, 7), None, 0, 0, "float32", "s"),
-    "forced blocks only": (1, 60, 2, 1, 16, 16, BlockGeometry(8, 4, 16, 3, 1, 2, 24), None, 0, 0, "float32", "sa"),
-    "choice in many chunks": (1, 6, 1, 1, 16, 16, BlockGeometry(4, 2, 4, 5, 1, 2, 4), None, 1597, 0, "float32", "t"),
-    "choice in many chunks of keys' sums": (
-        1, 6, 1, 1, 16, 16, BlockGeometry(24, 4, 8, 5, 1, 1, 7), None, 3000, 0, "float32", "t"),
-    "choice in chunks, packed": (1, 20, 2, 1, 16, 16, SMALL, [0, 5, 20], 0, 0, "float32", "t"),
-    "more blocks of a token than groups of candidates": (
-        1, 260, 1, 1, 16, 16, BlockGeometry(4, 2, 4, 40, 1, 2, 8), None, 0, 0, "float32", "s"),
-    "equal scores": (1, 100, 2, 1, 16, 16, SMALL, None, 0, 0, "float32", "et"),
-    "scratch for few tokens": (1, 140, 1, 1, 16, 16, SMALL, None, 0, 0, "float32", "ska"),
+    "three heads a group, batch of two, Dk != Dv": Case(batch=2, tokens=41, heads=3, value_head_dim=32, stages=ALL),
+    "packed, empty and short documents": Case(
+        tokens=52, heads=4, groups=2, documents=(0, 0, 25, 25, 28, 52), stages=ALL,
+    ),
+    "rows after the last document": Case(
+        tokens=30, documents=(0, 19), stages={"compressed", "window", "selected", "whole"},
+    ),
+    "whole tiles after the last document": Case(
+        tokens=150, geometry=WIDE, documents=(0, 19), stages={"compressed", "window"},
+    ),
+    "chunk of a prefill": Case(
+        tokens=14, groups=2, q_start=37, k_start=11, stages={"compressed", "window", "selected"},
+    ),
+    "one token": Case(tokens=1, stages=ALL),
+    "no token": Case(tokens=0, stages=ALL),
+    "head size that fits no tile, fp16": Case(
+        tokens=33, head_dim=20, value_head_dim=12, dtype=torch.float16,
+        stages={"compressed", "window", "selected", "whole"},
+    ),
+    "long selection blocks in parts": Case(tokens=150, heads=1, geometry=LONG, stages={"selected", "whole", "unions"}),
+    "long stencil": Case(tokens=60, heads=1, geometry=BlockGeometry(24, 4, 8, 5, 1, 1, 7), stages={"selected"}),
+    "forced blocks only": Case(tokens=60, geometry=BlockGeometry(8, 4, 16, 3, 1, 2, 24), stages={"selected", "whole"}),
+    "choice in many chunks": Case(
+        tokens=6, heads=1, geometry=BlockGeometry(4, 2, 4, 5, 1, 2, 4), q_start=1597, stages={"choice"},
+    ),
+    "choice in many chunks of keys' sums": Case(
+        tokens=6, heads=1, geometry=BlockGeometry(24, 4, 8, 5, 1, 1, 7), q_start=3000, stages={"choice"},
+    ),
+    "choice in chunks, packed": Case(tokens=20, documents=(0, 5, 20), stages={"choice"}),
+    "more blocks of a token than groups of candidates": Case(
+        tokens=260, heads=1, geometry=BlockGeometry(4, 2, 4, 40, 1, 2, 8), stages={"selected"},
+    ),
+    "equal scores": Case(tokens=100, stages={"choice"}, equal_scores=True),
+    "scratch for few tokens": Case(tokens=140, heads=1, stages={"selected", "whole"}, small_scratch=True),
 }  # fmt: skip
 
 
@@ -60,23 +96,43 @@ def relative_error(x: Tensor, expected: Tensor, least: float = 1e-30) -> float:
     return float((x - expected)[finite].norm() / expected[finite].norm().clamp(min=least))
 
 
-class Case:
-    """Inputs of one case and the comparison of each stage."""
+class Comparison:
+    """Inputs of one case and the errors of each of its stages."""
 
-    def __init__(self, B, T, H, Hkv, Dk, Dv, geometry, bounds, q_start, k_start, dtype, stages) -> None:
+    def __init__(self, case: Case) -> None:
         torch.manual_seed(0)
-        self.cu = None if bounds is None else torch.tensor(bounds, dtype=torch.int32)
-        self.geometry, self.q_start, self.k_start, self.dtype = geometry, q_start, k_start, getattr(torch, dtype)
-        S = q_start + T
-        pieces = [S] if bounds is None else [b - a for a, b in pairwise(bounds)]
-        N = sum(geometry.num_compressed(piece) for piece in pieces)
-        self.used = T if bounds is None else bounds[-1]
+        B, T, H, Hkv, Dk, Dv = case.batch, case.tokens, case.heads, case.groups, case.head_dim, case.value_size
+        S, N = case.num_keys, case.num_compressed
+        self.case, self.geometry, self.dtype = case, case.geometry, case.dtype
+        self.q_start, self.k_start = case.q_start, case.k_start
+        self.cu, self.used = case.cu_seqlens(), case.num_used
         self.q, self.k, self.v = self.draw(B, T, H, Dk), self.draw(B, S, Hkv, Dk), self.draw(B, S, Hkv, Dv)
         self.k_cmp, self.v_cmp = self.draw(B, N, Hkv, Dk), self.draw(B, N, Hkv, Dv)
-        self.scale, self.stages, self.errors = Dk**-0.5, stages, {}
-        self.call = Call(geometry, self.scale, self.cu, q_start, k_start)
-        if "e" in stages:
+        self.scale = Dk**-0.5
+        self.errors: dict[str, float] = {}
+        self.call = Call(case.geometry, self.scale, self.cu, case.q_start, case.k_start)
+        num_docs = B if case.documents is None else len(case.documents) - 1
+        self.shapes = Shapes(B, T, H, Hkv, Dk, Dv, self.dtype, self.geometry, num_docs, N, case.q_start)
+        self.plan = self.make_plan()
+        if case.equal_scores:
             self.q, self.k_cmp = torch.zeros_like(self.q), torch.zeros_like(self.k_cmp)
+
+    def make_plan(self, unions: bool | None = None) -> Plan:
+        """The plan of the case; with scratch for few tokens where it says so."""
+        plan = make_plan(self.shapes, read_device(self.q.device), unions)
+        if not self.case.small_scratch:
+            return plan
+        listed = replace(
+            plan.listed,
+            forward=replace(plan.listed.forward, scratch_bytes=1),
+            backward=replace(plan.listed.backward, scratch_bytes=1),
+        )
+        selected = replace(
+            plan.selected,
+            forward=replace(plan.selected.forward, scratch_bytes=1),
+            backward=replace(plan.selected.backward, scratch_bytes=1),
+        )
+        return replace(plan, listed=listed, selected=selected)
 
     def draw(self, *shape: int) -> Tensor:
         return torch.randn(*shape, dtype=torch.float32).to(self.dtype)
@@ -88,13 +144,14 @@ class Case:
         exact = [x[:, :length].double().requires_grad_() for x, length in zip(inputs, lengths, strict=True)]
         cut = [x[:, : self.used] for x in before]
         expected = getattr(reference, name)(*exact, *cut, self.geometry, self.cu, *after)
-        out, lse = getattr(backend, f"{name}_forward")(*inputs, *before, self.call)
+        out, lse = getattr(backend, f"{name}_forward")(*inputs, *before, self.call, plan=self.plan)
         outside = [out[:, self.used :].abs().sum(), torch.isfinite(lse[:, self.used :]).sum()]
         self.errors[name] = max(relative_error(x[:, : self.used], y) for x, y in zip((out, lse), expected, strict=True))
         dout, dlse = self.draw(*out.shape), torch.randn(lse.shape)
         dlse = torch.where(torch.isfinite(lse), dlse, 0.0)
         # The gradients of rows outside any document must not leak into the keys.
-        grads = getattr(backend, f"{name}_backward")(dout, dlse, *inputs, out, lse, *before, self.call)
+        arguments = (dout, dlse, *inputs, out, lse, *before, self.call)
+        grads = getattr(backend, f"{name}_backward")(*arguments, plan=self.plan)
         finite = torch.where(torch.isfinite(expected[1]), expected[1], 0.0)
         loss = (expected[0] * dout[:, : self.used].double()).sum() + (finite * dlse[:, : self.used].double()).sum()
         wanted = torch.autograd.grad(loss, exact, allow_unused=True) if loss.requires_grad else [None] * 3
@@ -106,42 +163,40 @@ class Case:
         return lse
 
     def run(self) -> dict[str, float]:
-        cu, stages = self.cu, self.stages
-        if "p" in stages:
-            x = self.k.double().requires_grad_()
-            pooled = reference.mean_pool(x, self.geometry, cu, self.k_cmp.shape[1])
-            mine = backend.mean_pool_forward(self.k, cu, self.geometry, self.k_cmp.shape[1])
-            self.errors["mean_pool"] = relative_error(mine, pooled)
-            dout = self.draw(*pooled.shape)
-            wanted = (
-                torch.autograd.grad((pooled * dout.double()).sum(), x)[0]
-                if pooled.requires_grad
-                else torch.zeros_like(x)
-            )
-            mine = backend.mean_pool_backward(dout, cu, self.geometry, self.k.shape[1])
-            self.errors["mean_pool dx"] = relative_error(mine, wanted)
-        compressed = (self.q, self.k_cmp, self.v_cmp)
-        if "c" in stages:
-            self.attention("compressed_attention", compressed, (), (self.q_start, self.scale))
-        if "w" in stages:
+        stages = self.case.stages
+        if "pool" in stages:
+            self.pool()
+        if "compressed" in stages:
+            self.attention("compressed_attention", (self.q, self.k_cmp, self.v_cmp), (), (self.q_start, self.scale))
+        if "window" in stages:
             window = (self.q, self.k[:, self.k_start :], self.v[:, self.k_start :])
             self.attention("window_attention", window, (), (self.q_start, self.k_start, self.scale))
-        if {"s", "t", "a"} & set(stages):
-            self.choice(limit="t" in stages)
-        if "s" in stages:
-            if "k" in stages:
-                selected_forward.select_forward = partial(selected_forward.select_forward, scratch_bytes=1)
-                selected_backward.select_backward = partial(selected_backward.select_backward, scratch_bytes=1)
+        if {"selected", "choice", "whole"} & stages:
+            self.choice(limit="choice" in stages)
+        if "selected" in stages:
             self.attention("selected_attention", (self.q, self.k, self.v), (self.blocks,), (self.q_start, self.scale))
-        if "a" in stages:
+        if "whole" in stages:
             self.whole("whole", union=False)
-        if "u" in stages:
+        if "unions" in stages:
             self.whole("union", union=True)
         return self.errors
 
+    def pool(self) -> None:
+        shape, cu = self.geometry, self.cu
+        x = self.k.double().requires_grad_()
+        pooled = reference.mean_pool(x, self.geometry, cu, self.k_cmp.shape[1])
+        mine = backend.mean_pool_forward(self.k, cu, shape, self.k_cmp.shape[1])
+        self.errors["mean_pool"] = relative_error(mine, pooled)
+        dout = self.draw(*pooled.shape)
+        wanted = torch.zeros_like(x)
+        if pooled.requires_grad:
+            wanted = torch.autograd.grad((pooled * dout.double()).sum(), x)[0]
+        mine = backend.mean_pool_backward(dout, cu, shape, self.k.shape[1])
+        self.errors["mean_pool dx"] = relative_error(mine, wanted)
+
     def whole(self, name: str, union: bool) -> None:
         """Compare the whole operator with its stages by the reference, for gates of either sign."""
-        backend._union_pays = lambda *_: union
+        plan = self.make_plan(union)
         gates = self.draw(*self.q.shape[:3], 3)
         keys = (self.k, self.v, self.k_cmp, self.v_cmp, self.draw(*self.k.shape), self.draw(*self.v.shape))
         inputs = AttentionInputs(self.q, *keys, gates)
@@ -155,11 +210,11 @@ class Case:
             reference.window_attention(q, k_win, v_win, *tail, 0, self.scale)[0],
         )
         expected = sum(g[..., i, None] * branch for i, branch in enumerate(branches))
-        out, saved = backend.attention_forward(inputs, self.call)
+        out, saved = backend.attention_forward(inputs, self.call, plan=plan)
         self.errors[name] = relative_error(out[:, : self.used], expected)
         self.errors[f"{name} blocks"] = float((saved[-1] != self.blocks).sum())
         dout = self.draw(*out.shape)
-        grads = backend.attention_backward(dout, inputs, saved, self.call)
+        grads = backend.attention_backward(dout, inputs, saved, self.call, plan=plan)
         wanted = torch.autograd.grad(
             expected, exact, dout[:, : self.used].double(), allow_unused=True, materialize_grads=True
         )
@@ -171,16 +226,16 @@ class Case:
 
     def choice(self, limit: bool) -> None:
         """Compare the chosen blocks; with `limit`, in chunks of few candidates and of few tokens."""
-        tail = (self.q_start, self.scale)
-        _, lse = backend.compressed_attention_forward(self.q, self.k_cmp, self.v_cmp, self.call)
-        before = choice.select_blocks, choice.choice_tile
+        tail, plan = (self.q_start, self.scale), self.plan
+        _, lse = backend.compressed_attention_forward(self.q, self.k_cmp, self.v_cmp, self.call, plan=plan)
         if limit:
-            choice.select_blocks = partial(before[0], scratch_bytes=1)
-            choice.choice_tile = lambda *args, **_: before[1](*args, max_chunk=128, whole=0)
-        self.blocks = backend.select_blocks_forward(self.q, self.k_cmp, lse, self.call)
-        choice.select_blocks, choice.choice_tile = before
+            num_blocks = self.geometry.num_select_blocks(self.q_start + self.q.shape[1])
+            tile = choice_tile(self.geometry, num_blocks, max_chunk=128, whole=0)
+            limited = replace(plan.topk.choice, tile=tile, scratch_bytes=1)
+            plan = replace(plan, topk=replace(plan.topk, choice=limited))
+        self.blocks = backend.select_blocks_forward(self.q, self.k_cmp, lse, self.call, plan=plan)
         q, lse = self.q[:, : self.used], lse[:, : self.used]
-        if "e" in self.stages:  # the reference's sums round apart what is equal
+        if self.case.equal_scores:  # the reference's sums round apart what is equal
             scores = reference.importance_scores(q, self.k_cmp, lse, self.geometry, *tail)
             expected = reference.choose((scores * 2**12).round(), self.geometry, self.q_start)
         else:
@@ -189,47 +244,78 @@ class Case:
         self.errors["blocks outside"] = float((self.blocks[:, self.used :] != -1).sum())
 
 
-# name -> geometry, last block, scores, constants of choice_tile; how often at most, and once at least unless 0, in the
-# 3 rows a chunk adds to the list, only the best of the list are kept to make room, only the best of a chunk are taken
+@dataclass(frozen=True)
+class Choice:
+    """A choice among given scores, for three tokens.
+
+    Args:
+        last: the last token's last block.
+        scores: their kind, see `given_scores`.
+        options: constants of `choice_tile`.
+        appended: how often at most in all, and once at least unless 0, a chunk adds to the list.
+        pruned: as often, only the best of the list are kept to make room.
+        taken: as often, only the best of a chunk are taken.
+    """
+
+    geometry: BlockGeometry
+    last: int
+    scores: str
+    options: dict[str, int] = field(default_factory=dict)
+    appended: int = 0
+    pruned: int = 0
+    taken: int = 0
+
+
 PAIRS = BlockGeometry(2, 1, 2, 16, 1, 2, 4)
 SMALL_STEPS, STEPS, LARGE_STEPS = ({"max_chunk": chunk, "whole": 0, "slack": 2} for chunk in (128, 256, 512))
 CHOICES = {
-    "few blocks": (PAIRS, 20, "random", {}, (0, 0, 0)),
-    "one step": (PAIRS, 101, "random", {}, (0, 0, 0)),
-    "one step of two rows": (PAIRS, 254, "random", {}, (0, 0, 0)),
-    "one step, ties": (PAIRS, 254, "few values", {}, (0, 0, 0)),
-    "one chunk": (PAIRS, 300, "random", LARGE_STEPS, (3, 0, 0)),
-    "later chunks have nothing": (PAIRS, 520, "falling", SMALL_STEPS, (3, 0, 0)),
-    "later chunks have all": (PAIRS, 520, "rising", SMALL_STEPS, (15, 0, 0)),
-    "equal": (PAIRS, 390, "equal", SMALL_STEPS, (3, 0, 3)),
-    "zero": (PAIRS, 700, "zero", STEPS, (3, 0, 3)),
-    "ties across chunks": (PAIRS, 700, "few values", STEPS, (3, 0, 3)),
-    "plateaus": (PAIRS, 700, "plateaus", STEPS, (9, 0, 9)),
-    "equal, no initial block": (BlockGeometry(2, 1, 2, 15, 0, 2, 4), 390, "equal", SMALL_STEPS, (3, 0, 3)),
-    "early row of many": (PAIRS, 4, "random", SMALL_STEPS, (0, 0, 0)),
-    "fewer blocks than forced": (BlockGeometry(2, 1, 2, 16, 6, 5, 4), 8, "random", SMALL_STEPS, (0, 0, 0)),
-    "loose bounds": (PAIRS, 1040, "random", STEPS | {"slack": 16}, (15, 15, 0)),
-    "loose bounds, ties": (PAIRS, 1040, "some values", STEPS | {"slack": 16}, (15, 15, 0)),
-    "loose bounds, a list of two rows": (
-        BlockGeometry(2, 1, 2, 33, 1, 2, 4), 1040, "some values", LARGE_STEPS | {"slack": 24}, (9, 9, 0)),
-    "loose bounds, not a number": (PAIRS, 1040, "not a number", STEPS | {"slack": 16}, (15, 15, 0)),
-    "loose bounds, neighbouring bits": (PAIRS, 1040, "bits", STEPS | {"slack": 16}, (15, 15, 0)),
-    "many in few groups": (PAIRS, 1040, "columns", LARGE_STEPS, (9, 0, 9)),
-    "many in few groups of a later chunk": (PAIRS, 1040, "late columns", LARGE_STEPS | {"slack": 6}, (9, 9, 9)),
-    "denormal": (PAIRS, 520, "denormal", STEPS, (9, 0, 0)),
-    "infinite": (PAIRS, 520, "infinite", STEPS, (9, 0, 9)),
-    "not a number": (PAIRS, 520, "not a number", STEPS, (9, 0, 0)),
-    "forced blocks in two chunks": (BlockGeometry(2, 1, 2, 16, 6, 5, 4), 130, "forced", SMALL_STEPS, (3, 0, 0)),
-    "local blocks only in the last chunk": (BlockGeometry(2, 1, 2, 16, 6, 5, 4), 133, "forced", SMALL_STEPS, (3, 0, 0)),
-    "no initial block": (BlockGeometry(2, 1, 2, 16, 0, 1, 4), 260, "random", SMALL_STEPS, (9, 0, 0)),
-    "one free block": (BlockGeometry(2, 1, 2, 7, 4, 2, 4), 260, "few values", SMALL_STEPS, (3, 0, 0)),
-    "forced blocks only": (BlockGeometry(2, 1, 2, 6, 4, 2, 4), 260, "random", SMALL_STEPS, (0, 0, 0)),
-    "a list of two rows": (BlockGeometry(2, 1, 2, 33, 1, 2, 4), 700, "random", STEPS, (9, 0, 0)),
-    "a list of two rows, plateaus": (BlockGeometry(2, 1, 2, 33, 1, 2, 4), 1040, "plateaus", LARGE_STEPS, (6, 3, 0)),
-    "more chosen than groups": (BlockGeometry(2, 1, 2, 135, 1, 2, 4), 400, "random", SMALL_STEPS, (12, 0, 0)),
-    "more chosen than groups, ties": (BlockGeometry(2, 1, 2, 135, 1, 2, 4), 400, "zero", SMALL_STEPS, (12, 0, 0)),
-    "blocks without a visible key": (BlockGeometry(6, 2, 4, 16, 1, 1, 4), 300, "random", SMALL_STEPS, (9, 0, 0)),
-    "keys that do not overlap": (BlockGeometry(2, 2, 4, 16, 1, 1, 4), 300, "random", SMALL_STEPS, (9, 0, 0)),
+    "few blocks": Choice(PAIRS, 20, "random"),
+    "one step": Choice(PAIRS, 101, "random"),
+    "one step of two rows": Choice(PAIRS, 254, "random"),
+    "one step, ties": Choice(PAIRS, 254, "few values"),
+    "one chunk": Choice(PAIRS, 300, "random", LARGE_STEPS, appended=3),
+    "later chunks have nothing": Choice(PAIRS, 520, "falling", SMALL_STEPS, appended=3),
+    "later chunks have all": Choice(PAIRS, 520, "rising", SMALL_STEPS, appended=15),
+    "equal": Choice(PAIRS, 390, "equal", SMALL_STEPS, appended=3, taken=3),
+    "zero": Choice(PAIRS, 700, "zero", STEPS, appended=3, taken=3),
+    "ties across chunks": Choice(PAIRS, 700, "few values", STEPS, appended=3, taken=3),
+    "plateaus": Choice(PAIRS, 700, "plateaus", STEPS, appended=9, taken=9),
+    "equal, no initial block": Choice(
+        BlockGeometry(2, 1, 2, 15, 0, 2, 4), 390, "equal", SMALL_STEPS, appended=3, taken=3,
+    ),
+    "early row of many": Choice(PAIRS, 4, "random", SMALL_STEPS),
+    "fewer blocks than forced": Choice(BlockGeometry(2, 1, 2, 16, 6, 5, 4), 8, "random", SMALL_STEPS),
+    "loose bounds": Choice(PAIRS, 1040, "random", STEPS | {"slack": 16}, appended=15, pruned=15),
+    "loose bounds, ties": Choice(PAIRS, 1040, "some values", STEPS | {"slack": 16}, appended=15, pruned=15),
+    "loose bounds, a list of two rows": Choice(
+        BlockGeometry(2, 1, 2, 33, 1, 2, 4), 1040, "some values", LARGE_STEPS | {"slack": 24}, appended=9, pruned=9,
+    ),
+    "loose bounds, not a number": Choice(PAIRS, 1040, "not a number", STEPS | {"slack": 16}, appended=15, pruned=15),
+    "loose bounds, neighbouring bits": Choice(PAIRS, 1040, "bits", STEPS | {"slack": 16}, appended=15, pruned=15),
+    "many in few groups": Choice(PAIRS, 1040, "columns", LARGE_STEPS, appended=9, taken=9),
+    "many in few groups of a later chunk": Choice(
+        PAIRS, 1040, "late columns", LARGE_STEPS | {"slack": 6}, appended=9, pruned=9, taken=9,
+    ),
+    "denormal": Choice(PAIRS, 520, "denormal", STEPS, appended=9),
+    "infinite": Choice(PAIRS, 520, "infinite", STEPS, appended=9, taken=9),
+    "not a number": Choice(PAIRS, 520, "not a number", STEPS, appended=9),
+    "forced blocks in two chunks": Choice(BlockGeometry(2, 1, 2, 16, 6, 5, 4), 130, "forced", SMALL_STEPS, appended=3),
+    "local blocks only in the last chunk": Choice(
+        BlockGeometry(2, 1, 2, 16, 6, 5, 4), 133, "forced", SMALL_STEPS, appended=3,
+    ),
+    "no initial block": Choice(BlockGeometry(2, 1, 2, 16, 0, 1, 4), 260, "random", SMALL_STEPS, appended=9),
+    "one free block": Choice(BlockGeometry(2, 1, 2, 7, 4, 2, 4), 260, "few values", SMALL_STEPS, appended=3),
+    "forced blocks only": Choice(BlockGeometry(2, 1, 2, 6, 4, 2, 4), 260, "random", SMALL_STEPS),
+    "a list of two rows": Choice(BlockGeometry(2, 1, 2, 33, 1, 2, 4), 700, "random", STEPS, appended=9),
+    "a list of two rows, plateaus": Choice(
+        BlockGeometry(2, 1, 2, 33, 1, 2, 4), 1040, "plateaus", LARGE_STEPS, appended=6, pruned=3,
+    ),
+    "more chosen than groups": Choice(BlockGeometry(2, 1, 2, 135, 1, 2, 4), 400, "random", SMALL_STEPS, appended=12),
+    "more chosen than groups, ties": Choice(
+        BlockGeometry(2, 1, 2, 135, 1, 2, 4), 400, "zero", SMALL_STEPS, appended=12,
+    ),
+    "blocks without a visible key": Choice(BlockGeometry(6, 2, 4, 16, 1, 1, 4), 300, "random", SMALL_STEPS, appended=9),
+    "keys that do not overlap": Choice(BlockGeometry(2, 2, 4, 16, 1, 1, 4), 300, "random", SMALL_STEPS, appended=9),
 }  # fmt: skip
 
 
@@ -268,9 +354,10 @@ def best_blocks(scores: Tensor, geometry: BlockGeometry) -> list[int]:
     return chosen + [-1] * (count - len(chosen))
 
 
-def choose_given(geometry: BlockGeometry, last: int, kind: str, options: dict, paths: tuple | None) -> dict[str, float]:
+def choose_given(choice: Choice) -> dict[str, float]:
     """Compare the choice among given scores, for three tokens whose blocks end at `last` and the one before it."""
     torch.manual_seed(0)
+    geometry, last, kind = choice.geometry, choice.last, choice.scores
     size, stride, block = geometry.as_tuple()[:3]
     span, reach, start = block // stride, size // stride, last * block - 1
     N = geometry.num_compressed(start + 3)
@@ -290,39 +377,34 @@ def choose_given(geometry: BlockGeometry, last: int, kind: str, options: dict, p
             scores[written:] = 0.0
             scores[1 : written + 1] += before[: num - 1]
         expected.append(best_blocks(scores, geometry))
-    tile = choice.choice_tile(geometry, last + 1, **options)
+    tile = choice_tile(geometry, last + 1, **choice.options)
     out = torch.full([1, 3, 1, geometry.num_selected_blocks], -7, dtype=torch.int32)
     lists = torch.full([3 * tile["QUADS"] + 1], 4, dtype=torch.int32)
     calls = dict.fromkeys(("_append", "_read_quads", "_best"), 0)
-    functions = {name: getattr(choice, name) for name in calls}
+    functions = {name: getattr(choices, name) for name in calls}
 
     def counted(name: str, *args, **kwargs):
         calls[name] += 1
         return functions[name](*args, **kwargs)
 
-    for name in calls:
-        setattr(choice, name, partial(counted, name))
-    choice.choice_kernel[(3, 1)](
-        mass, lists, out, lists, 3, start, 0, 0, 3, width, HKV=1, SIZE=size, STRIDE=stride, BLOCK=block,
-        COUNT=geometry.num_selected_blocks, INIT=geometry.num_init_blocks, LOCAL=geometry.num_local_blocks,
-        PACKED=False, POOLED=True, **tile,
-    )  # fmt: skip
-    for name, function in functions.items():
-        setattr(choice, name, function)
+    with pytest.MonkeyPatch.context() as patch:
+        for name in calls:
+            patch.setattr(choices, name, partial(counted, name))
+        choices.choice_kernel[(3, 1)](
+            mass, lists, out, lists, 3, start, 0, 0, 3, width, HKV=1, SIZE=size, STRIDE=stride, BLOCK=block,
+            COUNT=geometry.num_selected_blocks, INIT=geometry.num_init_blocks, LOCAL=geometry.num_local_blocks,
+            PACKED=False, POOLED=True, **tile,
+        )  # fmt: skip
     final = 3 * (calls["_best"] > 0)
-    kept = calls["_read_quads"] - final * (tile["QUADS"] > 0)
-    found = (calls["_append"] - kept, kept, calls["_best"] - final - kept)
+    pruned = calls["_read_quads"] - final * (tile["QUADS"] > 0)
+    paths = {"appended": calls["_append"] - pruned, "pruned": pruned, "taken": calls["_best"] - final - pruned}
     errors = {"blocks that differ": float((out[0, :, 0] != torch.tensor(expected)).sum())}
-    errors[f"paths {found}"] = float(
-        any(x > most or (x == 0) != (most == 0) for x, most in zip(found, paths, strict=True))
-    )
+    for path, times in paths.items():
+        most = getattr(choice, path)
+        errors[f"{path} {times} times of {most}"] = float(times > most or (times == 0) != (most == 0))
     return errors
 
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    for name, case in CASES.items():
-        print(json.dumps({"case": name, "dtype": case[10], "errors": Case(*case).run()}), flush=True)
-    for name, (*choice, paths) in CHOICES.items():
-        errors = choose_given(*choice, paths)
-        print(json.dumps({"case": f"choice: {name}", "dtype": "float32", "errors": errors}), flush=True)
+def compare(case: Case) -> dict[str, float]:
+    """The errors of a case's stages."""
+    return Comparison(case).run()

@@ -15,7 +15,7 @@ from huggingface_hub import constants
 from corpus_files import write_parquet
 from fake_hub import REPO, REVISION, FakeHub, serve
 from nsa.config.run import RunConfig
-from nsa.data.sources.parquet import ParquetBlocks
+from nsa.data.sources.parquet import ParquetChunks
 from nsa.data.tokenizers import ByteTokenizer
 from nsa.preflight.data_rules import check_data
 
@@ -95,9 +95,9 @@ def test_of_the_hub_s_files_a_few_blocks_of_one_are_streamed(
     for number in range(2):
         path = write_parquet(tmp_path / f"{number}.parquet", texts, [f"{number}-{i}" for i in range(400)])
         files[f"sample/10BT/{number:03}_00000.parquet"] = path.read_bytes()
-    read_blocks = []
-    read_block = ParquetBlocks.read_block
-    monkeypatch.setattr(ParquetBlocks, "read_block", lambda self, b: read_blocks.append(b) or read_block(self, b))
+    read_chunks = []
+    read = ParquetChunks.read
+    monkeypatch.setattr(ParquetChunks, "read", lambda self, chunk: read_chunks.append(chunk) or read(self, chunk))
     source = {"source": "fineweb_edu", "paths": [], "hub_repo": REPO, "hub_revision": REVISION, "heldout": 0.2}
     with serve(FakeHub(files)) as hub:
         monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
@@ -105,4 +105,4 @@ def test_of_the_hub_s_files_a_few_blocks_of_one_are_streamed(
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         assert found(tiny(data=source)) == {}
     assert not [request for request in hub.requests if "001_00000" in request]
-    assert len(set(read_blocks)) < 10  # of 40; two documents of a block of ten are held out
+    assert len(set(read_chunks)) < 10  # of 40; two documents of a chunk of ten are held out

@@ -15,7 +15,7 @@ from nsa.machine import Machine, machine_named
 from nsa.preflight.estimate import Memory, Speed
 from nsa.preflight.rules import Plan, check
 
-CPU = Machine("a CPU", "cpu", 16.0, False, False, 1, False, None)
+CPU = Machine("a CPU", "cpu", 16.0, False, False, False, None)
 GPU = machine_named("h200")
 OLD_GPU = replace(GPU, name="an old GPU", has_fast_bf16=False, has_triton=False)
 LONG = {"steps": 50_000}

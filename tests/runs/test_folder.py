@@ -18,8 +18,7 @@ def folder(tmp_path: Path) -> RunFolder:
 
 
 def fail(folder: RunFolder, error: Exception, *, rank: int = 0, step: int = 7) -> None:
-    with FailureStatus(folder, rank) as status:
-        status.step = step
+    with FailureStatus(folder, rank, lambda: step):
         raise error
 
 
@@ -51,7 +50,7 @@ def test_a_failure_names_what_was_noted_on_the_way_and_the_command_that_goes_on(
         fail(folder, error)
     reason = "OSError: [Errno 28] No space left on device; the checkpoint of step 5 could not be written"
     assert folder.read_status()["reason"] == reason
-    assert f"rank 0, after step 7; once mended, go on with: nsa resume {folder.path}" in caught.value.__notes__
+    assert f"rank 0, after step 7; once mended: nsa resume {folder.path}" in caught.value.__notes__
 
 
 def test_a_failure_goes_on_though_its_status_cannot_be_written(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from nsa.runs.tables import TRAINING_COLUMNS, VALIDATION_COLUMNS, CsvWriter, read_csv
+from nsa.runs.tables import HEALTH_COLUMNS, TRAINING_COLUMNS, VALIDATION_COLUMNS, CsvWriter, read_csv
 
 ROW = {
     "step": 1,
@@ -24,6 +24,10 @@ ROW = {
 def test_the_columns_are_those_that_the_design_promises() -> None:
     assert ",".join(TRAINING_COLUMNS) == "step,tokens,loss,lr,grad_norm,tokens_per_s,mfu,step_s,fetch_s"
     assert ",".join(VALIDATION_COLUMNS) == "step,val_loss,val_ppl,val_bits_per_byte"
+    gates = "entropy_mean_nats", "max_mean", "share_cmp", "share_slc", "share_win", "collapse_share"
+    selection = "mean_selected_tokens", "max_selected_tokens", "share_at_maximum", "mean_coverage"
+    selection += "blocks_chosen_share", "mean_distance_blocks"
+    assert ("step", "layer", *(f"gate_{name}" for name in gates), *selection) == HEALTH_COLUMNS
 
 
 def test_rows_come_back_exactly(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The watch: what it finds in a run folder, how far it climbs for it, and whom it signals."""
+"""The watch: what it finds in a run folder, how far it escalates it, and whom it signals."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_a_healthy_run_is_left_alone(run: Path, clock: Clock, signals: list) -> 
     assert not (run / "HALT").exists()
 
 
-def test_the_ladder_is_climbed_a_rung_at_a_time_for_what_lasts(run: Path, clock: Clock, signals: list) -> None:
+def test_what_lasts_is_escalated_a_step_at_a_time(run: Path, clock: Clock, signals: list) -> None:
     watch = Watch(run, Thresholds(stacks_after_s=30, halt_after_s=120, halt_wait_s=300), **clock.both)
     did: dict[int, list[str]] = {}
     for second in range(0, 520, 10):
@@ -103,7 +103,7 @@ def test_the_ladder_is_climbed_a_rung_at_a_time_for_what_lasts(run: Path, clock:
     assert str(os.getpid()) in (watch.gave_up(look) or "")
 
 
-def test_what_passes_is_forgotten_and_climbs_anew_when_it_comes_back(run: Path, clock: Clock, signals: list) -> None:
+def test_what_passes_is_forgotten_and_escalates_anew_when_it_comes_back(run: Path, clock: Clock, signals: list) -> None:
     watch = Watch(run, Thresholds(stacks_after_s=0, halt_after_s=60), **clock.both)
     for second, age_s in ((0, 200.0), (50, 1.0), (100, 200.0), (150, 250.0)):
         clock.now_s = NOW_S + second

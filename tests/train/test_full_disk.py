@@ -12,6 +12,7 @@ import pytest
 
 from nsa.config.run import RunConfig
 from nsa.launch.resume import prepare_resume
+from nsa.launch.resume_config import resumed_config
 from nsa.launch.start import prepare
 from nsa.runs import files
 from nsa.runs.folder import RunFolder
@@ -102,11 +103,11 @@ def test_a_training_that_is_complete_is_finished_though_its_report_fails(
     status = folder.read_status()
     assert (status["state"], status["step"], status["reason"]) == ("finished", 2, None)
     assert str(error) in status["report_failure"]
-    train(*prepare_resume(folder.path), resumed=True)
+    train(*prepare_resume(resumed_config(folder.path)))
     assert folder.report_md.is_file()
     assert "report_failure" not in folder.read_status()
     with pytest.raises(ValueError, match="has finished its 2 steps"):
-        prepare_resume(folder.path)
+        prepare_resume(resumed_config(folder.path))
 
 
 @pytest.mark.parametrize("place", ["write_json", "write_text"])

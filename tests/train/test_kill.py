@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from nsa.config.run import RunConfig
 from nsa.launch.resume import prepare_resume
+from nsa.launch.resume_config import resumed_config
 from nsa.launch.start import prepare
 from nsa.runs.checkpoints import complete_checkpoints, damage, newest_checkpoint
 from nsa.runs.tables import TRAINING_COLUMNS, read_csv
@@ -94,9 +95,9 @@ def test_a_killed_run_ends_up_as_if_it_had_not_been(
     folder = Path(config.run.folder) / config.run.name
     assert newest_checkpoint(folder).name == f"step_{newest:06d}"
     assert damage(newest_checkpoint(folder)) is None
-    trainer, opened = prepare_resume(folder)
+    trainer, opened = prepare_resume(resumed_config(folder))
     assert trainer.step == newest
-    train(trainer, opened, resumed=True)
+    train(trainer, opened)
     assert losses(folder) == losses(whole)
     one, other = (load_file(newest_checkpoint(run) / "model.safetensors") for run in (folder, whole))
     assert all(torch.equal(one[key], other[key]) for key in other)

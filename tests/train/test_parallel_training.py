@@ -31,7 +31,7 @@ BODY = """
 import functools
 import nsa.train.trainer as trainer_module
 from nsa.loss import NextTokenLoss
-from nsa.eval.perplexity import DeviceBatch
+from nsa.data import Batch
 from nsa.config.run import RunConfig
 from nsa.train.guards import TrainingError
 from nsa.train.model import compile_layers
@@ -49,7 +49,7 @@ def curve(trainer):
             return future.then(lambda done: done.value()[0])
         trainer.shared_loss.register_comm_hook(None, exchange)
     first = trainer.evaluate().val_loss
-    records = [trainer.train_step()[0] for _ in range(trainer.config.train.steps)]
+    records = [trainer.train_step() for _ in range(trainer.config.train.steps)]
     last, shares = trainer.evaluate().val_loss, own(trainer.model)
     whole = trainer.whole_model()
     return {
@@ -68,9 +68,9 @@ def sparse(trainer):
     labels = [x.roll(-1, 1) for x in rows]
     labels[1][:] = labels[3][:] = -100
     labels[1][0, 3] = 7
-    batches = [DeviceBatch(x, y, None) for x, y in zip(rows, labels)]
+    batches = [Batch(x, y, None) for x, y in zip(rows, labels)]
     trainer.batches = iter(batches[trainer.parallel.rank::trainer.parallel.world_size])
-    record = trainer.train_step()[0]
+    record = trainer.train_step()
     return record.loss, record.grad_norm
 
 def damaged(trainer):
@@ -80,7 +80,7 @@ def damaged(trainer):
             trainer.model.model.norm.register_forward_hook(lambda *call: call[-1] * float("nan"))
         before = own(trainer.model)
         try:
-            seen.append(trainer.train_step()[0].loss)
+            seen.append(trainer.train_step().loss)
         except TrainingError as error:
             seen.append(str(error))
         seen.append(all(torch.equal(a, b) for a, b in zip(before, own(trainer.model))))
@@ -91,7 +91,7 @@ def low(trainer):
     low = Trainer(config, trainer.parallel)
     inputs = set()
     low.model.model.layers[1].mlp.down_proj.register_forward_pre_hook(lambda module, args: inputs.add(args[0].dtype))
-    return [low.train_step()[0].loss for _ in range(3)], inputs, {w.dtype for w in own(low.model)}
+    return [low.train_step().loss for _ in range(3)], inputs, {w.dtype for w in own(low.model)}
 
 def uncut(trainer):
     graphs = []
@@ -112,7 +112,7 @@ def compiled(trainer):
     changed = {"compile": True, "activation_checkpointing": "selective"}
     config = trainer.config.model_copy(update={"train": trainer.config.train.model_copy(update=changed)})
     fast = Trainer(config, trainer.parallel)
-    losses = [fast.train_step()[0].loss for _ in range(3)]
+    losses = [fast.train_step().loss for _ in range(3)]
     return losses, torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 with setup_parallel("cpu", given["train"]["parallel"], timeout_s=120) as parallel:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from nsa.config.load import load_config
 from nsa.data import open_source
-from nsa.data.heldout import split_documents
+from nsa.data.heldout import heldout_rule
 from nsa.device import choose_device
 from nsa.launch.start import prepare
 from nsa.runs.checkpoints import newest_checkpoint
@@ -119,10 +119,11 @@ def test_the_data_index_and_the_report_name_the_held_out_documents(finished: Pat
     index = json.loads((finished / "data_index.json").read_text())
     config = module_tiny()
     source = open_source(config.data)
-    training, held_out = split_documents(source, config.data.heldout)
-    assert index["held_out_documents"] == [source.name(document) for document in held_out]
-    assert index["num_training_documents"] == len(training)
-    assert source.name(held_out[0]) in (finished / "report.md").read_text()
+    is_held_out = heldout_rule(source, config.data.heldout)
+    held_out = [document.name for document in source if is_held_out(document.name)]
+    assert index["held_out_documents"] == held_out
+    assert index["num_training_documents"] == len(source) - len(held_out)
+    assert held_out[0] in (finished / "report.md").read_text()
 
 
 def test_tensorboard_has_the_losses(finished: Path) -> None:
@@ -155,7 +156,7 @@ def test_a_step_does_not_depend_on_how_it_is_cut_into_micro_batches(tiny) -> Non
     for rows in (8, 2):
         trainer = Trainer(tiny(train={"batch_tokens": 512, "micro_batch_rows": rows}))
         assert trainer.config.num_micro_batches == 8 // rows
-        records = [trainer.train_step()[0] for _ in range(3)]
+        records = [trainer.train_step() for _ in range(3)]
         results.append(([(record.loss, record.grad_norm) for record in records], list(trainer.model.parameters())))
     (whole, weights), (cut, cut_weights) = results
     torch.testing.assert_close(torch.tensor(cut), torch.tensor(whole), rtol=2e-5, atol=0)
@@ -200,7 +201,7 @@ def test_the_loss_weighs_every_valid_label_of_the_step_alike(tiny) -> None:
     mean = torch.cat(by_token).mean()
     gradients = torch.autograd.grad(mean, list(trainer.model.parameters()))
     trainer.batches = iter([full, sparse])
-    record, _ = trainer.train_step()
+    record = trainer.train_step()
     assert record.loss == pytest.approx(mean.item(), rel=1e-5)
     assert record.grad_norm == pytest.approx(torch.cat([g.flatten() for g in gradients]).norm().item(), rel=1e-5)
 
@@ -214,7 +215,7 @@ def test_random_bytes_are_never_predicted_better_than_their_entropy(tiny) -> Non
     )
     trainer = Trainer(config)
     trainer.batches = random_bytes(0)
-    steps = [trainer.train_step()[0].loss for _ in range(40)]
+    steps = [trainer.train_step().loss for _ in range(40)]
     assert steps[0] == pytest.approx(math.log(259), abs=0.1)
     assert min(steps) > math.log(256) - 0.02
     assert sum(steps[-5:]) / 5 == pytest.approx(math.log(256), abs=0.1)
@@ -263,10 +264,10 @@ def test_a_skipped_step_leaves_the_weights_and_the_run_goes_on(tiny) -> None:
     trainer = Trainer(tiny(guards={"on_nonfinite": "skip"}))
     before = [p.detach().clone() for p in trainer.model.parameters()]
     hook = trainer.model.lm_head.register_forward_hook(lambda *call: call[-1] * math.nan)
-    assert math.isnan(trainer.train_step()[0].loss)
+    assert math.isnan(trainer.train_step().loss)
     hook.remove()
     assert all(torch.equal(p, old) for p, old in zip(trainer.model.parameters(), before, strict=True))
-    assert math.isfinite(trainer.train_step()[0].loss)
+    assert math.isfinite(trainer.train_step().loss)
     assert not all(torch.equal(p, old) for p, old in zip(trainer.model.parameters(), before, strict=True))
     assert trainer.guard.num_skipped == 1
 
@@ -360,10 +361,10 @@ def test_bad_input_is_found_before_anything_is_written(tiny, tmp_path: Path, cha
 
 def test_bf16_trains_with_fp32_weights(tiny) -> None:
     trainer = Trainer(tiny(train={"precision": "bf16"}))
-    records = [trainer.train_step()[0] for _ in range(2)]
+    records = [trainer.train_step() for _ in range(2)]
     assert all(math.isfinite(record.loss) for record in records)
     assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
-    in_fp32 = Trainer(tiny()).train_step()[0].loss
+    in_fp32 = Trainer(tiny()).train_step().loss
     assert records[0].loss == pytest.approx(in_fp32, rel=0.01)
     assert records[0].loss != in_fp32
 

@@ -34,9 +34,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from nsa.bench import prefill_picture
 from nsa.bench.protocol import Steps, median_ms
 from nsa.bench.settings import PrefillBench
-from nsa.device import choose_device
+from nsa.device import choose_device, keep_freed_memory
 from nsa.geometry import BlockGeometry
-from nsa.machine import environment
+from nsa.machine import device_name
 from nsa.ops.api import (
     compressed_attention,
     mean_pool,
@@ -45,6 +45,7 @@ from nsa.ops.api import (
     selected_attention,
     window_attention,
 )
+from nsa.units import GIB
 
 DENSE_BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -94,6 +95,8 @@ def measure_prefill(bench: PrefillBench) -> list[PrefillRow]:
 
 def _measure(bench: PrefillBench, length: int) -> PrefillRow:
     device = choose_device(bench.device)
+    if device.type == "cpu":
+        keep_freed_memory()  # as the trainer does
     candidates: dict[str, Steps] = {"nsa": nsa_steps(bench, length)}
     if bench.dense:
         candidates["dense"] = dense_steps(bench, length)
@@ -202,7 +205,7 @@ def _peak_gib_here(bench: PrefillBench, length: int, kind: str) -> float:
     for run in steps.values():
         run()
     after = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _resident_bytes("VmHWM")
-    return (after - before) / 2**30
+    return (after - before) / GIB
 
 
 def _resident_bytes(field: str) -> int:
@@ -233,7 +236,7 @@ def _neighbours(x: Tensor, count: int) -> Tensor:
 
 def draw(rows: Sequence[PrefillRow], bench: PrefillBench, path: Path) -> None:
     """Write the picture of what this machine has measured, as PNG."""
-    prefill_picture.draw(rows, bench, path, device=environment(choose_device(bench.device))["device"])
+    prefill_picture.draw(rows, bench, path, device=device_name(choose_device(bench.device)))
 
 
 def _random(bench: PrefillBench, *shape: int) -> Tensor:

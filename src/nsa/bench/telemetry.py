@@ -14,14 +14,13 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from nsa.bench.protocol import median_ms
 from nsa.bench.settings import TelemetryBench, TrainBench
 from nsa.bench.train import bench_config
 from nsa.runs.folder import RunFolder
-from nsa.runs.tables import StepRecord
 from nsa.train.parallel import one_process
 from nsa.train.telemetry.telemetry import Telemetry
 from nsa.train.trainer import Trainer
@@ -62,13 +61,13 @@ def measure_telemetry(bench: TelemetryBench) -> list[TelemetryRow]:
 
 def _time(trainer: Trainer, telemetry: Telemetry, bench: TelemetryBench) -> dict[str, float]:
     """Median milliseconds of a bare step and of each part."""
-    record, waits_s = trainer.train_step()
+    record = trainer.train_step()
 
     def report() -> None:
         with telemetry.training_step(record.step + 1):
             telemetry.phase("fetch")
             telemetry.phase("step")
-        telemetry.step(StepRecord(**{**vars(record), "step": 2}), waits_s, num_skipped=0)
+        telemetry.step(replace(record, step=2), num_skipped=0)
 
     parts: dict[str, Callable[[], object]] = {
         "step": trainer.train_step,

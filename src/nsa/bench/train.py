@@ -29,12 +29,12 @@ from nsa.bench.protocol import median_ms, timed_s
 from nsa.bench.settings import TrainBench
 from nsa.config.load import load_config, override_config
 from nsa.config.run import RunConfig
-from nsa.eval.perplexity import DeviceBatch, TokenBatch
+from nsa.data.stream.packing import Batch
 from nsa.train.parallel import Parallel, setup_parallel
 from nsa.train.trainer import Trainer
+from nsa.units import GIB
 
 DENSE_KERNELS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
-GIB = 2**30
 NAN = float("nan")
 PROFILE_ROWS, PROFILE_NAME = 32, 90  # kernels, and characters of their names, that are printed
 # One layer of width 128, 8 heads in 2 groups, 8 rows of 128 bytes.
@@ -89,7 +89,7 @@ class _Candidate:
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         with self.kernel():
-            record, _ = self.trainer.train_step()
+            record = self.trainer.train_step()
         self.mfus.append(NAN if record.mfu is None else record.mfu * record.step_s)
         if device.type == "cuda":
             self.peak_bytes = max(self.peak_bytes, torch.cuda.max_memory_allocated(device))
@@ -171,8 +171,8 @@ def _candidate(name: str, config: RunConfig, bench: TrainBench, parallel: Parall
     return candidate
 
 
-def _rows_as_documents(batch: TokenBatch) -> TokenBatch:
-    return DeviceBatch(batch.input_ids, batch.labels, None)
+def _rows_as_documents(batch: Batch) -> Batch:
+    return dataclasses.replace(batch, cu_seqlens=None)
 
 
 def fastest_kernel(config: RunConfig, device: torch.device) -> str:

@@ -28,7 +28,7 @@ EXIT_DONE, EXIT_FAILED, EXIT_USAGE, EXIT_STOPPED, EXIT_INTERRUPTED, EXIT_PIPE = 
 # Command name -> (module with `main`, one line of help).
 COMMANDS = {
     "train": ("nsa.cli.train", "train a model from a YAML config"),
-    "resume": ("nsa.cli.resume", "go on with a run from its newest whole checkpoint"),
+    "resume": ("nsa.cli.resume", "resume a run from its newest whole checkpoint"),
     "halt": ("nsa.cli.halt", "stop a run after its current step, with a checkpoint"),
     "preflight": ("nsa.cli.preflight", "say what a run needs and what is wrong with it, before it starts"),
     "doctor": ("nsa.cli.doctor", "say whether this machine can train and run models"),

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import tyro
 
@@ -33,7 +33,7 @@ def parse(kind: type[T], command: str, arguments: Sequence[str]) -> T:
 def parse_with_overrides(kind: type[T], command: str, arguments: Sequence[str]) -> tuple[T, list[str]]:
     """As `parse`, and the options that are keys of a config, with their values, for `load_config`."""
     if asks_for_help(arguments):
-        return _parse(kind, command, arguments, {})
+        show_help(kind, command)
     from nsa.config.load import config_kinds  # not for --help
 
     return _parse(kind, command, arguments, config_kinds())
@@ -55,14 +55,49 @@ def _parse(
     if asks_for_help(arguments):
         show_help(kind, command)
     positional, kinds = _fields(kind)
+    hint = f"; `nsa {command} --help` explains"
     try:
         words, options = split_options(arguments, {**config_kinds, **kinds})
         values = {name: option_value(kinds[name], options[name], f"--{name}") for name in options if name in kinds}
         overrides = [word for name in options if name not in kinds for word in (f"--{name}", *options[name])]
-        return _build(kind, values | _positional_values(positional, words), positional), overrides
+        named, rest = _positional_values(positional, words)
+        values |= named
+        missing = _missing(kind, values, positional)
+        if rest or missing:
+            hint = f"; {_usage(kind, command, takes_keys=bool(config_kinds))}{hint}"
+            said = f"{rest[0][:60]!r} is one word too many" if rest else f"{' and '.join(missing)} must be given"
+            raise OptionError(said)
+        return _build(kind, values), overrides
     except OptionError as error:
-        hint = "" if "--help" in str(error) else f"; `nsa {command} --help` explains"
+        if not (kinds or config_kinds):
+            hint = f"; {_usage(kind, command, takes_keys=bool(config_kinds))}"
+        elif "--help" in str(error):
+            hint = ""
         raise OptionError(f"{error}{hint}") from None
+
+
+def _usage(kind: Any, command: str, *, takes_keys: bool) -> str:
+    """`usage: nsa COMMAND WORD [WORD] [WORD ...] [--options] [--section.key value ...]`."""
+    positional, options = _fields(kind)
+    required = _missing(kind, {}, positional)
+    words = []
+    for name, inner in positional.items():
+        word = get_args(inner)[0] if get_origin(inner) is Literal else name.upper()
+        word = f"{word} ..." if _takes_many(inner) else word
+        words.append(word if name.upper() in required else f"[{word}]")
+    words += ["[--options]"] * bool(options) + ["[--section.key value ...]"] * takes_keys
+    return " ".join(["usage: nsa", command, *words])
+
+
+def _missing(kind: Any, values: Collection[str], positional: Collection[str]) -> list[str]:
+    """The arguments that have no default and are not among the values, as they are typed."""
+    no_default = dataclasses.MISSING
+    names = [
+        _option_name(field.name)
+        for field in dataclasses.fields(kind)
+        if field.default is no_default and field.default_factory is no_default
+    ]
+    return [name.upper() if name in positional else f"--{name}" for name in names if name not in values]
 
 
 def _fields(kind: Any, prefix: str = "") -> tuple[dict[str, Any], dict[str, Any]]:
@@ -90,37 +125,31 @@ def _option_name(field_name: str) -> str:
     return field_name.rstrip("_")
 
 
-def _positional_values(positional: Mapping[str, Any], words: Sequence[str]) -> dict[str, Any]:
+def _positional_values(positional: Mapping[str, Any], words: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """The values of the words, and the words that are too many."""
     values: dict[str, Any] = {}
     rest = list(words)
     for name, kind in positional.items():
         taken, rest = (rest, []) if _takes_many(kind) else (rest[:1], rest[1:])
         if taken:
             values[name] = option_value(kind, taken, name.upper())
-    if rest:
-        raise OptionError(f"{rest[0][:60]!r} is one word too many")
-    return values
+    return values, rest
 
 
 def _takes_many(kind: Any) -> bool:
     return getattr(kind, "__origin__", None) is tuple
 
 
-def _build(kind: Any, values: Mapping[str, Any], positional: Collection[str], prefix: str = "") -> Any:
+def _build(kind: Any, values: Mapping[str, Any], prefix: str = "") -> Any:
     """An instance of the dataclass `kind` from values by dotted name."""
     given: dict[str, Any] = {}
-    missing: list[str] = []
     hints = get_type_hints(kind)
     for field in dataclasses.fields(kind):
         name = prefix + _option_name(field.name)
         if name in values:
             given[field.name] = values[name]
         elif dataclasses.is_dataclass(hints[field.name]):
-            given[field.name] = _build(hints[field.name], values, positional, f"{name}.")
-        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
-            missing.append(name.upper() if name in positional else f"--{name}")
-    if missing:
-        raise OptionError(f"{' and '.join(missing)} must be given")
+            given[field.name] = _build(hints[field.name], values, f"{name}.")
     try:
         return kind(**given)
     except ValueError as error:  # of a check of its own

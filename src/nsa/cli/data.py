@@ -41,8 +41,6 @@ def main(arguments: Sequence[str]) -> int:
     """Run the command and return its exit code."""
     if arguments and arguments[0] != "check" and not asks_for_help(arguments):
         raise OptionError(f"unknown action {arguments[0][:60]!r}; there is `nsa data check CONFIG`")
-    if len(arguments) < 2 and not asks_for_help(arguments):
-        raise OptionError("usage: nsa data check CONFIG [--batches N] [--json] [--section.key value ...]")
     given, overrides = parse_with_overrides(DataArguments, "data", arguments)
     if not 1 <= given.batches <= 10**9:
         raise OptionError(f"--batches must be from 1 to {10**9:,}, not {given.batches}")

@@ -2,27 +2,35 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from nsa.cli import EXIT_DONE, EXIT_USAGE, fail
+import tyro
+
+from nsa.cli import EXIT_DONE, fail
+from nsa.cli.arguments import parse
 from nsa.runs.folder import RunFolder
 from nsa.runs.halt import ask_to_halt
 
-USAGE = "usage: nsa halt RUN [REASON ...]; RUN is the folder of a run, such as runs/NAME"
+
+@dataclass(frozen=True)
+class HaltArguments:
+    """Stop a run after its current step, with a checkpoint that `nsa resume` takes; from any machine that shares it."""
+
+    run: tyro.conf.Positional[Path]
+    """The folder of the run, such as runs/NAME."""
+    reason: tyro.conf.Positional[tuple[str, ...]] = ()
+    """Words that the run's status will give as the reason."""
 
 
 def main(arguments: Sequence[str]) -> int:
     """Run the command and return its exit code."""
-    if not arguments or arguments[0].startswith("-"):
-        asked = bool(arguments) and arguments[0] in ("-h", "--help")
-        print(USAGE, file=sys.stdout if asked else sys.stderr)
-        return EXIT_DONE if asked else EXIT_USAGE
-    folder = RunFolder(Path(arguments[0]))
+    given = parse(HaltArguments, "halt", arguments)
+    folder = RunFolder(given.run)
     try:
         running = is_running(folder)
-        ask_to_halt(folder.halt, " ".join(arguments[1:]))
+        ask_to_halt(folder.halt, " ".join(given.reason))
     except (ValueError, OSError) as error:
         return fail("halt", error)
     if running:
@@ -30,7 +38,7 @@ def main(arguments: Sequence[str]) -> int:
     else:
         print(
             f"wrote {folder.halt}, but no process on this machine trains in {folder.path}: it stops one on another "
-            f"machine; if the run was killed, nothing is left to stop, and `nsa resume {folder.path}` goes on"
+            f"machine; if the run was killed, nothing is left to stop, and `nsa resume {folder.path}` resumes it"
         )
     return EXIT_DONE
 

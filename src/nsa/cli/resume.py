@@ -1,60 +1,51 @@
-"""`nsa resume RUN [--section.key value ...]`: go on with a run from its newest whole checkpoint."""
+"""`nsa resume RUN [--section.key value ...]`: resume a run from its newest whole checkpoint."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nsa.cli import EXIT_DONE, EXIT_USAGE, fail
-from nsa.cli.arguments import asks_for_help
+import tyro
+
+from nsa.cli import fail
+from nsa.cli.arguments import parse_with_overrides
 from nsa.cli.train import run_training
-from nsa.config.load import ConfigError, read_overrides
-from nsa.config.options import OptionError
 from nsa.config.resume_keys import ALLOWED, ALLOWED_SECTIONS
 
+# What needs torch is imported when the config is known to be right.
 if TYPE_CHECKING:
-    from nsa.config.run import RunConfig
+    from nsa.runs.folder import RunFolder
+    from nsa.train.parallel import Parallel
+    from nsa.train.trainer import Trainer
 
-USAGE = "usage: nsa resume RUN [--section.key value ...]; RUN is the folder of a run, such as runs/NAME"
+
+@dataclass(frozen=True)
+class ResumeArguments:
+    __doc__ = f"""Resume a run from its newest checkpoint whose every file is as it was written.
+
+    The steps after it are done again, with the run's stored config. These keys may be changed:
+    {", ".join(f"--{name}" for name in sorted(ALLOWED))}, and all of the sections {", ".join(ALLOWED_SECTIONS)}.
+    """
+
+    run: tyro.conf.Positional[Path]
+    """The folder of the run, such as runs/NAME."""
 
 
 def main(arguments: Sequence[str]) -> int:
     """Run the command and return its exit code."""
-    if asks_for_help(arguments):
-        print(f"{USAGE}\n\n{explanation()}")
-        return EXIT_DONE
-    if not arguments or arguments[0].startswith("-"):
-        print(USAGE, file=sys.stderr)
-        return EXIT_USAGE
-    run, *overrides = arguments
-    try:  # a slip is told before torch is imported
-        read_overrides(overrides)
-        is_folder = Path(run).is_dir()
-    except (ConfigError, OSError) as error:
+    given, overrides = parse_with_overrides(ResumeArguments, "resume", arguments)
+    from nsa.launch.resume_config import resumed_config  # not for --help
+
+    try:
+        stored = resumed_config(given.run, overrides)
+    except (ValueError, OSError) as error:
         return fail("resume", error)
-    if not is_folder:
-        raise OptionError(f"{run} is no run folder; give the folder of a run, such as runs/NAME")
 
-    from nsa.launch.resume import prepare_resume, resumed_config
+    def begin(parallel: Parallel) -> tuple[Trainer, RunFolder]:
+        from nsa.launch.resume import prepare_resume
 
-    def read() -> RunConfig:
-        return resumed_config(Path(run), overrides)[1]
+        return prepare_resume(stored, ["nsa", "resume", *arguments], parallel)
 
-    return run_training(
-        "resume",
-        read,
-        lambda config, parallel: prepare_resume(Path(run), overrides, ["nsa", "resume", *arguments], parallel),
-        resumed=True,
-    )
-
-
-def explanation() -> str:
-    """What is continued, and which keys may be changed."""
-    return (
-        "The run goes on in its folder from the newest checkpoint whose every file is as it was written; steps after\n"
-        "it are done again. Its stored config is used. These keys may be changed:\n"
-        + "\n".join(f"  --{name}" for name in sorted(ALLOWED))
-        + f"\nand all of the sections {', '.join(ALLOWED_SECTIONS)}."
-    )
+    return run_training("resume", stored.wanted, begin)

@@ -5,11 +5,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nsa.cli import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, EXIT_USAGE, explained, fail
-from nsa.cli.arguments import asks_for_help, show_help
+import tyro
+
+from nsa.cli import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, explained, fail
+from nsa.cli.arguments import asks_for_help, parse_with_overrides, show_help
 from nsa.config.load import dump_config, load_config
 from nsa.config.run import RunConfig
 from nsa.data.errors import DataError
@@ -26,23 +29,32 @@ if TYPE_CHECKING:
     from nsa.train.trainer import Trainer
 
 
+@dataclass(frozen=True)
+class TrainArguments:
+    """Train a model; every key of the config may follow."""
+
+    config: tyro.conf.Positional[str]
+    """A YAML file, or the name of a config of the package."""
+
+
 def main(arguments: Sequence[str]) -> int:
     """Run the command and return its exit code."""
     if asks_for_help(arguments):
         show_help(RunConfig, "train CONFIG")
-    if not arguments or arguments[0].startswith("-"):
-        print("usage: nsa train CONFIG [--section.key value ...]; CONFIG is a YAML file", file=sys.stderr)
-        return EXIT_USAGE
-    path, *overrides = arguments
+    given, overrides = parse_with_overrides(TrainArguments, "train", arguments)
+    try:
+        config = _read(given.config, overrides)
+    except (ValueError, OSError) as error:
+        return fail("train", error)
 
-    def begin(config: RunConfig, parallel: Parallel) -> tuple[Trainer, RunFolder]:
+    def begin(parallel: Parallel) -> tuple[Trainer, RunFolder]:
         from nsa.launch.start import prepare
 
         if parallel.is_main:
             print(dump_config(config))
         return prepare(config, ["nsa", "train", *arguments], parallel)
 
-    return run_training("train", lambda: _read(path, overrides), begin)
+    return run_training("train", config, begin)
 
 
 def _read(path: str, overrides: Sequence[str]) -> RunConfig:
@@ -54,29 +66,22 @@ def _read(path: str, overrides: Sequence[str]) -> RunConfig:
     return config
 
 
-def run_training(
-    command: str,
-    read: Callable[[], RunConfig],
-    begin: Callable[[RunConfig, Parallel], tuple[Trainer, RunFolder]],
-    *,
-    resumed: bool = False,
-) -> int:
+def run_training(command: str, config: RunConfig, begin: Callable[[Parallel], tuple[Trainer, RunFolder]]) -> int:
     """Train as one of the processes that torchrun started, or as the only one, and return the exit code.
 
     Args:
         command: its name in messages.
-        read: gives the config.
+        config: of the run.
         begin: builds everything; what it refuses is bad input.
-        resumed: the run folder has a beginning already.
     """
     try:
         # An error must leave this block as one: the other ranks may be waiting where this one will not come.
         with lasting_output(), ExitStack() as stack:
-            trainer, folder = _begin(read, begin, stack)
+            trainer, folder = _begin(config, begin, stack)
 
             from nsa.train.loop import train
 
-            outcome = train(trainer, folder, resumed=resumed)
+            outcome = train(trainer, folder)
             if trainer.parallel.is_main:
                 print(printable(closing(outcome)))
     except BadInputError as error:
@@ -93,14 +98,10 @@ class BadInputError(Exception):
 
 
 def _begin(
-    read: Callable[[], RunConfig],
-    begin: Callable[[RunConfig, Parallel], tuple[Trainer, RunFolder]],
-    stack: ExitStack,
+    config: RunConfig, begin: Callable[[Parallel], tuple[Trainer, RunFolder]], stack: ExitStack
 ) -> tuple[Trainer, RunFolder]:
     """Join the other processes and build everything; the processes part again when `stack` closes."""
     try:
-        config = read()
-
         from transformers.utils import logging
 
         from nsa.train.parallel import setup_parallel
@@ -108,7 +109,7 @@ def _begin(
         logging.disable_progress_bar()
         options = {"timeout_s": config.train.collective_timeout_s}
         parallel = stack.enter_context(setup_parallel(config.run.device, config.train.parallel, **options))
-        return begin(config, parallel)
+        return begin(parallel)
     except (ValueError, OSError, CheckpointError) as error:
         raise BadInputError(explained(error)) from error
 
@@ -124,5 +125,5 @@ def closing(outcome: Outcome) -> str:
     ended = f"stopped by {outcome.stopped_by}" if outcome.stopped_by else "finished"
     parts += [f"{ended}; everything lies in {folder.path}: report.html, report.md, training.csv, checkpoints/latest"]
     if outcome.stopped_by:
-        parts += [f"go on with: nsa resume {folder.path}"]
+        parts += [f"resume with: nsa resume {folder.path}"]
     return "\n".join(parts)

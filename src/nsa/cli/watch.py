@@ -1,4 +1,4 @@
-"""`nsa watch RUN`: a live table of a run's ranks, alarms, and a ladder of warning, stacks and halt."""
+"""`nsa watch RUN`: a live table of a run's ranks, and alarms that escalate from a warning to stacks and halt."""
 
 from __future__ import annotations
 
@@ -32,20 +32,20 @@ LOG_WIDTH = 200  # columns of a table in a file
 class WatchArguments:
     """Watch a run, from any machine that shares its folder, until it ends.
 
-    What lasts is first said, then the stacks of the run's processes are asked for, then the run is halted. Ends with 0
-    for a healthy or finished run, 1 for an alarm or a failed run, 2 for bad input, 3 for a run that was stopped.
+    A problem that lasts is reported first; then the watch asks the run's processes for their stacks; then it halts the
+    run. Exit code 0: healthy or finished; 1: an alarm, or a failed run; 2: bad input; 3: a run that was stopped.
     """
 
     run: tyro.conf.Positional[Path]
     """The run folder; also one that has ended."""
     once: bool = False
-    """Look once, do nothing about it, and end."""
+    """Look once, change nothing, and exit."""
     json: bool = False
     """Print one JSON object for each look."""
     interval_s: float = 5.0
     """Seconds between looks."""
     halt: bool = True
-    """Halt the run for what should not go on; with --no_halt only say it and ask for stacks."""
+    """Halt the run when a serious problem lasts; --no_halt only reports it and asks for stacks."""
     thresholds: Thresholds = field(default_factory=Thresholds)
     """What is healthy."""
 

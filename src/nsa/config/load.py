@@ -26,6 +26,7 @@ MAX_SHOWN = 8  # wrong entries in one message
 _TYPES = ("int", "float", "str", "bool")
 _SAID_BY_US = {
     "model_type": "must be keys with values, as `key: value`",
+    "dict_type": "must be keys with values, as `key: value`",
     "invalid_key": "must be a name of letters",
     "tuple_type": "must be a list, as [a, b]",
     "string_type": "must be a text (string), in quotes where it looks like something else",

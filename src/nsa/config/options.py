@@ -88,7 +88,7 @@ def option_value(kind: Any, words: Sequence[str], option: str) -> Any:
     """The value of type `kind` that an option's words mean.
 
     Args:
-        kind: bool, int, float, str, Path, a Literal, a tuple of those, or a union with None or between those.
+        kind: bool, int, float, str, Path, a Literal, a dict, a tuple of those, or a union with None or between those.
         words: those behind the option.
         option: its name, for errors.
 
@@ -162,11 +162,24 @@ def _scalar(kind: Any, word: str, option: str) -> Any:
         if not math.isfinite(number):
             raise OptionError(f"{option} must be a finite number, not {_short(word)!r}")
         return number
+    if get_origin(kind) is dict:
+        return _mapping(word, option)
     if kind not in (str, Path):
         raise OptionError(f"{option} must be a list of sections, as [{{key: value}}], not {_short(word)!r}")
     if "\0" in word:
         raise OptionError(f"{option} must hold no NUL (zero) character")
     return Path(word) if kind is Path else word
+
+
+def _mapping(word: str, option: str) -> dict[str, Any]:
+    """The keys and values that YAML writes as `{key: value}`."""
+    try:
+        values = parse_yaml(word, source=option)
+    except ConfigError:
+        values = None
+    if not isinstance(values, dict):
+        raise OptionError(f'{option} must be keys with values, as "{{key: value}}", not {_short(word)!r}')
+    return values
 
 
 def _choices(values: Sequence[str]) -> str:

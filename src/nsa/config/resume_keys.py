@@ -34,3 +34,8 @@ but their contents must be the same: the data's fingerprint is compared."""
 
 ALLOWED_SECTIONS = ("guards", "observe", "preflight", "sample")
 """Sections that a resumed run may change throughout."""
+
+
+def is_allowed(name: str) -> bool:
+    """Whether a resumed run may change this key."""
+    return name in ALLOWED or name.partition(".")[0] in ALLOWED_SECTIONS

@@ -11,14 +11,25 @@ from the environment.
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
+import tyro
 from pydantic import Field, NonNegativeFloat, PositiveFloat, field_validator, model_validator
 
 from nsa.config.device_name import check_device_name
 from nsa.config.findings import check_allowed
+from nsa.config.yaml_file import parse_yaml
 from nsa.data.config import DataConfig
 from nsa.geometry import BlockGeometry
+from nsa.model_options import (
+    Backend,
+    Compression,
+    CompressRope,
+    GateKind,
+    LayerType,
+    check_known_rope,
+    head_sizes,
+)
 from nsa.section import Section
 
 # The upper bounds are far beyond any run; a number above them is a slip that would hang or overflow.
@@ -29,7 +40,18 @@ Steps = Annotated[int, Field(ge=1, le=10**9)]
 StepsOrNever = Annotated[int, Field(ge=0, le=10**9)]
 Seconds = Annotated[float, Field(gt=0, le=1e7)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
-LayerType = Literal["nsa", "full_attention", "sliding_attention"]
+
+# Keys of somebody else's; the rest of it is what `nsa train --help` shows.
+Mapping = Annotated[
+    dict[str, Any],
+    tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="{KEY: VALUE}",
+        instance_from_str=lambda words: parse_yaml(words[0], source="an option"),
+        is_instance=lambda value: isinstance(value, dict),
+        str_from_instance=lambda value: [str(value)],
+    ),
+]
 
 RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 MAX_PARAMETERS = 10**12
@@ -90,6 +112,11 @@ class ModelSection(Section):
     """Longest context the model is meant for; train.sequence_length unless given."""
     rope_theta: PositiveFloat = 10000.0
     """Base of the rotary position embedding."""
+    rope_parameters: Mapping = Field(default={})
+    """Its scaling, as transformers defines it: {rope_type: yarn, factor: 4.0}; "linear", "ntk", "yarn" and "llama3" are
+    known (docs/training.md); {} for none."""
+    attention_bias: bool = False
+    """Whether query, key and value projections have a bias."""
     rms_norm_eps: PositiveFloat = 1e-5
     """Added to the mean square in RMSNorm."""
     initializer_range: PositiveFloat = 0.02
@@ -110,32 +137,28 @@ class ModelSection(Section):
     """Forced blocks up to the query's own."""
     window_size: BlockTokens = 512
     """w: tokens in the sliding window, the query's own included."""
-    compression: Literal["mean", "conv", "mlp"] = "mean"
+    compression: Compression = "mean"
     """How a block becomes one compressed token."""
-    compress_rope: Literal["before", "after"] = "before"
+    compress_rope: CompressRope = "before"
     """Rotate keys before or after they are compressed."""
     shared_kv: bool = False
     """Share one K and V among the three branches."""
-    gate: Literal["softmax", "sigmoid"] = "softmax"
+    gate: GateKind = "softmax"
     """How the branches are weighed."""
     gate_temperature: PositiveFloat = 1.0
     """Divides the gate's logits."""
-    attention_backend: Literal["auto", "reference", "torch", "triton"] = "auto"
+    attention_backend: Backend = "auto"
     """Implementation of the NSA operator."""
+
+    @field_validator("rope_parameters")
+    @classmethod
+    def _is_known(cls, parameters: dict[str, Any]) -> dict[str, Any]:
+        check_known_rope(parameters)
+        return parameters
 
     @model_validator(mode="after")
     def _fits(self) -> ModelSection:
-        _ = self.geometry
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(
-                f"num_key_value_heads {self.num_key_value_heads} must divide num_attention_heads "
-                f"{self.num_attention_heads}"
-            )
-        if self.head_dim is None and self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"num_attention_heads {self.num_attention_heads} must divide hidden_size {self.hidden_size}, "
-                f"or head_dim be given"
-            )
+        _ = self.geometry, self.head_sizes
         if len(self.layer_types) not in (1, self.num_hidden_layers):
             raise ValueError(
                 f"layer_types needs 1 entry or one for each of the {self.num_hidden_layers} layers, "
@@ -159,8 +182,9 @@ class ModelSection(Section):
     @property
     def head_sizes(self) -> tuple[int, int]:
         """Sizes of a query or key head and of a value head, where they are not given too."""
-        size = self.head_dim or self.hidden_size // self.num_attention_heads
-        return size, self.value_head_dim or size
+        names = ("num_attention_heads", "num_key_value_heads")
+        counts = (self.num_attention_heads, self.num_key_value_heads)
+        return head_sizes(self.hidden_size, *counts, self.head_dim, self.value_head_dim, names=names)
 
     @property
     def geometry(self) -> BlockGeometry:

@@ -15,17 +15,18 @@ if TYPE_CHECKING:
     from nsa.data.config import DataConfig as DataConfig
     from nsa.data.corpus import Corpus as Corpus, open_corpus as open_corpus
     from nsa.data.errors import DataError as DataError, DataTimeoutError as DataTimeoutError
-    from nsa.data.sources.base import Documents as Documents, Source as Source
+    from nsa.data.sources.base import Document as Document, Documents as Documents, Source as Source
     from nsa.data.sources.open import open_source as open_source
     from nsa.data.stream.eval_batches import EvalBatches as EvalBatches
     from nsa.data.stream.loader import (
+        StreamOptions as StreamOptions,
         TrainLoader as TrainLoader,
         build_eval_batches as build_eval_batches,
         build_train_loader as build_train_loader,
     )
     from nsa.data.stream.packing import Batch as Batch
     from nsa.data.stream.prefetch import Prefetcher as Prefetcher, build_prefetcher as build_prefetcher
-    from nsa.data.stream.shuffle import ChosenDocuments as ChosenDocuments
+    from nsa.data.stream.shuffle import TrainingDocuments as TrainingDocuments
     from nsa.data.tokenizers import (
         ByteTokenizer as ByteTokenizer,
         Tokenizer as Tokenizer,
@@ -36,17 +37,19 @@ if TYPE_CHECKING:
 _MODULES = {
     "Batch": "stream.packing",
     "ByteTokenizer": "tokenizers",
-    "ChosenDocuments": "stream.shuffle",
     "Corpus": "corpus",
     "DataConfig": "config",
     "DataError": "errors",
     "DataTimeoutError": "errors",
+    "Document": "sources.base",
     "Documents": "sources.base",
     "EvalBatches": "stream.eval_batches",
     "Prefetcher": "stream.prefetch",
     "Source": "sources.base",
+    "StreamOptions": "stream.loader",
     "Tokenizer": "tokenizers",
     "TrainLoader": "stream.loader",
+    "TrainingDocuments": "stream.shuffle",
     "build_eval_batches": "stream.loader",
     "build_prefetcher": "stream.prefetch",
     "build_train_loader": "stream.loader",

@@ -19,10 +19,10 @@ import numpy as np
 
 from nsa.data.config import DataConfig
 from nsa.data.corpus import open_corpus
-from nsa.data.stream.loader import build_eval_batches
-from nsa.data.stream.packing import IGNORED_LABEL
+from nsa.data.stream.loader import StreamStatistics, build_eval_batches
 from nsa.data.stream.prefetch import Prefetcher, build_prefetcher
 from nsa.data.tokenizers import load_tokenizer
+from nsa.loss import IGNORED_LABEL
 
 
 @dataclass(frozen=True)
@@ -97,43 +97,28 @@ def check_data(
     tokenizer = load_tokenizer(config.tokenizer)
     corpus = open_corpus(config)
     open_s = time.perf_counter() - start_s
-    sizes = {"tokenizer": tokenizer, "sequence_length": sequence_length, "corpus": corpus}
-    heldout = build_eval_batches(config, **sizes, rows_per_batch=rows_per_batch) if corpus.heldout else None
+    rows = {"tokenizer": tokenizer, "sequence_length": sequence_length, "rows_per_batch": rows_per_batch}
+    heldout = build_eval_batches(config, corpus=corpus, **rows) if corpus.heldout else None
     start_s = time.perf_counter()
-    loader = build_prefetcher(config, **sizes, rows_per_batch=rows_per_batch, seed=seed)
+    loader = build_prefetcher(config, corpus=corpus, seed=seed, **rows)
     next(loader)
     first_batch_s = time.perf_counter() - start_s
     taken = _take(loader, num_batches, advance)
-    epochs = loader.epoch
     loader.close()
-    tokens = num_batches * rows_per_batch * sequence_length
-    window_tokens_per_s = loader.loader.prepared_tokens / loader.loader.prepare_s
     return DataCheck(
         index=corpus.index(),
         tokenizer=tokenizer.name,
         vocab_size=tokenizer.vocab_size,
-        stream_fingerprint=loader.loader.fingerprint,
+        stream_fingerprint=loader.fingerprint,
         num_training_documents=corpus.num_training_documents,
         num_heldout_documents=len(heldout.document_names) if heldout else 0,
         num_heldout_tokens=heldout.num_labels if heldout else 0,
         open_s=open_s,
         first_batch_s=first_batch_s,
-        num_batches=num_batches,
-        tokens=tokens,
-        wall_s=taken.wall_s,
-        tokens_per_s=min(window_tokens_per_s, tokens / taken.wall_s),
-        window_tokens_per_s=window_tokens_per_s,
-        batch_tokens_per_s=tokens / taken.wall_s,
-        fetch_p50_ms=1000 * float(np.percentile(taken.waits_s, 50)),
-        fetch_p95_ms=1000 * float(np.percentile(taken.waits_s, 95)),
-        fetch_max_ms=1000 * max(taken.waits_s),
-        epochs=epochs,
-        epoch_tokens=loader.loader.epoch_tokens,
-        padding_share=taken.num_padding / tokens,
-        num_documents_seen=len(taken.documents),
-        pieces_per_row=taken.num_pieces / (num_batches * rows_per_batch),
+        epochs=loader.epoch,
         num_cpus=os.cpu_count() or 1,
         load_1min=load_1min,
+        **_figures(taken, loader.statistics(), rows_per_batch, sequence_length),
     )
 
 
@@ -154,9 +139,32 @@ def _take(loader: Prefetcher, num_batches: int, advance: Callable[[int], None]) 
     start_s = time.perf_counter()
     for done in range(1, num_batches + 1):
         batch = next(loader)
+        assert batch.document_ids is not None
         waits_s.append(loader.last_wait_s)
         num_padding += int((batch.labels == IGNORED_LABEL).sum())
-        num_pieces += len(batch.cu_seqlens) - 1
+        num_pieces += len(batch.piece_lengths)
         documents.update(np.unique(batch.document_ids.numpy()).tolist())
         advance(done)
     return _Taken(time.perf_counter() - start_s, waits_s, num_padding, num_pieces, documents - {-1})
+
+
+def _figures(taken: _Taken, statistics: StreamStatistics, rows_per_batch: int, sequence_length: int) -> dict[str, Any]:
+    """What the batches that were taken say of speed and packing, as fields of `DataCheck`."""
+    num_batches = len(taken.waits_s)
+    tokens = num_batches * rows_per_batch * sequence_length
+    window_tokens_per_s = statistics.prepared_tokens / statistics.prepare_s
+    return {
+        "num_batches": num_batches,
+        "tokens": tokens,
+        "wall_s": taken.wall_s,
+        "tokens_per_s": min(window_tokens_per_s, tokens / taken.wall_s),
+        "window_tokens_per_s": window_tokens_per_s,
+        "batch_tokens_per_s": tokens / taken.wall_s,
+        "fetch_p50_ms": 1000 * float(np.percentile(taken.waits_s, 50)),
+        "fetch_p95_ms": 1000 * float(np.percentile(taken.waits_s, 95)),
+        "fetch_max_ms": 1000 * max(taken.waits_s),
+        "epoch_tokens": statistics.epoch_tokens,
+        "padding_share": taken.num_padding / tokens,
+        "num_documents_seen": len(taken.documents),
+        "pieces_per_row": taken.num_pieces / (num_batches * rows_per_batch),
+    }

@@ -138,7 +138,7 @@ class DataConfig(SourceConfig):
 
     in_memory_mib: Annotated[int, Field(ge=0, le=2**30)] = 256
     """JSON Lines and Parquet files of up to this many MiB in all are read at the start, every line checked, and their
-    documents shuffled globally; larger ones are read during the run, block by block (docs/data.md)."""
+    documents shuffled globally; larger ones are read during the run, chunk by chunk (docs/data.md)."""
 
     shuffle_window_tokens: Annotated[int, Field(ge=1, le=2**40)] = 2**24
     """Rows are shuffled among this many tokens of shuffled documents, which are in memory at a time."""

@@ -8,28 +8,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import cached_property
 from typing import Any
 
-import numpy as np
-
 from nsa.data.config import DataConfig, MixedSource
 from nsa.data.errors import DataError, printable
-from nsa.data.heldout import heldout_rule, split_documents, with_end_apart
+from nsa.data.heldout import SEARCHED_CHUNKS, find_heldout, heldout_rule, with_end_apart
 from nsa.data.mix import MixedCorpus
-from nsa.data.progress import Progress, say
-from nsa.data.sources.base import Documents, Source
-from nsa.data.sources.chunked import BlockSource
+from nsa.data.progress import say
+from nsa.data.sources.base import Document, Source
 from nsa.data.sources.open import open_source
 from nsa.data.sources.synthetic import SyntheticDocuments
-from nsa.data.stream.shuffle import BlocksToTrainOn, ChosenDocuments, TrainingDocuments
+from nsa.data.stream.shuffle import TrainingDocuments
 from nsa.data.tokenizers import ByteTokenizer, Tokenizer
 
-EVAL_SEED = 0  # of the order in which blocks are searched for held-out documents, the same in every run
-EVAL_TOKENS = 2**20
-EVAL_BLOCKS = 2**14
+EVAL_TOKENS = 2**20  # to evaluate on where documents are not in memory, unless the config says how many
 FALLBACK_HELDOUT = 0.05
 MAX_NAMED = 4  # paths in the description of a source
 
@@ -72,17 +67,15 @@ class Corpus:
         replaced_because: the error for which `source` is synthetic data in place of what was asked for.
     """
 
-    def __init__(
-        self, config: DataConfig, source: Documents | BlockSource, replaced_because: str | None = None
-    ) -> None:
+    def __init__(self, config: DataConfig, source: Source, replaced_because: str | None = None) -> None:
         self.config, self.source, self.replaced_because = config, source, replaced_because
         self.heldout = config.heldout
         if replaced_because and not isinstance(config.heldout, float | int):
             self.heldout = FALLBACK_HELDOUT
-        self._picked: PickedDocuments | None = None  # held-out documents of blocks, for the tokenizer of the run
+        self._found: list[Document] | None = None  # held-out documents, for the tokenizer of the run
         self._end_of: str | None = None  # the one document whose end is held out
-        if isinstance(source, Documents) and len(source) == 1 and isinstance(self.heldout, float) and self.heldout:
-            self._end_of, self.source = source.name(0), with_end_apart(source, self.heldout)
+        if len(source) == 1 and isinstance(self.heldout, float) and self.heldout:
+            self._end_of, self.source = source[0].name, with_end_apart(source, self.heldout)
 
     @property
     def parts(self) -> list[Corpus]:
@@ -107,22 +100,22 @@ class Corpus:
     @property
     def num_documents(self) -> int | None:
         """Documents in all, held-out ones included; None if they have no end."""
-        return None if isinstance(self.source, SyntheticDocuments) else len(self.source)
+        return None if self.source.in_random_order else len(self.source)
 
     @property
     def num_training_documents(self) -> int | None:
         """Documents to train on, where they are counted: in memory."""
-        return None if isinstance(self.source, BlockSource) else len(self._split[0])
+        return self._training.num_documents
 
     @cached_property
-    def _split(self) -> tuple[list[int], list[int]]:
-        assert not isinstance(self.source, BlockSource)
-        return ([0], [1]) if self._end_of else split_documents(self.source, self.heldout)
-
-    @cached_property
-    def _rule(self) -> Callable[[str], bool]:
-        assert isinstance(self.source, BlockSource)
+    def _is_held_out(self) -> Callable[[str], bool]:
+        if self._end_of:
+            return lambda name: name != self._end_of
         return heldout_rule(self.source, self.heldout)
+
+    @cached_property
+    def _training(self) -> TrainingDocuments:
+        return TrainingDocuments(self.source, self._is_held_out, self.heldout)
 
     def training_documents(self) -> TrainingDocuments:
         """What to train on.
@@ -130,34 +123,29 @@ class Corpus:
         Raises:
             DataError: the held-out documents do not fit the source.
         """
-        if isinstance(self.source, BlockSource):
-            return BlocksToTrainOn(self.source, self._rule, self.heldout)
-        return ChosenDocuments(self.source, self._split[0])
+        return self._training
 
-    def heldout_documents(self, tokenizer: Tokenizer) -> tuple[Source, Sequence[int]]:
-        """A source that has the held-out documents, and their indices; if not in memory, as many as are evaluated on.
+    def heldout_documents(self, tokenizer: Tokenizer) -> list[Document]:
+        """The held-out documents, ascending; if not in memory, as many as are evaluated on.
 
         Raises:
-            DataError: no document is held out.
+            DataError: the held-out documents do not fit the source, none is found, or one cannot be read.
         """
-        if not isinstance(self.source, BlockSource):
-            return self.source, self._split[1]
         if not self.heldout:
-            return PickedDocuments(), []
-        if self._picked is None:
-            self._picked = _pick(self.source, self._rule, tokenizer, self.max_eval_tokens)
-        if not self._picked.texts:
+            return []
+        if self._found is None:
+            self._found = find_heldout(self.source, self._is_held_out, tokenizer, self.max_eval_tokens)
+        if not self._found:
             raise DataError(
                 f"data.heldout {self.heldout} chooses none of the {len(self.source):,} documents, of which "
-                f"{EVAL_BLOCKS:,} blocks are searched at most; raise it, or name some"
+                f"{SEARCHED_CHUNKS:,} chunks are searched at most; raise it, or name some"
             )
-        return self._picked, sorted(self._picked.texts)
+        return self._found
 
     @property
     def max_eval_tokens(self) -> int | None:
         """Tokens to evaluate on; None for all."""
-        default = EVAL_TOKENS if isinstance(self.source, BlockSource) else None
-        return self.config.max_eval_tokens or default
+        return self.config.max_eval_tokens or (None if self.source.in_memory else EVAL_TOKENS)
 
     def entropy_floor_nats(self, tokenizer: Tokenizer) -> float | None:
         """Least loss per token that the data allows, where it is known: for synthetic data as bytes."""
@@ -167,7 +155,7 @@ class Corpus:
 
     def index(self) -> dict[str, Any]:
         """What the corpus is, as plain values for `data_index.json`."""
-        config, files = self.config, getattr(self.source, "files", ())
+        config = self.config
         values: dict[str, Any] = {
             "source": "synthetic" if self.replaced_because else config.source,
             "asked_for": config.source,
@@ -176,9 +164,9 @@ class Corpus:
             "fingerprint": self.source.fingerprint,
             "num_documents": self.num_documents,
             "held_out_rule": self._rule_text(),
-            "read": "in blocks during the run" if isinstance(self.source, BlockSource) else "into memory at the start",
+            "read": "into memory at the start" if self.source.in_memory else "by chunks during the run",
             "paths": list(config.paths),
-            "files": [asdict(file) for file in files],
+            "files": [asdict(file) for file in self.source.files],
         }
         if config.source == "fineweb_edu":
             hub = ("hub_repo", "hub_subset", "hub_revision", "hub_num_files", "hub_access")
@@ -194,46 +182,3 @@ class Corpus:
         if isinstance(self.heldout, float | int):
             return f"a fraction of {self.heldout:g}, by BLAKE2b of the name"
         return "names and patterns: " + "; ".join(self.heldout)
-
-
-class PickedDocuments:
-    """Held-out documents that were found in the blocks of a source, in memory, under their numbers in it."""
-
-    def __init__(self) -> None:
-        self.names: dict[int, str] = {}
-        self.texts: dict[int, str] = {}
-
-    @property
-    def fingerprint(self) -> str:
-        return repr(sorted(self.names.items()))
-
-    def __len__(self) -> int:
-        return len(self.texts)
-
-    def name(self, index: int) -> str:
-        return self.names[index]
-
-    def text(self, index: int) -> str:
-        return self.texts[index]
-
-
-def _pick(
-    source: BlockSource, held_out: Callable[[str], bool], tokenizer: Tokenizer, max_tokens: int | None
-) -> PickedDocuments:
-    """Held-out documents from blocks that are spread over the source, until they have `max_tokens`."""
-    count = min(source.num_blocks, EVAL_BLOCKS)
-    order = range(count)
-    if not source.in_random_order:
-        order = np.random.default_rng(EVAL_SEED).permutation(source.num_blocks)[:count].tolist()
-    picked, num_tokens, progress = PickedDocuments(), 0, Progress("reading held-out documents", max_tokens or 0)
-    for block in order:
-        content = source.read_block(block)
-        held = [index for index, name in enumerate(content.names) if held_out(name)]
-        for index in held:
-            picked.names[content.first + index] = content.names[index]
-            picked.texts[content.first + index] = content.texts[index]
-        num_tokens += sum(map(len, tokenizer.encode_batch([content.texts[index] for index in held])))
-        if max_tokens is not None and num_tokens >= max_tokens:
-            break
-        progress.reached(num_tokens)
-    return picked

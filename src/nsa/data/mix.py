@@ -1,7 +1,7 @@
 """Several sources as one: rows by weight, held-out documents of all, and what the run's index says about them.
 
-Each source has its own documents, held-out documents, windows and epochs. After n rows each has given `weight * n` of
-them (weights that sum to one) to within a row or two, in turns that depend on the weights alone.
+Each source has its own documents, held-out documents, shuffle windows and epochs. After n rows each has given `weight *
+n` of them (weights that sum to one) to within a row or two, in turns that depend on the weights alone.
 
 >>> turns = Turns([3, 1])
 >>> [turns.next() for _ in range(8)]
@@ -10,14 +10,13 @@ them (weights that sum to one) to within a row or two, in turns that depend on t
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 from nsa.data.config import DataConfig
-from nsa.data.sources.base import Source
+from nsa.data.sources.base import Document
 from nsa.data.stream.shuffle import TrainingDocuments
 from nsa.data.tokenizers import Tokenizer
 
@@ -60,37 +59,6 @@ class MixPart:
     weight: float
     documents: TrainingDocuments
     first_id: int
-
-
-class MixedDocuments:
-    """Documents of several sources in one row of numbers, each named "label/name".
-
-    Args:
-        labels: a name for each source.
-        sources: the documents.
-        first_ids: number of the first document of each, ascending.
-    """
-
-    def __init__(self, labels: Sequence[str], sources: Sequence[Source], first_ids: Sequence[int]) -> None:
-        self._labels, self._sources, self._first_ids = labels, sources, first_ids
-
-    @property
-    def fingerprint(self) -> str:
-        return repr([(label, source.fingerprint) for label, source in zip(self._labels, self._sources, strict=True)])
-
-    def __len__(self) -> int:
-        return sum(map(len, self._sources))
-
-    def name(self, index: int) -> str:
-        number = self._number(index)
-        return f"{self._labels[number]}/{self._sources[number].name(index - self._first_ids[number])}"
-
-    def text(self, index: int) -> str:
-        number = self._number(index)
-        return self._sources[number].text(index - self._first_ids[number])
-
-    def _number(self, index: int) -> int:
-        return bisect_right(self._first_ids, index) - 1
 
 
 class MixedCorpus:
@@ -147,15 +115,17 @@ class MixedCorpus:
         each = zip(self.labels, self.weights, self.parts, self.first_ids, strict=True)
         return [MixPart(label, weight, part.training_documents(), first) for label, weight, part, first in each]
 
-    def heldout_documents(self, tokenizer: Tokenizer) -> tuple[Source, Sequence[int]]:
-        """A source that has the held-out documents of all, and their indices.
+    def heldout_documents(self, tokenizer: Tokenizer) -> list[Document]:
+        """The held-out documents of all, each named "label/name" and numbered through all sources.
 
         Raises:
-            DataError: a held-out document cannot be read.
+            DataError: as `Corpus.heldout_documents`.
         """
-        each = [part.heldout_documents(tokenizer) for part in self.parts]
-        indices = [first + index for first, (_, held) in zip(self.first_ids, each, strict=True) for index in held]
-        return MixedDocuments(self.labels, [source for source, _ in each], self.first_ids), indices
+        return [
+            Document(first + document.number, f"{label}/{document.name}", document.text)
+            for label, part, first in zip(self.labels, self.parts, self.first_ids, strict=True)
+            for document in part.heldout_documents(tokenizer)
+        ]
 
     @property
     def max_eval_tokens(self) -> int | None:

@@ -10,27 +10,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
+from nsa.data.stream.packing import Batch
 from nsa.loss import IGNORED_LABEL, NextTokenLoss
-
-
-class TokenBatch(Protocol):
-    """A batch of `nsa.data`: `[B, T]` ids and labels, and the document bounds over the flattened B*T tokens.
-
-    Without bounds each row is one document.
-    """
-
-    @property
-    def input_ids(self) -> Tensor: ...
-    @property
-    def labels(self) -> Tensor: ...
-    @property
-    def cu_seqlens(self) -> Tensor | None: ...
 
 
 @dataclass(frozen=True)
@@ -63,28 +49,18 @@ class EvalResult:
         return self.sum_nats / math.log(2) / self.num_bytes
 
 
-@dataclass(frozen=True)
-class DeviceBatch:
-    """A batch where the model is."""
-
-    input_ids: Tensor
-    labels: Tensor
-    cu_seqlens: Tensor | None
-
-
-def to_device(batch: TokenBatch, device: torch.device) -> DeviceBatch:
-    """The batch on `device`; the host does not wait for a copy to a GPU."""
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """What the model takes of a batch, on `device`; the host does not wait for a copy to a GPU."""
 
     def copy(x: Tensor) -> Tensor:
         # Only from pinned memory does a copy run beside the host.
         pinned = x.pin_memory() if device.type == "cuda" and x.device.type == "cpu" and not x.is_pinned() else x
         return pinned.to(device, non_blocking=True)
 
-    bounds = batch.cu_seqlens
-    return DeviceBatch(copy(batch.input_ids), copy(batch.labels), None if bounds is None else copy(bounds))
+    return replace(batch, document_ids=None).map(copy)
 
 
-def sum_loss(model: nn.Module, batch: TokenBatch, device: torch.device) -> Tensor:
+def sum_loss(model: nn.Module, batch: Batch, device: torch.device) -> Tensor:
     """Sum of -log p(label) over the batch's valid labels, an fp32 scalar that carries gradients.
 
     The rows are given to the model as one packed sequence `[1, B*T]`, whose documents do not see one another.
@@ -100,7 +76,7 @@ def sum_loss(model: nn.Module, batch: TokenBatch, device: torch.device) -> Tenso
 @torch.no_grad()
 def evaluate(
     model: nn.Module,
-    batches: Iterable[TokenBatch],
+    batches: Iterable[Batch],
     *,
     device: torch.device,
     num_bytes: int,
@@ -138,7 +114,7 @@ def evaluate(
     return EvalResult(nats, int(tokens), num_bytes)
 
 
-def _share(batches: Iterable[TokenBatch], rank: int, world_size: int) -> Iterator[tuple[TokenBatch, bool]]:
+def _share(batches: Iterable[Batch], rank: int, world_size: int) -> Iterator[tuple[Batch, bool]]:
     """This rank's batches; where the last round has none for it, one that does not count.
 
     Ranks with sharded weights compute together, so each needs as many batches as the others.

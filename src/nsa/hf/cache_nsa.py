@@ -11,16 +11,33 @@ Shapes: B rows, T new tokens, S tokens held, Hkv key/value heads, D head size.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, StaticLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from nsa.cache import GrowingBuffer, NSACache, RollingBuffer
 
 from .configuration_nsa import NSAConfig
+
+# The field of a model's outputs; transformers 5.24 has renamed it.
+CACHE_NAME = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
+
+
+class HeldKeys(NamedTuple):
+    """What the queries of a dense layer read from its cache.
+
+    Attributes:
+        k, v: `[B, S, Hkv, D]`.
+        start: position of each row's first entry.
+    """
+
+    k: Tensor
+    v: Tensor
+    start: Sequence[int]
 
 
 class KeyValueRows:
@@ -43,11 +60,8 @@ class KeyValueRows:
         self._all = GrowingBuffer(multiple=64)
         self._newest = RollingBuffer((self.window or 1) - 1)
 
-    def append(self, k: Tensor, v: Tensor, num_new: Sequence[int] | None) -> tuple[Tensor, Tensor, Sequence[int]]:
+    def append(self, k: Tensor, v: Tensor, num_new: Sequence[int] | None) -> HeldKeys:
         """Add tokens `[B, T, Hkv, D]`, of which row b's first num_new[b] are real (all unless given).
-
-        Returns:
-            keys and values `[B, S, Hkv, D]`, and the position of each row's first entry.
 
         Raises:
             ValueError: the batch differs from what is held, or gradients are needed.
@@ -62,12 +76,12 @@ class KeyValueRows:
         self.lengths = tuple(a + n for a, n in zip(old, num_new, strict=True))
         if self.window is not None:
             (k, v), start = self._newest.append((k, v), old, num_new)
-            return k, v, start
+            return HeldKeys(k, v, start)
         longest = max(1, *self.lengths)
         self._all.reserve((k, v), longest)
         self._all.write((k, v), old, num_new)
         k, v = self._all.view()
-        return k[:, :longest], v[:, :longest], (0,) * batch
+        return HeldKeys(k[:, :longest], v[:, :longest], (0,) * batch)
 
     def reorder(self, index: Tensor) -> None:
         """Replace row b by row index[b]; `index` may be of another length than the batch."""

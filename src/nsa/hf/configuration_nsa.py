@@ -7,22 +7,22 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
 from nsa.geometry import BlockGeometry
+from nsa.model_options import Backend, Compression, CompressRope, GateKind, LayerType, check_rope, head_sizes
 
 # transformers' own classes read config.json too and refuse layer types that they do not know.
 LAYER_TYPES_KEY = "nsa_layer_types"
-LAYER_TYPES = ("nsa", "full_attention", "sliding_attention")
-ROPE_TYPES = ("default", "linear", "ntk", "yarn", "llama3")
+LAYER_TYPES = get_args(LayerType)
 OPTIONS = {
-    "compression": ("mean", "conv", "mlp"),
-    "compress_rope": ("before", "after"),
-    "gate": ("softmax", "sigmoid"),
-    "attention_backend": ("auto", "reference", "torch", "triton"),
+    "compression": get_args(Compression),
+    "compress_rope": get_args(CompressRope),
+    "gate": get_args(GateKind),
+    "attention_backend": get_args(Backend),
 }
 
 
@@ -45,6 +45,7 @@ class NSAConfig(PreTrainedConfig):
         compression, compress_rope, shared_kv, gate, gate_temperature: as in `NSAAttention`.
         attention_backend: implementation of the operator: "auto", "reference", "torch" or "triton".
         attention_bias: whether query, key and value projections have a bias.
+        hidden_act: activation of SwiGLU's gate, by its name in transformers; another than "silu" makes it no SwiGLU.
         rope_parameters: `{"rope_type": ..., "rope_theta": ..., ...}` as transformers defines it, of type "default",
             "linear", "yarn" or "llama3"; or "ntk" with a `factor`: the base becomes
             rope_theta * factor^(D/(D-2)). Types whose frequencies follow the length of the text ("dynamic",
@@ -62,7 +63,7 @@ class NSAConfig(PreTrainedConfig):
     """
 
     model_type = "nsa"
-    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012  (transformers reads a plain list)
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]  # noqa: RUF012  (transformers reads a plain list)
 
     vocab_size: int = 32000
     hidden_size: int = 768
@@ -99,7 +100,7 @@ class NSAConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
-        self._check_heads()
+        self._check_counts()
         saved = kwargs.pop(LAYER_TYPES_KEY, None)
         if saved is not None and self.layer_types not in (None, saved):
             raise ValueError(f"layer_types and {LAYER_TYPES_KEY} differ; give one of them")
@@ -109,14 +110,11 @@ class NSAConfig(PreTrainedConfig):
             raise ValueError(f"layer_types must be a list with a name for each layer, not {self.layer_types!r}")
         if not isinstance(self.rope_parameters, dict | None):
             raise ValueError(f"rope_parameters must be a dictionary, not {self.rope_parameters!r}")
-        if self.head_dim is None:
-            self.head_dim = self.hidden_size // self.num_attention_heads
-        if self.value_head_dim is None:
-            self.value_head_dim = self.head_dim
+        self.head_dim, self.value_head_dim = self._head_sizes()
         self.layer_types = ["nsa"] * self.num_hidden_layers if self.layer_types is None else list(self.layer_types)
         # transformers fills defaults into the dictionary; the caller's stays as it is.
         self.rope_parameters = None if self.rope_parameters is None else dict(self.rope_parameters)
-        self._check_rope_type()
+        check_rope(self.rope_parameters or {})
         super().__post_init__(**kwargs)
         self.validate()
 
@@ -138,8 +136,9 @@ class NSAConfig(PreTrainedConfig):
 
     def validate(self) -> None:
         """Raise `ValueError` unless everything fits together; transformers calls this before it saves."""
-        self._check_heads()
-        self._check_rope_type()
+        self._check_counts()
+        self._head_sizes()
+        check_rope(self.rope_parameters or {})
         try:
             self.validate_rope()
         except KeyError as error:
@@ -168,43 +167,17 @@ class NSAConfig(PreTrainedConfig):
                 f"give one for each layer"
             )
 
-    def _check_heads(self) -> None:
+    def _head_sizes(self) -> tuple[int, int]:
+        names = ("num_attention_heads", "num_key_value_heads")
+        counts = (self.num_attention_heads, self.num_key_value_heads)
+        return head_sizes(self.hidden_size, *counts, self.head_dim, self.value_head_dim, names=names)
+
+    def _check_counts(self) -> None:
         names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
         for name in (*names, "num_key_value_heads", "max_position_embeddings"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be a positive integer, not {value!r}")
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(
-                f"num_attention_heads {self.num_attention_heads} must be a multiple of num_key_value_heads "
-                f"{self.num_key_value_heads}"
-            )
-        if self.head_dim is None and self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"hidden_size {self.hidden_size} is no multiple of num_attention_heads {self.num_attention_heads}; "
-                f"give head_dim"
-            )
-        head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
-        if head_dim < 2 or head_dim % 2:
-            raise ValueError(f"head_dim must be even and positive for rotary embedding, not {head_dim}")
-        if self.value_head_dim is not None and self.value_head_dim < 1:
-            raise ValueError(f"value_head_dim must be positive, not {self.value_head_dim}")
-
-    def _check_rope_type(self) -> None:
-        rope = self.rope_parameters or {}
-        nested = [name for name in LAYER_TYPES if name in rope]
-        if nested:
-            raise ValueError(f"rope_parameters holds {', '.join(nested)}; all layers share one set, give it flat")
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        if kind not in ROPE_TYPES:
-            raise ValueError(f"rope_type must be one of {', '.join(ROPE_TYPES)}, not {kind!r}")
-        if rope.get("partial_rotary_factor", 1.0) != 1.0:
-            raise ValueError(f"partial_rotary_factor must be 1, not {rope['partial_rotary_factor']}")
-        factor, theta = rope.get("factor"), rope.get("rope_theta", 1)
-        if kind != "default" and not (isinstance(factor, int | float) and factor >= 1):
-            raise ValueError(f"rope_type {kind!r} needs a factor of at least 1, not {factor!r}")
-        if not isinstance(theta, int | float) or not theta > 0:
-            raise ValueError(f"rope_theta must be a positive number, not {theta!r}")
 
     def _validate_ntk_rope_parameters(
         self, rope_parameters: dict[str, Any], ignore_keys: set[str] | None = None

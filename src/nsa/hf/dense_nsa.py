@@ -21,7 +21,7 @@ from nsa.attention import with_prefix
 from nsa.ops.api import window_attention
 from nsa.rope import apply_rope
 
-from .cache_nsa import KeyValueRows
+from .cache_nsa import HeldKeys, KeyValueRows
 from .configuration_nsa import NSAConfig
 
 MAX_VARLEN_HEAD_DIM, VARLEN_ALIGNMENT = 256, 8  # of the kernels behind varlen_attn
@@ -79,9 +79,7 @@ class DenseAttention(nn.Module):
             out = _attend(q, k, v, is_causal=True)
         return self.o_proj(out.flatten(2))
 
-    def _from_cache(
-        self, q: Tensor, held: tuple[Tensor, Tensor, Sequence[int]], old: Sequence[int], lengths: Sequence[int]
-    ) -> Tensor:
+    def _from_cache(self, q: Tensor, held: HeldKeys, old: Sequence[int], lengths: Sequence[int]) -> Tensor:
         """Queries at positions old[b].. against the cache; padding queries see what their row's last token sees."""
         k, v, start = held
         if len(set(lengths)) == 1 and q.shape[1] == 1 and self.window is None:

@@ -29,8 +29,9 @@ from transformers.utils.generic import can_return_tuple
 from nsa.attention import NSAAttention
 from nsa.compress import ConvCompression, MLPCompression
 from nsa.ops.validate import check_cu_seqlens
+from nsa.rope import rotations
 
-from .cache_nsa import NSACacheLayer, adopt_cache, new_cache, take_prefix
+from .cache_nsa import CACHE_NAME, NSACacheLayer, adopt_cache, new_cache, take_prefix
 from .configuration_nsa import NSAConfig
 from .dense_nsa import DenseAttention
 from .rows_nsa import Rows, arrange_rows, check_prompts, documents_of, packed_rows
@@ -75,9 +76,8 @@ class NSARotary(nn.Module):
         """`[B, T]` positions to cosines and sines `[B, T, D]`, in fp32, or fp64 if `dtype` is."""
         frequencies, scaling = self.frequencies(positions.device)
         dtype = torch.promote_types(dtype, torch.float32)
-        angles = positions.to(dtype).unsqueeze(-1) * frequencies.to(dtype)
-        angles = torch.cat([angles, angles], dim=-1)
-        return angles.cos() * scaling, angles.sin() * scaling
+        cos, sin = rotations(positions.to(dtype), frequencies.to(dtype))
+        return cos * scaling, sin * scaling
 
 
 class NSAMLP(nn.Module):
@@ -200,6 +200,7 @@ class NSAModel(NSAPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         cu_seqlens: Tensor | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Hidden states of every token.
@@ -214,10 +215,11 @@ class NSAModel(NSAPreTrainedModel):
             use_cache: return a cache; the config's value unless given, and never where gradients are needed.
             cu_seqlens: int32 `[documents + 1]`, bounds of documents packed into one row (also `cu_seq_lens_q`, as
                 transformers' collators call it); they do not see each other.
+            cache: `past_key_values` by the name that transformers gives it since 5.24.
             max_length_q: the longest document's length, or a bound on it; dense layers on a GPU waste less by it.
 
         Returns:
-            `last_hidden_state` `[B, T, C]`, zero at padding; `past_key_values`; `hidden_states` when
+            `last_hidden_state` `[B, T, C]`, zero at padding; `past_key_values`, or `cache`; `hidden_states` when
             `output_hidden_states` is true.
 
         Raises:
@@ -228,6 +230,7 @@ class NSAModel(NSAPreTrainedModel):
         if kwargs.get("output_attentions"):
             raise ValueError("output_attentions is not supported: no attention matrix is ever made; see nsa.inspect")
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        past_key_values = past_key_values if cache is None else cache
         cu_seqlens = _document_bounds(cu_seqlens, position_ids, attention_mask, past_key_values, kwargs)
         prefix = take_prefix(past_key_values, self.config)
         num_prefix = prefix[0][0].shape[1] if prefix else 0
@@ -257,8 +260,8 @@ class NSAModel(NSAPreTrainedModel):
         x = rows.restore(self.norm(x))
         return BaseModelOutputWithPast(
             last_hidden_state=x,  # pyright: ignore[reportArgumentType]
-            past_key_values=cache,
             hidden_states=(*hidden[:-1], x) if keep_hidden else None,  # pyright: ignore[reportArgumentType]
+            **{CACHE_NAME: cache},  # pyright: ignore[reportArgumentType]
         )
 
     def _cache(
@@ -302,6 +305,7 @@ class NSAForCausalLM(NSAPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         cu_seqlens: Tensor | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Logits of the next token, and their loss when `labels` are given; other arguments as in `NSAModel.forward`.
@@ -312,7 +316,7 @@ class NSAForCausalLM(NSAPreTrainedModel, GenerationMixin):
             logits_to_keep: only the last so many logits, or those at the given indices of T; 0 keeps all.
             num_items_in_batch: divides the summed loss in place of the number of labels in this call.
         """
-        cu_seqlens = _document_bounds(cu_seqlens, position_ids, attention_mask, past_key_values, kwargs)
+        past_key_values = past_key_values if cache is None else cache
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -327,16 +331,17 @@ class NSAForCausalLM(NSAPreTrainedModel, GenerationMixin):
         logits = self.lm_head(outputs.last_hidden_state[:, kept])
         loss = None
         if labels is not None:
-            if cu_seqlens is not None:
+            bounds = _document_bounds(cu_seqlens, position_ids, attention_mask, past_key_values, kwargs)
+            if bounds is not None:
                 # Documents without tokens begin where the next one does, or one behind the row.
                 padded = nn.functional.pad(labels, (0, 1))
-                labels = padded.index_fill(1, cu_seqlens[:-1].long(), -100)[:, :-1]
+                labels = padded.index_fill(1, bounds[:-1].long(), -100)[:, :-1]
             loss = self.loss_function(logits=logits, labels=labels.long(), vocab_size=self.vocab_size, **kwargs)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
+            **{CACHE_NAME: outputs.get(CACHE_NAME)},
         )
 
     def _prefill(self, *args: Any, **options: Any) -> Any:

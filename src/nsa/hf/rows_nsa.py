@@ -15,6 +15,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from nsa.ops.packed import packed_positions
+
 RESTARTS = (
     "positions that restart at 0 mark documents packed into a single row, without padding and without a cache; flatten "
     "the batch to [1, B*T], leave attention_mask out, give padding at the end a document of its own (or its bounds in "
@@ -116,9 +118,7 @@ def packed_rows(x: Tensor, cu_seqlens: Tensor, position_ids: Tensor | None) -> R
     Raises:
         ValueError: `position_ids` are others.
     """
-    index = torch.arange(x.shape[1], device=x.device)
-    document = torch.searchsorted(cu_seqlens, index.to(cu_seqlens.dtype), right=True) - 1
-    positions = (index - cu_seqlens[document.clamp(max=cu_seqlens.numel() - 2)]).unsqueeze(0)
+    positions = packed_positions(cu_seqlens, x.shape[1]).unsqueeze(0)
     if not torch.compiler.is_compiling():
         _check_positions(position_ids, positions, None, 1)
     return Rows(positions)

@@ -124,9 +124,8 @@ def selection_record(block_indices: list[int], position: int, geometry: BlockGeo
             ranges[-1][1] = end
         else:
             ranges.append([start, end])
-    common = {"cmp": geometry.num_compressed(length), "win": min(geometry.window_size, length)}
-    predicted = common | {"slc": geometry.num_selected_blocks * size}
-    done = common | {"slc": sum(end - start for start, end in ranges)}
+    predicted = geometry.predicted_reads(length)
+    done = predicted | {"slc": sum(end - start for start, end in ranges)}
     return {
         "blocks": blocks,
         "forced": [j for j in blocks if is_forced(j, position, geometry)],

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from nsa.geometry import BlockGeometry
+from nsa.geometry import BRANCHES, BlockGeometry
 from nsa.inspect.statistics import selection_record
 
 NUM_READS = 4  # positions at which reads are counted: the end, its half, a quarter, an eighth
@@ -54,7 +54,7 @@ class TextSelection:
         rows: list[dict[str, float]] = []
         for position in _read_at(self.length):
             done = [record["reads"]["done"] for layer in self.blocks for record in self.records(layer, position)]
-            means = {name: sum(reads[name] for reads in done) / len(done) for name in ("cmp", "slc", "win", "total")}
+            means = {name: sum(reads[name] for reads in done) / len(done) for name in (*BRANCHES, "total")}
             rows.append({"position": position, **means, "dense": position + 1})
         return rows
 

@@ -122,7 +122,7 @@ def _idle_s() -> float:
 
 
 def _step_s(trainer: Trainer) -> float:
-    return fmean(trainer.train_step()[0].step_s for _ in range(TIMED_STEPS))
+    return fmean(trainer.train_step().step_s for _ in range(TIMED_STEPS))
 
 
 def _samples_s(trainer: Trainer) -> float:

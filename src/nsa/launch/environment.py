@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,25 +10,16 @@ from typing import Any
 import torch
 
 import nsa
-from nsa.machine import PACKAGES, cpu_name, num_cpus, package_version
+from nsa.machine import environment
 from nsa.terminal import redacted
 
 
 def snapshot(device: torch.device, command: Sequence[str]) -> dict[str, Any]:
-    """Versions, machine, commit and command of this process as plain values."""
+    """Command, commit, versions and machine of this process as plain values."""
     return {
         "command": [redacted(part) for part in command],
-        "nsa": nsa.__version__,
         "git_commit": git_commit(Path(nsa.__file__).parent),
-        "python": platform.python_version(),
-        "packages": {name: package_version(name) for name in PACKAGES},
-        "platform": platform.platform(),
-        "cpu": cpu_name(),
-        "num_cpus": num_cpus(),
-        "num_threads": torch.get_num_threads(),
-        "device": str(device),
-        "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
-        "cuda": torch.version.cuda,
+        **environment(device),
     }
 
 

@@ -1,10 +1,10 @@
-"""Going on with a run after it was stopped, killed or failed: `nsa resume RUN [--section.key value ...]`.
+"""Resuming a run that was stopped, killed or failed: `nsa resume RUN [--section.key value ...]`.
 
-    trainer, folder = prepare_resume(Path("runs/NAME"), ["--train.steps", "800"])
-    outcome = train(trainer, folder, resumed=True)
+    stored = resumed_config(Path("runs/NAME"), ["--train.steps", "800"])
+    outcome = train(*prepare_resume(stored))
 
-The newest checkpoint whose every file is as it was written decides where the run goes on; a run that was killed before
-its first checkpoint begins again. The stored config is used; what may be changed is listed in `ALLOWED`.
+The run resumes from the newest checkpoint whose every file is as it was written; one that was killed before its first
+checkpoint begins again. The stored config is used; `nsa.config.resume_keys` lists what may be changed.
 """
 
 from __future__ import annotations
@@ -15,11 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nsa.config.load import dump_config, override_config, read_config
-from nsa.config.resume_keys import ALLOWED, ALLOWED_SECTIONS
+from nsa.config.load import dump_config, read_config
 from nsa.config.run import RunConfig
 from nsa.launch.environment import snapshot
-from nsa.launch.resume_config import StoredConfig, changed_keys, check_unchanged, stored_config
+from nsa.launch.resume_config import StoredConfig, changed_keys, check_unchanged
 from nsa.preflight.examine import examine_resume
 from nsa.runs.checkpoints import RUN_CONFIG
 from nsa.runs.files import check_run_files
@@ -37,7 +36,7 @@ IN_REPORT = {"description", "replaced_because", "held_out_documents"}  # what a 
 
 @dataclass(frozen=True)
 class ResumedFrom:
-    """Where a run goes on, for `status.json` and `env.json`.
+    """Where a run resumes, for `status.json` and `env.json`.
 
     Attributes:
         checkpoint: name of its folder, or None for a run that begins again.
@@ -57,71 +56,41 @@ class ResumedFrom:
 
 
 def prepare_resume(
-    run: Path, overrides: Sequence[str] = (), command: Sequence[str] = (), parallel: Parallel | None = None
+    stored: StoredConfig, command: Sequence[str] = (), parallel: Parallel | None = None
 ) -> tuple[Trainer, RunFolder]:
     """Check and build everything, load the newest undamaged checkpoint, and only then change the run folder.
 
     Damaged checkpoints are set aside before it is known whether the others load.
 
     Args:
-        run: the run folder, which this process locks.
-        overrides: such as `["--train.steps", "800"]`.
+        stored: the run's config, by `resumed_config`; this process locks its folder.
         command: the command line, for `env.json`.
         parallel: this process among those of the run; one process unless given.
 
     Raises:
-        ValueError: there is nothing to resume, another process still runs, an override is not allowed, or preflight
-            refuses, as for a full disk.
+        ValueError: there is nothing to resume, another process still runs, or preflight refuses, as for a full disk.
         CheckpointError: the checkpoint does not fit the model of the config.
     """
-    stored, config = resumed_config(run, overrides)
-    parallel = parallel or one_process(config.run.device)
-    folder = RunFolder(run)
+    parallel = parallel or one_process(stored.wanted.run.device)
+    folder = RunFolder(stored.run)
     say = _say if parallel.is_main else _nothing
     if note := on_main(parallel, folder.lock.acquire):
         say(f"note: {note}")
     try:
-        return _prepare_locked(folder, stored, config, command, parallel, say)
+        return _prepare_locked(folder, stored, command, parallel, say)
     except BaseException:
         folder.lock.close()
         raise
 
 
-def resumed_config(run: Path, overrides: Sequence[str]) -> tuple[StoredConfig, RunConfig]:
-    """The stored config of a run, and the same with overrides.
-
-    Raises:
-        ValueError: this is no run folder, its `config.yaml` is not of its checkpoints, or an override is not allowed.
-    """
-    if not run.is_dir():
-        raise ValueError(f"{run} is no run folder; give the folder of a run, such as runs/NAME")
-    path, stored = run / "config.yaml", stored_config(run, is_allowed)
-    config = override_config(stored.wanted, overrides)
-    refused = [name for name in changed_keys(stored.wanted, config) if not is_allowed(name)]
-    if refused:
-        lines = [f"  {name}" for name in refused]
-        raise ValueError(
-            "\n".join(
-                [
-                    "a resumed run keeps what decides its steps, so these cannot be changed:",
-                    *lines,
-                    f"Begin a new run for that: nsa train {path} --run.name {config.run.name}-2 ... "
-                    f"A resumed run may change {', '.join(sorted(ALLOWED))} and the sections "
-                    f"{', '.join(ALLOWED_SECTIONS)}.",
-                ]
-            )
-        )
-    return stored, config
-
-
 def _prepare_locked(
     folder: RunFolder,
     stored: StoredConfig,
-    config: RunConfig,
     command: Sequence[str],
     parallel: Parallel,
     say: Callable[[str], object],
 ) -> tuple[Trainer, RunFolder]:
+    config = stored.wanted
     before = on_main(parallel, lambda: _look_into(folder, config, parallel))
     if stored.note:
         say(f"note: {stored.note}")
@@ -134,10 +103,10 @@ def _prepare_locked(
         # Its contents were read only now: it may be an older one than that whose config was taken.
         source = checkpoint / RUN_CONFIG
         trained = read_config(source)
-        check_unchanged(trained, config, is_allowed, path=folder.config_yaml, source=source)
-    trainer = Trainer(config, parallel)
-    if checkpoint is not None and (note := trainer.load(checkpoint)):
-        say(f"note: {note}")
+        check_unchanged(trained, config, path=folder.config_yaml, source=source)
+    trainer = Trainer(config, parallel, checkpoint=checkpoint)
+    if trainer.resume_note:
+        say(f"note: {trainer.resume_note}")
     done = before.get("state") == "finished" and not before.get("report_failure")
     if done and trainer.step >= config.train.steps:
         raise ValueError(
@@ -205,11 +174,6 @@ def _announcement(folder: RunFolder, resumed: ResumedFrom) -> str:
     if "train.steps" in resumed.changed:
         lines.append("the learning rate follows the schedule of the new train.steps from here on")
     return "\n".join(lines)
-
-
-def is_allowed(name: str) -> bool:
-    """Whether a resumed run may change this key."""
-    return name in ALLOWED or name.partition(".")[0] in ALLOWED_SECTIONS
 
 
 def _say(text: str) -> None:

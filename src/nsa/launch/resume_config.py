@@ -1,4 +1,4 @@
-"""The config that a run goes on with: that of its newest checkpoint, which `config.yaml` can only change by name.
+"""The config that a run resumes with: that of its newest checkpoint, which `config.yaml` can only change by name.
 
 `config.yaml` may have been edited, emptied by a loss of power, or removed; `run_config.yaml` in the checkpoint has a
 checksum. Before the first checkpoint, the config in `env.json` stands for it.
@@ -7,12 +7,13 @@ checksum. Before the first checkpoint, the config in `env.json` stands for it.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from nsa.config.load import ConfigError, parse_config, read_config
+from nsa.config.load import ConfigError, override_config, parse_config, read_config, read_overrides
+from nsa.config.resume_keys import ALLOWED, ALLOWED_SECTIONS, is_allowed
 from nsa.config.run import RunConfig
 from nsa.runs.checkpoints import RUN_CONFIG, FileSum, Listing, is_complete, step_folders
 from nsa.runs.files import expect_file
@@ -24,28 +25,50 @@ SHOWN_KEYS = 6
 
 @dataclass(frozen=True)
 class StoredConfig:
-    """What the files of a run say.
+    """What the files of a run say, and what is asked for on top of it.
 
     Attributes:
+        run: the run folder.
         trained: the config of the steps done so far.
-        wanted: the same with the keys that `config.yaml` changes.
+        wanted: the same with the keys that `config.yaml` and overrides change.
         note: a line about a `config.yaml` that says less than it should, or None.
     """
 
+    run: Path
     trained: RunConfig
     wanted: RunConfig
     note: str | None
 
 
-def stored_config(run: Path, allowed: Callable[[str], bool]) -> StoredConfig:
-    """The config in a run folder.
-
-    Args:
-        run: the folder.
-        allowed: whether a key may differ from the checkpoint's.
+def resumed_config(run: Path, overrides: Sequence[str] = ()) -> StoredConfig:
+    """The config in a run folder, with overrides such as `["--train.steps", "800"]`.
 
     Raises:
-        ValueError: this is no run folder, its config cannot be read, or it differs in keys that may not.
+        ValueError: this is no run folder, its `config.yaml` is not of its checkpoints, or an override is not allowed.
+    """
+    if not run.is_dir():
+        raise ValueError(f"{run} is no run folder; give the folder of a run, such as runs/NAME")
+    read_overrides(overrides)  # a slip in them is told first
+    stored = stored_config(run)
+    config = override_config(stored.wanted, overrides)
+    refused = [name for name in changed_keys(stored.wanted, config) if not is_allowed(name)]
+    if refused:
+        lines = [
+            "a resumed run keeps what decides its steps, so these cannot be changed:",
+            *(f"  {name}" for name in refused),
+            f"Begin a new run for that: nsa train {run / 'config.yaml'} --run.name {config.run.name}-2 ... "
+            f"A resumed run may change {', '.join(sorted(ALLOWED))} and the sections {', '.join(ALLOWED_SECTIONS)}.",
+        ]
+        raise ValueError("\n".join(lines))
+    return replace(stored, wanted=config)
+
+
+def stored_config(run: Path) -> StoredConfig:
+    """The config in a run folder.
+
+    Raises:
+        ValueError: this is no run folder, its config cannot be read, or it differs from the checkpoint's in keys that
+            decide its steps.
     """
     path = run / "config.yaml"
     if os.path.lexists(path):
@@ -58,7 +81,7 @@ def stored_config(run: Path, allowed: Callable[[str], bool]) -> StoredConfig:
                 f"{run} is no run folder: it holds no config.yaml with contents, and no checkpoint that has the "
                 f"config; give the folder of a run, such as runs/NAME"
             )
-        return StoredConfig(trained, trained, f"{path} is lost; the config is that of {source.path}")
+        return StoredConfig(run, trained, trained, f"{path} is lost; the config is that of {source.path}")
     try:
         given = read_config(path)
     except ConfigError as error:
@@ -67,14 +90,14 @@ def stored_config(run: Path, allowed: Callable[[str], bool]) -> StoredConfig:
     if source is None or trained is None:
         if missing := sorted(RunConfig.model_fields.keys() - given.model_fields_set):
             raise ValueError(f"{path} has lost its sections {', '.join(missing)}; restore it, or begin a new run")
-        return StoredConfig(given, given, None)
+        return StoredConfig(run, given, given, None)
     values, missing = _on_top(trained, given)
     wanted = parse_config(values, source=str(path))
-    check_unchanged(trained, wanted, allowed, path=path, source=source.path)
+    check_unchanged(trained, wanted, path=path, source=source.path)
     note = (
         f"{path} lacks {len(missing)} keys, such as {missing[0]}; they are those of {source.path}" if missing else None
     )
-    return StoredConfig(trained, wanted, note)
+    return StoredConfig(run, trained, wanted, note)
 
 
 @dataclass(frozen=True)
@@ -101,12 +124,10 @@ def trained_source(run: Path) -> TrainedSource | None:
     return TrainedSource(folder.env_json) if has_config else None
 
 
-def check_unchanged(
-    trained: RunConfig, wanted: RunConfig, allowed: Callable[[str], bool], *, path: Path, source: Path
-) -> None:
+def check_unchanged(trained: RunConfig, wanted: RunConfig, *, path: Path, source: Path) -> None:
     """Raise `ValueError` with both values of the keys that decide a step and differ in `path` from `source`."""
     changed = changed_keys(trained, wanted)
-    refused = {name: values for name, values in changed.items() if not allowed(name) and name not in PLACE}
+    refused = {name: values for name, values in changed.items() if not is_allowed(name) and name not in PLACE}
     if not refused:
         return
     lines = [f"  {name}: {old!r} -> {new!r}" for name, (old, new) in list(refused.items())[:SHOWN_KEYS]]

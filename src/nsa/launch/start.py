@@ -19,8 +19,9 @@ from nsa.launch.environment import snapshot
 from nsa.preflight.examine import examine, examine_corpus
 from nsa.runs.folder import RunFolder, check_unused
 from nsa.terminal import printable
+from nsa.train.model import training_route
 from nsa.train.parallel import Parallel, on_main, one_process
-from nsa.train.summary import data_index, describe, kernel_values, routing_values
+from nsa.train.summary import data_index, describe
 from nsa.train.trainer import Trainer
 
 
@@ -53,7 +54,7 @@ def prepare(
     trainer.start_s, trainer.deadline = start_s, deadline
     report = examine_corpus(report, trainer.corpus, trainer.tokenizer)
     report.raise_if_refused()
-    folder = RunFolder(path)
+    folder, route = RunFolder(path), training_route(config, trainer.device)
     trainer.parallel.barrier()  # all ranks have looked before one makes the folder
     if trainer.parallel.is_main:
         lines = [describe(trainer), *(finding.line() for finding in report.findings)]
@@ -64,9 +65,12 @@ def prepare(
         folder = RunFolder.create(
             path,
             config_yaml=dump_config(config),
-            env=snapshot(trainer.device, command)
-            | {"routing": routing_values(trainer), "kernels": kernel_values(trainer)}
-            | {"num_parameters": trainer.model.num_parameters(), "config": config.model_dump(mode="json")},
+            env={
+                **snapshot(trainer.device, command),
+                "routing": None if route is None else route.as_dict(),
+                "num_parameters": trainer.model.num_parameters(),
+                "config": config.model_dump(mode="json"),
+            },
             data_index=data_index(trainer),
             preflight=report.values(),
         )

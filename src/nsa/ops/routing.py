@@ -84,6 +84,7 @@ class RoutingReport:
         backend: that the call takes.
         reason: why.
         operators: of torch.library, that a call runs.
+        is_fallback: whether a GPU runs something slower than its kernels, which nobody asked for.
         device, versions: where it runs, and on which torch and triton.
         stages: of the operator.
     """
@@ -91,6 +92,7 @@ class RoutingReport:
     backend: str
     reason: str
     operators: tuple[str, ...]
+    is_fallback: bool
     device: str
     versions: dict[str, str]
     stages: tuple[StageRoute, ...]
@@ -121,15 +123,20 @@ def routing_report(
     chosen, reason = explain_backend(backend, q, v)
     versions = {"torch": str(torch.__version__)}
     if chosen == "triton":
-        kernels = importlib.import_module("nsa.ops.triton.report").kernels
-        docs = q.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
-        stages = tuple(StageRoute(*kernel) for kernel in kernels(q, k, v, geometry, docs))
+        plan = importlib.import_module("nsa.ops.triton.plan").plan_call
+        tokens = q.shape[1]
+        most = geometry.num_compressed(tokens) if cu_seqlens is None else geometry.max_num_compressed(tokens)
+        stages = tuple(
+            StageRoute(name, ", ".join(stage.kernels), dict(stage.tile), stage.reason)
+            for name, stage in plan(q, k, v, geometry, cu_seqlens, most).stages()
+        )
         versions["triton"] = importlib.import_module("triton").__version__
     else:
         module = "nsa.ops.reference" if chosen == "reference" else "nsa.ops.torch_native"
         stages = (StageRoute("all stages", module, {}, "PyTorch's own operators, on any device"),)
     device = torch.cuda.get_device_name(q.device) if q.is_cuda else platform.processor() or platform.machine()
-    return RoutingReport(chosen, reason, operators_of(chosen), device, versions, stages)
+    is_fallback = backend == "auto" and q.device.type == "cuda" and chosen != "triton"
+    return RoutingReport(chosen, reason, operators_of(chosen), is_fallback, device, versions, stages)
 
 
 def _why_not_triton(x: Tensor, *others: Tensor) -> str | None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nsa.config.run import RunConfig
-from nsa.terminal import duration
+from nsa.units import duration
 
 MIN_STEPS = 10  # fewer teach nothing; a run of fewer by its config is left as it is
 

@@ -16,15 +16,15 @@ from nsa.config.run import RunConfig
 from nsa.data.corpus import Corpus, open_corpus
 from nsa.data.errors import DataError
 from nsa.data.mix import MixedCorpus
-from nsa.data.sources.base import Documents
+from nsa.data.sources.base import Document
 from nsa.data.sources.synthetic import SyntheticDocuments
 from nsa.data.stream.loader import build_train_loader
 from nsa.data.tokenizers import Tokenizer
 
 SAMPLE = 64  # documents whose length stands for that of all
-MAX_BLOCKS = 16  # blocks of a source that is not in memory which are compared with the held-out documents
-MAX_CHARACTERS = 2**25  # of those blocks; a row group may be of any size
-MAX_STREAMED_BLOCKS = 2  # the same where they come from the Hub
+MAX_CHUNKS = 16  # chunks of a source that is not in memory which are compared with the held-out documents
+MAX_CHARACTERS = 2**25  # of those chunks; a row group may be of any size
+MAX_STREAMED_CHUNKS = 2  # the same where they come from the Hub
 MAX_EVAL_TOKENS = 2**12  # held-out tokens that are looked for in such a source; it may be far away
 REPEATS = 4.0  # epochs after which more of the same text hardly teaches
 ENCODED_CHARACTERS = 2**16  # of a document, where only the range of its tokens is of interest
@@ -70,12 +70,12 @@ def check_data(config: RunConfig, tokenizer: Tokenizer, world_size: int) -> list
 
 
 def check_corpus(corpus: Corpus | MixedCorpus, tokenizer: Tokenizer) -> list[Finding]:
-    """What can be found in little time in data that are open: in all of them in memory, else in the first blocks.
+    """What can be found in little time in data that are open: in all of them in memory, else in the first chunks.
 
     Raises:
         DataError: no document is held out, or one cannot be read.
     """
-    texts = [text[:ENCODED_CHARACTERS] for _, text in islice(_training(corpus), SAMPLE)]
+    texts = [document.text[:ENCODED_CHARACTERS] for document in islice(_training(corpus), SAMPLE)]
     beyond = _beyond_vocabulary(tokenizer.encode_batch(texts), tokenizer)
     return [*_replaced(corpus), *beyond, *_overlap(corpus, tokenizer)]
 
@@ -87,7 +87,7 @@ def _replaced(corpus: Corpus | MixedCorpus) -> Iterator[Finding]:
 
 def _epochs(corpus: Corpus | MixedCorpus, tokenizer: Tokenizer, config: RunConfig) -> Iterator[Finding]:
     """What the tokenizer makes of some documents, and how often the run reads all of them."""
-    encoded = tokenizer.encode_batch([text for _, text in islice(_training(corpus), SAMPLE)])
+    encoded = tokenizer.encode_batch([document.text for document in islice(_training(corpus), SAMPLE)])
     yield from _beyond_vocabulary(encoded, tokenizer)
     if corpus.num_documents is None or not encoded or config.data.source in ("fineweb_edu", "mix"):
         return
@@ -115,16 +115,16 @@ def _beyond_vocabulary(encoded: Sequence[np.ndarray], tokenizer: Tokenizer) -> I
 
 def _overlap(corpus: Corpus | MixedCorpus, tokenizer: Tokenizer) -> Iterator[Finding]:
     """A held-out document that is trained on too, under its own name or another; drawn ones may well repeat."""
-    source, indices = corpus.heldout_documents(tokenizer)
-    if not indices:
+    held_out = corpus.heldout_documents(tokenizer)
+    if not held_out:
         raise DataError("no document is held out, so there is nothing to evaluate on; set data.heldout")
     drawn = [part for part in corpus.parts if isinstance(part.source, SyntheticDocuments)]
     if len(drawn) == len(corpus.parts):
         return
-    names = {source.name(index) for index in indices}
-    texts = {_digest(source.text(index)): source.name(index) for index in indices}
-    lengths = {len(source.text(index).strip()) for index in indices}  # few texts need a digest
-    for name, text in _training(corpus):
+    names = {document.name for document in held_out}
+    texts = {_digest(document.text): document.name for document in held_out}
+    lengths = {len(document.text.strip()) for document in held_out}  # few texts need a digest
+    for _, name, text in _training(corpus):
         same = name if name in names else None
         if same is None and len(text.strip()) in lengths:
             same = texts.get(_digest(text))
@@ -138,22 +138,21 @@ def _overlap(corpus: Corpus | MixedCorpus, tokenizer: Tokenizer) -> Iterator[Fin
             return
 
 
-def _training(corpus: Corpus | MixedCorpus) -> Iterator[tuple[str, str]]:
-    """Names and texts of documents to train on, in drawn order: all where they are in memory, else of some blocks."""
+def _training(corpus: Corpus | MixedCorpus) -> Iterator[Document]:
+    """Documents to train on, in drawn order: all where they are in memory, else those of some chunks."""
     for number, part in enumerate(corpus.parts):
         documents, prefix = part.training_documents(), ""
         if isinstance(corpus, MixedCorpus):
             prefix = f"{corpus.labels[number]}/"
-        units = documents.order(0, 0)
-        in_memory = isinstance(part.source, Documents)
-        if not in_memory:
-            units = units[: MAX_STREAMED_BLOCKS if part.config.source == "fineweb_edu" else MAX_BLOCKS]
+        chunks = documents.order(0, 0)
+        if not part.source.in_memory:
+            chunks = chunks[: MAX_STREAMED_CHUNKS if part.config.source == "fineweb_edu" else MAX_CHUNKS]
         num_characters = 0
-        for unit in units:
-            for document, text in documents.read([unit]):
-                num_characters += len(text)
-                yield prefix + part.source.name(document), text
-            if not in_memory and num_characters > MAX_CHARACTERS:
+        for chunk in chunks:
+            for document in documents.read([chunk]):
+                num_characters += len(document.text)
+                yield document._replace(name=prefix + document.name)
+            if not part.source.in_memory and num_characters > MAX_CHARACTERS:
                 break
 
 

@@ -25,9 +25,10 @@ import torch
 from torch import Tensor
 
 from nsa import BlockGeometry, mean_pool, nsa_attention
-from nsa.machine import GIB, PACKAGES, cpu_name, num_cpus, package_version, ram_gib
+from nsa.machine import PACKAGES, cpu_name, num_cpus, package_version, ram_gib
 from nsa.ops.routing import choose_backend
 from nsa.terminal import redacted
+from nsa.units import GIB
 
 PYTHON = (3, 11)
 TORCH = (2, 11), (2, 14)  # the first that works and the first that was not tried
@@ -205,18 +206,20 @@ def hub(timeout_s: float) -> dict[str, Any]:
 
 
 def _get(url: str, token: str | None, timeout_s: float) -> tuple[dict[str, Any] | None, str | None]:
-    """The JSON object at `url`, empty for a refusal, or why there is no answer."""
-    from urllib.error import HTTPError, URLError
-    from urllib.request import Request, urlopen
+    """The JSON object at `url`, empty for a refusal, or why there is no answer; by the proxies that downloads take."""
+    from huggingface_hub.errors import HTTPError  # pyright: ignore[reportPrivateImportUsage]
+    from huggingface_hub.utils import build_hf_headers, get_session
 
-    request = Request(url, headers={"Authorization": f"Bearer {token}"} if token else {})
     try:
-        with urlopen(request, timeout=timeout_s) as response:
-            return json.load(response), None
-    except HTTPError as error:
-        return ({}, None) if error.code in (401, 403) else (None, f"no: HTTP {error.code}")
-    except (URLError, TimeoutError, OSError) as error:
-        return None, f"no: {getattr(error, 'reason', error)}"
+        answer = get_session().get(url, headers=build_hf_headers(token=token or False), timeout=timeout_s)
+    except (HTTPError, OSError) as error:
+        return None, f"no: {error or type(error).__name__}"
+    if answer.status_code in (401, 403):
+        return {}, None
+    if answer.is_error:
+        return None, f"no: HTTP {answer.status_code}"
+    try:
+        return answer.json(), None
     except ValueError as error:
         return None, f"no: the answer is not JSON ({error})"
 

@@ -25,14 +25,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from nsa.config.run import RunConfig
+from nsa.data.stream.packing import Batch
 from nsa.flops import FlopCount
 from nsa.hf import NSAForCausalLM
 from nsa.loss import NextTokenLoss
 from nsa.train.activation import checkpoint_activations
 from nsa.train.model import build_model, compile_layers
 from nsa.train.optim import build_optimizer
+from nsa.units import GIB
 
-GIB = 2**30
 OVERHEAD_GIB = {"cpu": 0.6, "cuda": 0.8}  # interpreter and libraries; CUDA context and kernels
 SLACK = 0.1  # share of the activations for work space inside operators, and for fragmentation
 BYTES_PER_PARAMETER = 4  # weights, gradients and both optimizer moments are fp32
@@ -59,15 +60,6 @@ class Speed:
 
     step_s: float
     how: str
-
-
-@dataclass(frozen=True)
-class PackedRows:
-    """A batch of whole rows, one document each, as the loader gives it."""
-
-    input_ids: Tensor
-    labels: Tensor
-    cu_seqlens: Tensor
 
 
 def num_parameters(config: RunConfig, vocab_size: int) -> tuple[int, int]:
@@ -186,11 +178,11 @@ def row_bounds(config: RunConfig) -> Tensor:
     return torch.arange(config.train.micro_batch_rows + 1, dtype=torch.int32) * config.train.sequence_length
 
 
-def random_rows(config: RunConfig, vocab_size: int, device: torch.device, bounds: Tensor) -> PackedRows:
-    """A micro-batch of random tokens."""
+def random_rows(config: RunConfig, vocab_size: int, device: torch.device, bounds: Tensor) -> Batch:
+    """A micro-batch of random tokens, as the loader gives it."""
     shape = config.train.micro_batch_rows, config.train.sequence_length
     ids = torch.randint(vocab_size, shape, device=device)
-    return PackedRows(ids, ids.roll(-1, 1), bounds)
+    return Batch(ids, ids.roll(-1, 1), bounds)
 
 
 def config_for_cpu(config: RunConfig) -> RunConfig:
@@ -252,7 +244,7 @@ def _time_steps(config: RunConfig, device: torch.device, vocab_size: int, limit_
     return min(passes_s[1:]), min(updates_s[1:]), len(passes_s) - 1
 
 
-def _forward_backward(loss: nn.Module, batch: PackedRows, config: RunConfig) -> None:
+def _forward_backward(loss: nn.Module, batch: Batch, config: RunConfig) -> None:
     device = batch.input_ids.device
     with torch.autocast(device.type, torch.bfloat16, enabled=config.train.precision == "bf16"):
         total = loss(batch.input_ids, batch.labels, batch.cu_seqlens)

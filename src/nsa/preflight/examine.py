@@ -30,6 +30,7 @@ from nsa.preflight.data_rules import check_corpus, check_data
 from nsa.preflight.estimate import Speed
 from nsa.preflight.leak import find_leaks, probe_length
 from nsa.preflight.rules import Plan, check
+from nsa.units import GIB, duration
 
 KNOWN_VOCAB_SIZES = {"byte": ByteTokenizer.vocab_size, "bpe1k": BPE1K_VOCAB_SIZE, "gpt2": GPT2_VOCAB_SIZE}
 LEVELS = ("error", "warning", "info")
@@ -170,7 +171,7 @@ def examine_resume(config: RunConfig, run: Path, *, world_size: int = 1) -> Repo
     plan = _size(plan, tokenizer.vocab_size if tokenizer else None, findings)
     if plan.disk_free_gib is not None:
         old = sum(path.stat().st_size for path in (run / "checkpoints").rglob("*") if path.is_file())
-        plan = replace(plan, disk_free_gib=plan.disk_free_gib + old / estimate.GIB)
+        plan = replace(plan, disk_free_gib=plan.disk_free_gib + old / GIB)
     findings += [finding for finding in check(plan) if finding.code != "run-folder-used"]
     return _report(plan, findings, start_s)
 
@@ -203,7 +204,7 @@ def describe(plan: Plan) -> dict[str, str]:
         )
     if plan.speed is not None and plan.run_s is not None:
         rate = train.batch_tokens / plan.speed.step_s
-        lines["time"] = f"{_duration(plan.run_s)}; {plan.speed.step_s:.3g} s a step, {rate:,.0f} tokens/s"
+        lines["time"] = f"{duration(plan.run_s)}; {plan.speed.step_s:.3g} s a step, {rate:,.0f} tokens/s"
         lines["time"] += f" ({plan.speed.how})"
     if plan.fitted_steps is not None:
         lines["budget"] = (
@@ -338,12 +339,4 @@ def _free_gib(folder: Path) -> float:
     folder = folder.absolute()
     while not folder.is_dir():
         folder = folder.parent
-    return shutil.disk_usage(folder).free / estimate.GIB
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    if seconds < 2 * 3600:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:,.1f} h"
+    return shutil.disk_usage(folder).free / GIB

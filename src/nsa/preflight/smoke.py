@@ -25,7 +25,6 @@ import torch
 import yaml
 
 from nsa.calibration import Calibration, calibrate
-from nsa.machine import environment
 from nsa.preflight.doctor import check_kernels, kernel_line
 from nsa.runs.folder import RunFolder, write_json
 from nsa.runs.halt import ask_to_halt
@@ -139,7 +138,7 @@ class SmokeCheck:
             val_loss=metrics["val_loss"],
             train_loss=mean(column(rows[-LAST_STEPS:], "loss")),
             tokens_per_s=BATCH_TOKENS / median(steady),
-            machine=environment(torch.device(self.device)) | {"num_threads": env["num_threads"]},
+            machine=_machine(env),
             calibration=after.slowest(self._calibration or after),
         )
 
@@ -230,6 +229,12 @@ def smoke_config(folder: Path, device: str) -> dict[str, Any]:
         "sample": {"max_new_tokens": 16},
         "observe": {"heartbeat_s": 1.0, "health_every_steps": 40},
     }
+
+
+def _machine(env: dict[str, Any]) -> dict[str, Any]:
+    """What of a run's `env.json` tells machines apart."""
+    versions = {"python": env["python"], "torch": env["packages"]["torch"], "nsa": env["nsa"]}
+    return {"device": env["device_name"], "num_cpus": env["num_cpus"], "num_threads": env["num_threads"], **versions}
 
 
 def compare(now: Figures, baseline: Figures | None, tolerance_percent: float) -> list[ComparedRow]:

@@ -11,7 +11,7 @@
 
 A checkpoint is written into a temporary folder that is then renamed, so that a folder with its final name is whole. The
 scan for whole folders is the truth; `latest` is for people and may be one behind after a crash. This file knows no
-tensors: `checkpoint_save` writes checkpoints and `checkpoint_load` reads them.
+tensors: `nsa.train.checkpoint` writes checkpoints and reads them.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,7 +21,7 @@ from matplotlib.ticker import EngFormatter
 from numpy.typing import ArrayLike, NDArray
 
 from nsa.runs.folder import RunFolder, read_json
-from nsa.runs.tables import HEALTH_COLUMNS, TRAINING_COLUMNS, VALIDATION_COLUMNS, Row, column, read_columns, read_csv
+from nsa.runs.tables import HEALTH_COLUMNS, TRAINING_COLUMNS, VALIDATION_COLUMNS, Row, column, iter_csv, read_csv
 from nsa.runs.thresholds import Thresholds
 from nsa.terminal import printable
 
@@ -87,6 +88,15 @@ def read_curves(folder: RunFolder) -> Curves:
     tokens = np.interp(steps, [0, *training["step"]], [0, *training["tokens"]])
     bits = np.array(column(validation, "val_bits_per_byte"))
     return Curves(plain(folder.path.resolve().name), device_of(folder), training, steps, tokens, losses, bits)
+
+
+def read_columns(path: Path, columns: Sequence[str]) -> dict[str, Points]:
+    """The columns of a table as arrays, for one with a row for each of many steps; an empty cell is NaN."""
+    found = {name: array("d") for name in columns}
+    for row in iter_csv(path, columns):
+        for name, value in row.items():
+            found[name].append(math.nan if value is None else value)
+    return {name: np.array(values, dtype=np.float64) for name, values in found.items()}
 
 
 def draw_curves(folder: RunFolder, path: Path) -> None:
@@ -178,7 +188,7 @@ def running_mean(values: ArrayLike) -> list[float]:
     """A straight line fitted to each value and its neighbours on either side, at that value's place.
 
     In the middle of a curve that is their mean. Towards its ends, where one side has fewer, the line lags behind the
-    values nowhere: a mean of earlier values would lie above a falling loss. Values that are not finite are passed over.
+    values nowhere: a mean of earlier values would lie above a falling loss. Values that are not finite are skipped.
     """
     points = np.asarray(values, dtype=np.float64)
     count = len(points)

@@ -17,10 +17,11 @@ from nsa.config.yaml_file import read_yaml
 from nsa.runs.curves import Curves, device_of, read_curves
 from nsa.runs.folder import RunFolder, read_json
 from nsa.runs.heartbeat import heartbeat_files, read_heartbeats
+from nsa.runs.tables import FINAL_LOSSES
 from nsa.runs.thresholds import Thresholds
 from nsa.runs.watch import Watch
+from nsa.units import duration
 
-FINAL_LOSSES = 20  # training losses whose mean stands for the end of training
 OF_THE_PLACE = ("run.name", "run.folder")  # keys in which all runs differ
 
 
@@ -94,14 +95,6 @@ def flat(values: Any, prefix: str = "") -> dict[str, str]:
     for key, value in values.items():
         found |= flat(value, f"{prefix}.{key}" if prefix else str(key))
     return found
-
-
-def duration(seconds: float) -> str:
-    """Hours, minutes and seconds, as far as they matter."""
-    minutes, hours = seconds / 60, seconds / 3600
-    if minutes < 1:
-        return f"{seconds:.1f} s"
-    return f"{minutes:.1f} min" if hours < 1 else f"{hours:.2f} h"
 
 
 def _state(folder: RunFolder) -> str:

@@ -14,6 +14,7 @@ import json
 import os
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, get_args
@@ -169,16 +170,15 @@ class FailureStatus:
     Args:
         folder: the run's folder.
         rank: of this process.
+        step: the last step that was completed, when asked.
 
     Attributes:
-        step: the last step that was completed; the loop keeps it current.
         ended: arguments of the final `RunFolder.write_status`, from when training is over: what fails later is the
             report.
     """
 
-    def __init__(self, folder: RunFolder, rank: int = 0) -> None:
-        self.folder, self.rank = folder, rank
-        self.step = 0
+    def __init__(self, folder: RunFolder, rank: int, step: Callable[[], int]) -> None:
+        self.folder, self.rank, self.step = folder, rank, step
         self.ended: dict[str, Any] | None = None
 
     def __enter__(self) -> FailureStatus:
@@ -193,12 +193,12 @@ class FailureStatus:
         reason = printable(redacted("; ".join([f"{kind.__name__}: {error}", *getattr(error, "__notes__", [])])))
         folder = self.folder.path
         if self.ended is None:
-            error.add_note(f"rank {self.rank}, after step {self.step}; once mended, go on with: nsa resume {folder}")
-            status = {"state": "failed", "step": self.step, "reason": reason, "rank": self.rank}
+            error.add_note(f"rank {self.rank}, after step {self.step()}; once mended: nsa resume {folder}")
+            status = {"state": "failed", "step": self.step(), "reason": reason, "rank": self.rank}
         else:
             error.add_note(
-                f"training has {self.ended['state']} after step {self.step} and its checkpoint is whole; only the "
-                f"report is missing: nsa resume {folder} writes it"
+                f"training has {self.ended['state']} after step {self.ended['step']} and its checkpoint is whole; only "
+                f"the report is missing: nsa resume {folder} writes it"
             )
             status = {**self.ended, "report_failure": reason}
         try:

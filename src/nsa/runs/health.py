@@ -17,7 +17,7 @@ from typing import Literal
 
 from nsa.inspect.statistics import GateStatistics, pool_gates
 from nsa.runs.heartbeat import Beat, heartbeat_files, read_heartbeats
-from nsa.runs.tables import HEALTH_COLUMNS, Row, iter_csv
+from nsa.runs.tables import GATE_NUMBERS, HEALTH_COLUMNS, Row, iter_csv
 from nsa.runs.thresholds import Thresholds
 
 Level = Literal["warn", "stacks", "halt"]
@@ -105,8 +105,7 @@ def last_health(path: Path) -> list[Row]:
 
 def gate_of_row(row: Row) -> GateStatistics:
     """The gates of a row of `health.csv`; an empty cell is NaN."""
-    names = ("entropy_mean_nats", "max_mean", "share_cmp", "share_slc", "share_win", "collapse_share")
-    cells = {name: row[f"gate_{name}"] for name in names}
+    cells = {name: row[f"gate_{name}"] for name in GATE_NUMBERS}
     return GateStatistics(1, **{name: math.nan if value is None else value for name, value in cells.items()})
 
 

@@ -19,7 +19,6 @@ from nsa.terminal import printable
 Phase = Literal["startup", "fetch", "step", "evaluate", "checkpoint", "sample", "finish", "ended"]
 """What the main thread is at; "ended" is in the last line of a process that closed its heartbeat."""
 
-GIB = 2**30
 LINE_BYTES = 2048  # more than a line has
 MAX_BEATS = 17_280  # newest beats of a file that are read: a day's at one in 5 s
 
@@ -110,7 +109,7 @@ class HeartbeatReader:
     def __init__(self, path: Path, *, last: int = MAX_BEATS) -> None:
         self.path, self.last = path, last
         self._offset = 0
-        self._line: int | None = 0  # whole lines before the offset; None once some were passed over
+        self._line: int | None = 0  # whole lines before the offset; None once some were skipped
 
     def read(self) -> list[Beat]:
         """New beats, oldest first; a last line without its newline waits for the next read.

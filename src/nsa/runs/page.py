@@ -24,7 +24,7 @@ from nsa.inspect.text_selection import TextSelection, load_text_selection
 from nsa.runs.curves import held_out, running_mean
 from nsa.runs.folder import RunFolder, read_json, write_text
 from nsa.runs.tables import HEALTH_COLUMNS, TRAINING_COLUMNS, VALIDATION_COLUMNS, column, read_csv
-from nsa.terminal import duration
+from nsa.units import duration
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1d2430; --faint: #5d6878; --back: #fbfbf9; --card: #fff; --line: #dfe2e6;

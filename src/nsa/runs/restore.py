@@ -18,7 +18,7 @@ def restore_tables(folder: RunFolder, checkpoint: Path | None, step: int) -> lis
 
     Args:
         folder: of the run; its tables may be missing, emptied, damaged or longer.
-        checkpoint: that the run goes on from; None where it begins again.
+        checkpoint: that the run resumes from; None where it begins again.
         step: of the checkpoint.
 
     Returns:

@@ -12,35 +12,18 @@ import csv
 import math
 import os
 import sys
-from array import array
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from types import TracebackType
 from typing import IO
 
-import numpy as np
-from numpy.typing import NDArray
-
+from nsa.inspect.statistics import GateStatistics, SelectionStatistics
 from nsa.runs.files import append, open_to_append
 from nsa.runs.folder import write_text
 from nsa.terminal import printable
 
-TRAINING_COLUMNS = ("step", "tokens", "loss", "lr", "grad_norm", "tokens_per_s", "mfu", "step_s", "fetch_s")
-"""Optimizer step, tokens so far, mean loss in nats per token, learning rate, gradient norm before clipping; tokens per
-second and model FLOP utilisation (empty where it is not known) of the newest `train.log_every_steps` steps; seconds of
-the step and of waiting for data in it."""
-
-VALIDATION_COLUMNS = ("step", "val_loss", "val_ppl", "val_bits_per_byte")
-"""Optimizer step, held-out loss in nats per token, its exponential, and bits per byte of text."""
-
-HEALTH_COLUMNS = (
-    *("step", "layer", "gate_entropy_mean_nats", "gate_max_mean", "gate_share_cmp", "gate_share_slc", "gate_share_win"),
-    *("gate_collapse_share", "mean_selected_tokens", "max_selected_tokens", "share_at_maximum", "mean_coverage"),
-    *("blocks_chosen_share", "mean_distance_blocks"),
-)
-"""Optimizer step and decoder layer; the fields of `GateStatistics` and `SelectionStatistics` (`nsa.inspect`)."""
-
+FINAL_LOSSES = 20  # training losses whose mean stands for the end of training
 ESSENTIAL_COLUMNS = frozenset({"step", "tokens", "layer", "loss", "val_loss"})
 """Without these a table says nothing; others may be missing from one that another version wrote."""
 
@@ -51,6 +34,65 @@ MAX_LINE, MAX_CELL = 10_000, 40  # characters; no line and no number of a table 
 MEND_TABLE = "take the damaged lines out, or move the table away"
 
 Row = dict[str, float | int | None]
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One optimizer step; all fields but the last are the columns of `training.csv`.
+
+    Attributes:
+        step: 1 for the first.
+        tokens: input tokens of all steps so far.
+        loss: mean nats per predicted token of the step.
+        lr: learning rate.
+        grad_norm: global norm before clipping.
+        tokens_per_s: input tokens of the newest `train.log_every_steps` steps / seconds of those steps.
+        mfu: model FLOP utilisation of the same steps in 0..1; None where it is not known.
+        step_s: seconds of the whole step.
+        fetch_s: those of them spent waiting for data.
+        waits_s: the single waits that `fetch_s` is the sum of, one for each micro-batch.
+    """
+
+    step: int
+    tokens: int
+    loss: float
+    lr: float
+    grad_norm: float
+    tokens_per_s: float
+    mfu: float | None
+    step_s: float
+    fetch_s: float
+    waits_s: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class EvalRecord:
+    """One evaluation on held-out documents; the fields are the columns of `val.csv`.
+
+    Attributes:
+        step: optimizer steps done.
+        val_loss: nats per token.
+        val_ppl: its exponential.
+        val_bits_per_byte: of the text.
+    """
+
+    step: int
+    val_loss: float
+    val_ppl: float
+    val_bits_per_byte: float
+
+
+def _names(record: type, *without: str) -> tuple[str, ...]:
+    """The fields of a dataclass in order, but for some."""
+    return tuple(field.name for field in fields(record) if field.name not in without)
+
+
+GATE_NUMBERS = _names(GateStatistics, "num_rows")
+SELECTION_NUMBERS = _names(SelectionStatistics, "num_rows", "distance_histogram")
+TRAINING_COLUMNS = _names(StepRecord, "waits_s")
+VALIDATION_COLUMNS = _names(EvalRecord)
+HEALTH_COLUMNS = ("step", "layer", *(f"gate_{name}" for name in GATE_NUMBERS), *SELECTION_NUMBERS)
+"""Optimizer step and decoder layer; what `GateStatistics` and `SelectionStatistics` say of it."""
 
 
 class CsvWriter:
@@ -141,15 +183,6 @@ def iter_csv(path: Path, columns: Sequence[str]) -> Iterator[Row]:
             yield {name: parse_cell(name, found.get(name, ""), where) for name in columns}
 
 
-def read_columns(path: Path, columns: Sequence[str]) -> dict[str, NDArray[np.float64]]:
-    """The columns of a table as arrays, for one with a row for each of many steps; an empty cell is NaN."""
-    found = {name: array("d") for name in columns}
-    for row in iter_csv(path, columns):
-        for name, value in row.items():
-            found[name].append(math.nan if value is None else value)
-    return {name: np.array(values, dtype=np.float64) for name, values in found.items()}
-
-
 def _whole_lines(file: IO[str]) -> Iterator[str]:
     while (line := file.readline(MAX_LINE)).endswith("\n"):
         yield line
@@ -204,40 +237,3 @@ def parse_cell(name: str, cell: str, where: str) -> float | int | None:
     except ValueError:
         what = "a whole number" if kind is int else "a number"
         raise ValueError(f"{where}: {name} is {printable(cell[:40])!r}, not {what}; {MEND_TABLE}") from None
-
-
-@dataclass(frozen=True)
-class StepRecord:
-    """One optimizer step; the fields are the columns of `training.csv`.
-
-    Attributes:
-        step: 1 for the first.
-        tokens: input tokens of all steps so far.
-        loss: mean nats per predicted token of the step.
-        lr: learning rate.
-        grad_norm: global norm before clipping.
-        tokens_per_s: input tokens of the newest `train.log_every_steps` steps / seconds of those steps.
-        mfu: model FLOP utilisation of the same steps in 0..1; None where it is not known.
-        step_s: seconds of the whole step.
-        fetch_s: those of them spent waiting for data.
-    """
-
-    step: int
-    tokens: int
-    loss: float
-    lr: float
-    grad_norm: float
-    tokens_per_s: float
-    mfu: float | None
-    step_s: float
-    fetch_s: float
-
-
-@dataclass(frozen=True)
-class EvalRecord:
-    """One evaluation on held-out documents; the fields are the columns of `val.csv`."""
-
-    step: int
-    val_loss: float
-    val_ppl: float
-    val_bits_per_byte: float

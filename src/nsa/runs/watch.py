@@ -2,7 +2,7 @@
 
     watch = Watch(Path("runs/NAME"), Thresholds())
     look = watch.look()       # reads status and beats, judges them; changes nothing
-    done = watch.act(look)    # the ladder: say it, ask for stacks, halt the run
+    done = watch.act(look)    # escalates: say it, ask for stacks, halt the run
 
 Stacks can be asked for on the run's own machine only; HALT works wherever the folder is shared.
 
@@ -77,12 +77,12 @@ class Look:
 
 
 class Watch:
-    """Looks at a run again and again, and climbs the ladder for what lasts.
+    """Looks at a run again and again, and escalates what lasts: it says so, asks for stacks, halts the run.
 
     Args:
         run: the run's folder.
-        thresholds: what is healthy, and how long a finding lasts before each rung.
-        halt: whether the last rung may be climbed.
+        thresholds: what is healthy, and how long a finding lasts before each step.
+        halt: whether it may halt the run.
         clock: Unix time in seconds.
         monotonic: seconds of a clock that is never set.
 
@@ -156,7 +156,7 @@ class Watch:
         return self.look()
 
     def act(self, look: Look) -> list[str]:
-        """Climb the ladder for each finding as far as it has lasted; returns what was done, in words."""
+        """Escalate each finding by how long it has lasted; returns what was done, in words."""
         if not look.running:
             return []
         found = {(finding.name, finding.rank): finding for finding in look.findings}

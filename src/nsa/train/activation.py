@@ -2,10 +2,10 @@
 
     checkpoint_activations(model, "selective")
 
-Each decoder layer keeps its input. "selective" also keeps the results of its attention operators, the dearest per byte,
-and computes projections, norms, rotations and SwiGLU again; "full" computes attention again too. The choice of blocks
-is kept by both: it is small, and a second choice from inputs that differ in the last bit could be another one. On a GPU
-the branches and the choice are one operator, so that both kinds keep it.
+Each decoder layer keeps its input. "selective" also keeps the results of its attention operators, which cost the most
+time for each byte that they take, and recomputes projections, norms, rotations and SwiGLU; "full" recomputes attention
+too. Both keep the chosen blocks: they are small, and choosing again, from inputs that may differ in the last bit, could
+give others. On a GPU branches and choice are one operator, whose results both kinds keep.
 """
 
 from __future__ import annotations

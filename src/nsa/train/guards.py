@@ -53,7 +53,7 @@ class StepGuard:
         if not finite and self.config.on_nonfinite == "stop":
             raise TrainingError(
                 f"step {step} has {what}; the weights are still those of step {step - 1}. "
-                f"Lower optim.lr or look at the data; guards.on_nonfinite: skip passes over single bad batches"
+                f"Lower optim.lr or look at the data; with guards.on_nonfinite: skip a single bad batch is skipped"
             )
         self.num_skipped += 1
         self._skipped_in_a_row += 1

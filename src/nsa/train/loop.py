@@ -49,32 +49,30 @@ class Outcome:
     metrics: dict[str, Any]
 
 
-def train(trainer: Trainer, folder: RunFolder, *, resumed: bool = False) -> Outcome:
+def train(trainer: Trainer, folder: RunFolder) -> Outcome:
     """Run a whole training, or the rest of one.
 
     Args:
         trainer: at its start, or at a checkpoint.
-        folder: of this run, locked by `prepare` or `prepare_resume`; the lock is given back.
-        resumed: continue the tables of the folder after the trainer's step.
+        folder: of this run, locked by `prepare` or `prepare_resume`; the lock is given back. Its tables continue after
+            the trainer's step.
 
     Raises:
         TrainingError: a guard ended the run, or a checkpoint could not be written; everything written so far is whole,
             `status.json` says why.
     """
     config, parallel = trainer.config, trainer.parallel
-    # A run that begins again before its first checkpoint keeps no row, not even the evaluation of step 0.
-    resume_step = (trainer.step or -1) if resumed else None
     with (
         lasting_output(),
         closing(folder.lock),
         deterministic_algorithms(config.run.deterministic and trainer.device.type == "cpu"),
-        FailureStatus(folder, parallel.rank) as status,
+        FailureStatus(folder, parallel.rank, lambda: trainer.step) as status,
         StopRequest(folder.halt, parallel) as stop,
-        Telemetry(folder, config, parallel, resume_step=resume_step, deadline=trainer.deadline) as telemetry,
+        Telemetry(folder, config, parallel, start_step=trainer.step, deadline=trainer.deadline) as telemetry,
         trainer.checkpointer(folder) as checkpointer,
     ):
         trainer.on_phase = telemetry.phase
-        asked = fit(trainer, folder, telemetry, checkpointer, stop, status)
+        asked = fit(trainer, folder, telemetry, checkpointer, stop)
         return finish(trainer, folder, telemetry, asked, status)
 
 
@@ -84,7 +82,6 @@ def fit(
     telemetry: Telemetry,
     checkpointer: Checkpointer,
     stop: StopRequest,
-    status: FailureStatus,
 ) -> Stop | None:
     """The loop: optimizer steps, with measurements, evaluations and checkpoints between them; ends with a checkpoint.
 
@@ -93,7 +90,6 @@ def fit(
     """
     config, every = trainer.config, trainer.config.train.checkpoint_every_steps
     measure = config.observe.health_every_steps
-    loaded_step = status.step = trainer.step
     if not trainer.evaluations:
         telemetry.phase("sample")
         with telemetry.dispensable(folder.samples / "before.txt"):
@@ -104,9 +100,8 @@ def fit(
         if asked := stop.agreed(failed=checkpointer.failed):
             break
         with telemetry.training_step(trainer.step + 1):
-            record, waits_s = trainer.train_step()
-        telemetry.step(record, waits_s, num_skipped=trainer.guard.num_skipped)
-        status.step = trainer.step
+            record = trainer.train_step()
+        telemetry.step(record, num_skipped=trainer.guard.num_skipped)
         last = trainer.step == config.train.steps
         if measure and (last or trainer.step % measure == 0):
             telemetry.health(trainer.measure_health())
@@ -119,7 +114,7 @@ def fit(
             with telemetry.dispensable(folder.status_json):
                 folder.write_status("running", step=trainer.step)
     telemetry.phase("checkpoint")
-    if trainer.step not in (loaded_step, checkpointer.saved_step):
+    if trainer.step > checkpointer.saved_step:
         trainer.save(checkpointer)
     checkpointer.wait()
     return asked

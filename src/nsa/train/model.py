@@ -13,6 +13,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from nsa.attention import NSAAttention
 from nsa.config.run import RunConfig
 from nsa.hf import NSAConfig, NSAForCausalLM
+from nsa.ops.routing import RoutingReport, routing_report
 from nsa.train.parallel import Parallel
 
 
@@ -35,18 +36,36 @@ def model_config(config: RunConfig, *, vocab_size: int, eos_token_id: int) -> NS
     layer_types = list(values.pop("layer_types"))
     if len(layer_types) == 1:
         layer_types *= config.model.num_hidden_layers
-    rope_theta = values.pop("rope_theta")
+    rope = {"rope_type": "default", **values.pop("rope_parameters"), "rope_theta": values.pop("rope_theta")}
     values = {name: value for name, value in values.items() if value is not None}
     values.setdefault("max_position_embeddings", config.train.sequence_length)
     return NSAConfig(
         **values,
         layer_types=layer_types,
         vocab_size=vocab_size,
-        rope_parameters={"rope_type": "default", "rope_theta": rope_theta},
+        rope_parameters=rope,
         eos_token_id=eos_token_id,
         bos_token_id=None,
         pad_token_id=None,
     )
+
+
+def training_route(config: RunConfig, device: torch.device) -> RoutingReport | None:
+    """What runs the NSA layers of a model in a training step, and why; None for a model without such layers.
+
+    Raises:
+        ValueError: the backend that the config names cannot run on the device.
+    """
+    model, train = config.model, config.train
+    if "nsa" not in model.layer_types:
+        return None
+    (key_size, value_size), groups = model.head_sizes, model.num_key_value_heads
+    shapes = ((model.num_attention_heads, key_size), (groups, key_size), (groups, value_size))
+    one = torch.empty(1, dtype=torch.bfloat16 if train.precision == "bf16" else torch.float32, device=device)
+    tokens = train.micro_batch_rows * train.sequence_length
+    q, k, v = (one.expand(1, tokens, heads, size) for heads, size in shapes)
+    bounds = torch.empty(train.micro_batch_rows + 1, dtype=torch.int32, device=device)
+    return routing_report(q, k, v, model.geometry, cu_seqlens=bounds, backend=model.attention_backend)
 
 
 def compile_layers(model: NSAForCausalLM, backend: str = "inductor") -> None:
@@ -57,8 +76,6 @@ def compile_layers(model: NSAForCausalLM, backend: str = "inductor") -> None:
     Args:
         backend: of torch.compile.
     """
-    # DDP would have graphs cut where its buckets end; layers are pieces enough for its exchange to run beside backward.
-    torch._dynamo.config.optimize_ddp = False
     for layer in model.model.layers:
         # Dense attention over packed documents reads their bounds on the host where varlen_attn does not serve.
         whole = isinstance(layer.self_attn, NSAAttention)

@@ -21,6 +21,7 @@ from datetime import timedelta
 from typing import Any, Literal, TypeVar, cast
 
 import torch
+import torch._dynamo.config as dynamo_config
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -133,7 +134,10 @@ def setup_parallel(device: str = "auto", mode: str = "auto", *, timeout_s: float
     dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
     parallel = Parallel(rank, local_rank, world_size, target, chosen)
     try:
-        yield parallel
+        # DDP would cut compiled graphs where its buckets end; layers that are compiled one by one are pieces enough for
+        # its exchange to run beside backward.
+        with dynamo_config.patch(optimize_ddp=False):
+            yield parallel
     except BaseException as error:
         # The group is left as it is: leaving it in order would wait for ranks that wait for this one.
         error.add_note(f"this was rank {rank} of {world_size} (pid {os.getpid()}) on {target}")

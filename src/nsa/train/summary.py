@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from nsa.ops.routing import routing_report
-from nsa.train.routes import describe_routes, routes
-from nsa.train.trainer import FINAL_LOSSES
+from nsa.runs.tables import FINAL_LOSSES
+from nsa.train.model import training_route
 
 if TYPE_CHECKING:
     from nsa.train.trainer import Trainer
@@ -21,13 +20,14 @@ if TYPE_CHECKING:
 def describe(trainer: Trainer) -> str:
     """What is about to run, in a few lines."""
     config = trainer.config
-    backend = describe_routes(routes(config.model, trainer.device, config.train.precision))
+    route = training_route(config, trainer.device)
+    attention = "no NSA layer" if route is None else f"NSA by {route.backend} ({route.reason})"
     total = config.train.steps * config.train.batch_tokens
     lines = {
         "run": Path(config.run.folder) / config.run.name,
         "model": f"{trainer.model.num_parameters():,} parameters, {config.model.num_hidden_layers} layers "
         f"({', '.join(config.model.layer_types)}), {config.train.precision}",
-        "device": f"{trainer.device}, {torch.get_num_threads()} threads; NSA backend {backend}",
+        "device": f"{trainer.device}, {torch.get_num_threads()} threads; {attention}",
         "data": f"{trainer.corpus.description}; {_documents(trainer)}; tokenizer "
         f"{trainer.tokenizer.name}, vocabulary {trainer.tokenizer.vocab_size}",
         "steps": f"{config.train.steps} of {config.train.batch_tokens:,} tokens "
@@ -50,33 +50,11 @@ def _documents(trainer: Trainer) -> str:
     return f"{training}, {len(held_out.document_names):,} to evaluate on ({held_out.num_labels:,} tokens)"
 
 
-def routing_values(trainer: Trainer) -> list[dict[str, Any]]:
-    """The routing report, for `env.json`."""
-    return [asdict(route) for route in routes(trainer.config.model, trainer.device, trainer.config.train.precision)]
-
-
-def kernel_values(trainer: Trainer) -> dict[str, Any] | None:
-    """The kernels of an NSA layer in a training step, for `env.json`; None for a model without such layers."""
-    config, model = trainer.config, trainer.config.model
-    if "nsa" not in model.layer_types:
-        return None
-    key_size, value_size = model.head_sizes
-    tokens = config.train.micro_batch_rows * config.train.sequence_length
-    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
-    heads = (model.num_attention_heads, model.num_key_value_heads, model.num_key_value_heads)
-    sizes = (key_size, key_size, value_size)
-    one = torch.empty(1, dtype=dtype, device=trainer.device)
-    q, k, v = (one.expand(1, tokens, count, size) for count, size in zip(heads, sizes, strict=True))
-    bounds = torch.empty(config.train.micro_batch_rows + 1, dtype=torch.int32, device=trainer.device)
-    report = routing_report(q, k, v, model.geometry, cu_seqlens=bounds, backend=model.attention_backend)
-    return report.as_dict()
-
-
 def data_index(trainer: Trainer) -> dict[str, Any]:
     """What is trained and evaluated on, for `data_index.json`."""
     return {
         **trainer.corpus.index(),
-        "stream_fingerprint": trainer.loader.loader.fingerprint,
+        "stream_fingerprint": trainer.loader.fingerprint,
         "tokenizer": trainer.tokenizer.name,
         "num_training_documents": trainer.loader.num_documents,
         "held_out_documents": list(trainer.held_out.document_names),

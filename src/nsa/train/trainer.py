@@ -1,11 +1,12 @@
 """What a run consists of, and one optimizer step of it.
 
     trainer = Trainer(config)
-    record, waits_s = trainer.train_step()
+    record = trainer.train_step()
     print(record.loss, trainer.evaluate().val_bits_per_byte)
 
-Building a `Trainer` writes nothing and raises `ValueError` for a config that asks for something impossible. With
-several processes every rank has one and calls the same methods.
+Building a `Trainer` writes nothing and raises `ValueError` for a config that asks for something impossible. It sets two
+things of the whole process: `run.num_threads`, and torch's random generators by `run.seed`. With several processes
+every rank has one and calls the same methods.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -26,9 +26,11 @@ from nsa.config.load import dump_config
 from nsa.config.run import GuardSection, RunConfig
 from nsa.data.corpus import open_corpus
 from nsa.data.stream.loader import build_eval_batches
+from nsa.data.stream.packing import Batch
 from nsa.data.stream.prefetch import build_prefetcher
 from nsa.data.tokenizers import load_tokenizer
-from nsa.eval.perplexity import TokenBatch, evaluate, to_device
+from nsa.device import keep_freed_memory
+from nsa.eval.perplexity import evaluate, to_device
 from nsa.eval.samples import SampleOptions, draw_samples, format_samples
 from nsa.flops import FlopCount
 from nsa.hf import NSAForCausalLM
@@ -36,11 +38,9 @@ from nsa.inspect.one_text import select_in_text
 from nsa.inspect.text_selection import TextSelection
 from nsa.loss import IGNORED_LABEL, NextTokenLoss
 from nsa.machine import device_peak_flops
-from nsa.runs.checkpoints import TRAINER
-from nsa.runs.errors import CheckpointError
 from nsa.runs.folder import RunFolder, write_text
 from nsa.runs.heartbeat import Phase
-from nsa.runs.tables import EvalRecord, StepRecord
+from nsa.runs.tables import FINAL_LOSSES, EvalRecord, StepRecord
 from nsa.train.activation import checkpoint_activations
 from nsa.train.checkpoint.load import load_checkpoint, restore_random_state
 from nsa.train.checkpoint.save import Checkpointer
@@ -48,6 +48,7 @@ from nsa.train.guards import StepGuard
 from nsa.train.model import build_model, compile_layers, whole_model
 from nsa.train.optim import build_optimizer, clip_gradients, learning_rate, set_learning_rate
 from nsa.train.parallel import Parallel, distribute, gradient_sync, one_process, release_gathered
+from nsa.train.position import Position
 from nsa.train.telemetry.eta import Deadline
 from nsa.train.telemetry.health_probe import HealthProbe, ModelHealth
 from nsa.train.telemetry.pace import Pace
@@ -56,6 +57,15 @@ from nsa.train.telemetry.profiler import check_windows
 
 class Trainer:
     """Model, data, optimizer and guards of one run, and its position in it.
+
+    Args:
+        config: of the run.
+        parallel: this process among those of the run; one process unless given.
+        checkpoint: to go on from, written with this or another number of ranks; a new run unless given.
+
+    Raises:
+        ValueError: the config asks for something impossible, or the checkpoint belongs to other data.
+        CheckpointError: the checkpoint cannot be read into the model of the config.
 
     Attributes:
         model: the language model, whose parameters are this rank's shards under FSDP2.
@@ -69,9 +79,10 @@ class Trainer:
         deadline: when it is to end, for a run with `train.max_minutes`.
         batches: what training steps take their micro-batches from; the loader, unless put in its place.
         on_phase: told "fetch" and "step" as a training step gets there.
+        resume_note: a line about what is not as the writers of the checkpoint would have gone on, or None.
     """
 
-    def __init__(self, config: RunConfig, parallel: Parallel | None = None) -> None:
+    def __init__(self, config: RunConfig, parallel: Parallel | None = None, *, checkpoint: Path | None = None) -> None:
         self.start_s = time.perf_counter()
         self.deadline: Deadline | None = None
         self.config = config
@@ -80,9 +91,12 @@ class Trainer:
         self.num_micro_batches = config.micro_batches_of_each(self.parallel.world_size)
         if config.run.num_threads is not None:
             torch.set_num_threads(config.run.num_threads)
+        if self.device.type == "cpu":
+            keep_freed_memory()
         torch.manual_seed(config.run.seed)
         self.tokenizer = load_tokenizer(config.data.tokenizer)
-        self._build_data()
+        position = None if checkpoint is None else Position.read(checkpoint)
+        self._build_data(None if position is None else position.loader)
         self._build_model()
         self.probe = self._build_probe()
         self.on_phase: Callable[[Phase], None] = lambda phase: None
@@ -95,8 +109,12 @@ class Trainer:
         self.evaluations: list[EvalRecord] = []
         self.losses: list[float] = []
         self.train_s = 0.0
+        self.resume_note: str | None = None
+        if checkpoint is not None and position is not None:
+            self._go_on(checkpoint, position)
 
-    def _build_data(self) -> None:
+    def _build_data(self, start: Mapping[str, Any] | None) -> None:
+        """The documents, the batches of them from `start` on, and the held-out batches."""
         config, parallel = self.config, self.parallel
         self.corpus = open_corpus(config.data)
         rows = {"tokenizer": self.tokenizer, "sequence_length": config.train.sequence_length, "corpus": self.corpus}
@@ -108,9 +126,10 @@ class Trainer:
             rank=parallel.rank,
             world_size=parallel.world_size,
             pin_memory_for=parallel.device,
+            start=start,
         )
         self.held_out = build_eval_batches(config.data, **rows, rows_per_batch=config.eval.rows)
-        self.batches: Iterator[TokenBatch] = iter(self.loader)
+        self.batches: Iterator[Batch] = iter(self.loader)
 
     def _guards(self) -> GuardSection:
         """The configured guards, with the floor of the data itself where it is known and none is given."""
@@ -136,8 +155,8 @@ class Trainer:
         batch = next(iter(self.held_out))
         return HealthProbe(self.loss, batch, self.config.model.geometry, self.device, observe.health_layers)
 
-    def train_step(self) -> tuple[StepRecord, list[float]]:
-        """One optimizer step on `batch_tokens` tokens; returns its record and the single waits for data.
+    def train_step(self) -> StepRecord:
+        """One optimizer step on `batch_tokens` tokens.
 
         The loss is the sum over all micro-batches of all ranks divided by the number of all their valid labels, so
         that it and its gradient do not depend on how the step is cut into micro-batches or ranks.
@@ -159,9 +178,9 @@ class Trainer:
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         step_s = time.perf_counter() - start_s
-        return self._record(mean_loss, grad_norm, rate, step_s, waits_s, num_flops), waits_s
+        return self._record(mean_loss, grad_norm, rate, step_s, waits_s, num_flops)
 
-    def _backward(self, micro_batches: list[TokenBatch], num_valid: float) -> Tensor:
+    def _backward(self, micro_batches: list[Batch], num_valid: float) -> Tensor:
         """Forward and backward of this rank's micro-batches; the sum of their losses."""
         sum_nats = torch.zeros((), device=self.device)
         # What the ranks exchange is the mean of their gradients.
@@ -234,50 +253,26 @@ class Trainer:
         """
         return whole_model(self.model, self.parallel)
 
-    def state_dict(self) -> dict[str, Any]:
-        """The position in the run as plain values, the same on all ranks: all but tensors and random numbers."""
-        return {
-            "step": self.step,
-            "tokens": self.tokens,
-            "train_s": self.train_s,
-            "losses": self.losses[-FINAL_LOSSES:],
-            "evaluations": [asdict(record) for record in self.evaluations],
-            "guard": self.guard.state_dict(),
-            "loader": self.loader.state_dict(),
-        }
+    @property
+    def position(self) -> Position:
+        """Where the run stands."""
+        return Position(
+            step=self.step,
+            tokens=self.tokens,
+            train_s=self.train_s,
+            losses=self.losses[-FINAL_LOSSES:],
+            evaluations=self.evaluations,
+            guard=self.guard.state_dict(),
+            loader=self.loader.state_dict(),
+        )
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state_dict` gave.
-
-        Raises:
-            ValueError: the state belongs to other data.
-        """
-        self.loader.load_state_dict(state["loader"])
-        self.batches = iter(self.loader)
-        self.guard.load_state_dict(state["guard"])
-        self.step, self.tokens, self.train_s = state["step"], state["tokens"], state["train_s"]
-        self.losses = list(state["losses"])
-        self.evaluations = [EvalRecord(**record) for record in state["evaluations"]]
-
-    def load(self, checkpoint: Path) -> str | None:
-        """Go on from a checkpoint, with this or another number of ranks.
-
-        Returns:
-            A line about what is not as the writers of the checkpoint would have gone on, or None.
-
-        Raises:
-            CheckpointError: it cannot be read into this model.
-            ValueError: it belongs to other data.
-        """
-        optimizer, parallel = self.optimizer, self.parallel
-        state = load_checkpoint(checkpoint, model=self.model, optimizer=optimizer, parallel=parallel)
-        try:
-            self.load_state_dict(state)
-        except (KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(
-                f"{checkpoint / TRAINER} holds no position of a run that this version knows: {error!r}; restore it"
-            ) from error
-        return restore_random_state(checkpoint, seed=self.config.run.seed, parallel=parallel)
+    def _go_on(self, checkpoint: Path, position: Position) -> None:
+        """Take over a checkpoint's weights, optimizer, position and random generators; the data are there already."""
+        load_checkpoint(checkpoint, model=self.model, optimizer=self.optimizer, parallel=self.parallel)
+        self.guard.load_state_dict(position.guard)
+        self.step, self.tokens, self.train_s = position.step, position.tokens, position.train_s
+        self.losses, self.evaluations = position.losses, position.evaluations
+        self.resume_note = restore_random_state(checkpoint, seed=self.config.run.seed, parallel=self.parallel)
 
     def checkpointer(self, folder: RunFolder) -> Checkpointer:
         """What writes this run's checkpoints."""
@@ -290,11 +285,12 @@ class Trainer:
             keep=self.config.train.keep_checkpoints,
             keep_every_steps=self.config.train.keep_every_steps,
             tables=folder.tables,
+            saved_step=self.step,
         )
 
     def save(self, checkpointer: Checkpointer) -> None:
         """Begin to write a checkpoint of this step."""
-        checkpointer.save(self.step, optimizer=self.optimizer, trainer=self.state_dict())
+        checkpointer.save(self.step, optimizer=self.optimizer, trainer=self.position.as_dict())
 
     def write_samples(self, folder: RunFolder, moment: Literal["before", "after"]) -> None:
         """Write `samples/before.txt` or `samples/after.txt`: the same prompts and random numbers."""
@@ -308,7 +304,7 @@ class Trainer:
             title = f"{moment} training, step {self.step}, seed {self.config.run.seed}, {draw}"
             write_text(folder.samples / f"{moment}.txt", format_samples(samples, title))
 
-    def _fetch(self, count: int) -> tuple[list[TokenBatch], list[float]]:
+    def _fetch(self, count: int) -> tuple[list[Batch], list[float]]:
         """The next micro-batches, and the seconds that each was waited for."""
         batches, waits_s = [], []
         for _ in range(count):
@@ -317,10 +313,10 @@ class Trainer:
             waits_s.append(time.perf_counter() - start_s)
         return batches, waits_s
 
-    def _count(self, micro_batches: list[TokenBatch]) -> tuple[float, float]:
+    def _count(self, micro_batches: list[Batch]) -> tuple[float, float]:
         """Valid labels and operations of the step, of all ranks together; worked out on the host."""
         num_valid = sum(int((batch.labels != IGNORED_LABEL).sum()) for batch in micro_batches)
-        num_flops = sum(self.flops.training(_document_lengths(batch)) for batch in micro_batches)
+        num_flops = sum(self.flops.training(batch.piece_lengths) for batch in micro_batches)
         total = self.parallel.sum(torch.tensor([num_valid, num_flops], dtype=torch.float64))
         num_valid, num_flops = total.tolist()
         return num_valid, num_flops
@@ -350,13 +346,11 @@ class Trainer:
             mfu=None if peak is None else flops_per_s / peak / self.parallel.world_size,
             step_s=step_s,
             fetch_s=sum(waits_s),
+            waits_s=tuple(waits_s),
         )
 
 
-def _document_lengths(batch: TokenBatch) -> Tensor:
+def _document_lengths(batch: Batch) -> Tensor:
     """Tokens of each packed document of a batch."""
     rows, length = batch.input_ids.shape
     return torch.full((rows,), length) if batch.cu_seqlens is None else batch.cu_seqlens.diff()
-
-
-FINAL_LOSSES = 20  # training losses whose mean stands for the end of training

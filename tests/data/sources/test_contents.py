@@ -10,18 +10,12 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
-import pyarrow
 import pytest
 
-from corpus_files import NAMES, TEXTS, write_jsonl
-from nsa.data import DataConfig, DataError, Documents, build_train_loader, open_corpus, open_source
-from nsa.data.sources import contents, jsonl, unpack
+from corpus_files import TEXTS, write_jsonl, zstd
+from nsa.data import DataConfig, DataError, build_train_loader, open_source
+from nsa.data.sources import jsonl
 from nsa.data.tokenizers import ByteTokenizer
-
-
-def zstd(content: bytes) -> bytes:
-    return bytes(pyarrow.compress(content, codec="zstd", asbytes=True))
-
 
 PACKERS: dict[str, Callable[[bytes], bytes]] = {
     ".gz": gzip.compress,
@@ -32,8 +26,8 @@ PACKERS: dict[str, Callable[[bytes], bytes]] = {
 
 
 @pytest.fixture(autouse=True)
-def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jsonl, "BLOCK_BYTES", 200)
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jsonl, "CHUNK_BYTES", 200)
 
 
 def config(path: Path, **options) -> DataConfig:
@@ -43,7 +37,7 @@ def config(path: Path, **options) -> DataConfig:
 
 
 def documents(found) -> dict[str, str]:
-    return {found.name(index): found.text(index) for index in range(len(found))}
+    return {document.name: document.text for document in found}
 
 
 @pytest.mark.parametrize("suffix", PACKERS)
@@ -55,7 +49,7 @@ def test_a_compressed_file_gives_the_stream_of_the_plain_one(suffix: str, in_mem
     half = path.read_bytes().index(b"\n", 900) + 1
     packed.write_bytes(PACKERS[suffix](path.read_bytes()[:half]) + PACKERS[suffix](path.read_bytes()[half:]))
     found = [open_source(config(place, in_memory_mib=in_memory_mib)) for place in (path, packed)]
-    assert isinstance(found[1], Documents) == (in_memory_mib > 0)
+    assert found[1].in_memory == (in_memory_mib > 0)
     assert documents(found[0]) == documents(found[1])
     assert found[0].fingerprint == found[1].fingerprint
     assert [(file.name, file.size_bytes) for file in found[1].files] == [(packed.name, packed.stat().st_size)]
@@ -78,32 +72,8 @@ def test_the_size_that_counts_is_the_unpacked_one(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl.gz"
     path.write_bytes(gzip.compress(b'{"text": "' + b"a" * 2**20 + b'"}\n'))
     assert path.stat().st_size < 2**11
-    assert not isinstance(open_source(config(path, in_memory_mib=1)), Documents)
-    assert isinstance(open_source(config(path, in_memory_mib=2)), Documents)
-
-
-def test_a_large_file_is_unpacked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    path = tmp_path / "a.jsonl.xz"
-    path.write_bytes(lzma.compress(write_jsonl(tmp_path / "a.jsonl", TEXTS).read_bytes()))
-    first = open_source(config(path, in_memory_mib=0))
-    assert str(tmp_path / "cache" / "unpacked") in capsys.readouterr().err
-    monkeypatch.setattr(unpack, "_unpack", lambda *_: pytest.fail("unpacked again"))
-    assert open_source(config(path, in_memory_mib=0)).fingerprint == first.fingerprint
-    monkeypatch.undo()
-    path.write_bytes(lzma.compress(write_jsonl(tmp_path / "a.jsonl", TEXTS[1:]).read_bytes()))
-    assert open_source(config(path, in_memory_mib=0)).fingerprint != first.fingerprint
-    kept = {file.suffix for file in (tmp_path / "cache" / "unpacked").iterdir()}
-    assert kept == {"", ".lock"}, "no part of a copy is left"
-
-
-def test_a_damaged_file_leaves_no_part_of_a_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(contents, "CHUNK_BYTES", 500)
-    path = tmp_path / "a.jsonl.gz"
-    path.write_bytes(gzip.compress(write_jsonl(tmp_path / "a.jsonl", TEXTS).read_bytes())[:-9])
-    for _ in range(2):
-        with pytest.raises(DataError, match=r"a\.jsonl\.gz is damaged or cut off.*download or compress it again"):
-            open_source(config(path, in_memory_mib=0))
-    assert [file.suffix for file in (tmp_path / "cache" / "unpacked").iterdir()] == [".lock"]
+    assert not open_source(config(path, in_memory_mib=1)).in_memory
+    assert open_source(config(path, in_memory_mib=2)).in_memory
 
 
 def test_a_compressed_file_is_known_by_its_contents(tmp_path: Path) -> None:
@@ -112,20 +82,6 @@ def test_a_compressed_file_is_known_by_its_contents(tmp_path: Path) -> None:
     assert documents(open_source(config(path))) == {"a.jsonl:1": "one"}
     (tmp_path / "b.txt").write_bytes(b"BZh is how bzip2 begins, and so does this text")
     assert len(open_source(config(tmp_path / "b.txt", source="text"))) == 1
-
-
-@pytest.mark.parametrize("name", ["a.json.gz", "a.ndjson", "a.ndjson.zst", "a.json"])
-def test_json_lines_are_found_under_their_other_names(name: str, tmp_path: Path) -> None:
-    content = b'{"text": "one"}\n'
-    pack = PACKERS.get(Path(name).suffix, bytes)
-    (tmp_path / name).write_bytes(pack(content))
-    assert list(documents(open_source(config(tmp_path))).values()) == ["one"]
-
-
-def test_json_beside_json_lines_is_about_the_data(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n', encoding="utf-8")
-    (tmp_path / "dataset_info.json").write_text('{\n"description": ""\n}\n', encoding="utf-8")
-    assert list(documents(open_source(config(tmp_path)))) == ["a.jsonl:1"]
 
 
 @pytest.mark.parametrize("in_memory_mib", [0, 256])
@@ -148,7 +104,7 @@ def test_the_remedy_makes_the_text_that_was_meant(encoding: str, tmp_path: Path)
     command = re.search(r"iconv -f \S+ -t \S+", str(caught.value))
     assert command is not None
     path.write_bytes(subprocess.run([*command[0].split(), str(path)], capture_output=True, check=True).stdout)
-    assert open_source(config(path, source="text")).text(0) == text * 20
+    assert open_source(config(path, source="text"))[0].text == text * 20
 
 
 def test_one_bad_byte_is_dropped_without_harm_to_the_rest(tmp_path: Path) -> None:
@@ -167,38 +123,3 @@ def test_text_that_does_not_fit_the_memory_is_refused_before_it_is_read(
     (tmp_path / "b.txt.gz").write_bytes(gzip.compress(b"b" * 200))
     with pytest.raises(DataError, match=r"b\.txt\.gz: the text files hold more than .*JSON Lines"):
         open_source(config(tmp_path, source="text"))
-
-
-def test_a_line_without_end_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jsonl, "MAX_LINE_BYTES", 1000)
-    path = write_jsonl(tmp_path / "a.jsonl", ["short", "long " * 300])
-    with pytest.raises(DataError, match=r"a\.jsonl:2 is longer than 1,000 bytes"):
-        open_source(config(path, in_memory_mib=0))
-
-
-@pytest.mark.parametrize("in_memory_mib", [0, 256])
-def test_the_text_may_be_in_another_field(in_memory_mib: int, tmp_path: Path) -> None:
-    path = tmp_path / "a.jsonl"
-    path.write_text('{"content": "one", "text": 3, "id": "first"}\n{"content": "two"}\n', encoding="utf-8")
-    options = {"in_memory_mib": in_memory_mib, "heldout": 0}
-    found = documents(open_source(config(path, text_column="content", **options)))
-    assert found == {"first": "one", "a.jsonl:2": "two"}
-    with pytest.raises(DataError, match=r"a\.jsonl:1 has the keys \['content', 'id', 'text'\].*data\.text_column"):
-        documents(open_source(config(path, text_column="body", **options)))
-
-
-def test_the_field_is_part_of_the_fingerprint(tmp_path: Path) -> None:
-    path = tmp_path / "a.jsonl"
-    path.write_text('{"text": "one", "other": "two"}\n', encoding="utf-8")
-    digests = {
-        open_corpus(config(path, text_column=column, in_memory_mib=mib, heldout=0)).source.fingerprint
-        for column in ("text", "other")
-        for mib in (0, 256)
-    }
-    assert len(digests) == 4
-
-
-def test_names_keep_the_ids(tmp_path: Path) -> None:
-    path = tmp_path / "a.jsonl.gz"
-    path.write_bytes(gzip.compress(write_jsonl(tmp_path / "a.jsonl", TEXTS, NAMES).read_bytes()))
-    assert list(documents(open_source(config(path, in_memory_mib=0)))) == NAMES

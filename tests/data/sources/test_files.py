@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import errno
+import gzip
 import json
 import os
 from pathlib import Path
 
 import pytest
 
+from corpus_files import read, zstd
 from nsa.data import DataConfig, DataError, open_corpus, open_source
 from nsa.data.errors import printable, shortened
 
 
 def names(*paths: Path, source: str = "text") -> list[str]:
     found = open_source(DataConfig(source=source, paths=tuple(map(str, paths))))
-    return [found.name(index) for index in range(len(found))]
+    return [document.name for document in found]
 
 
 def test_hidden_files_and_what_systems_and_editors_leave_are_no_data(tmp_path: Path, capsys) -> None:
@@ -81,3 +84,61 @@ def test_messages_have_no_control_characters_and_an_end() -> None:
     long = str(DataError("a" * 2**20 + "; the remedy"))
     assert len(long) < 2000
     assert long.endswith("a; the remedy")
+
+
+def test_missing_files_are_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"no file, folder or match for .*nowhere\.txt; check data\.paths"):
+        read("text", tmp_path / "nowhere.txt")
+    with pytest.raises(DataError, match=r"has no \*\.jsonl, \*\.ndjson, \*\.json file.*it holds nothing"):
+        read("jsonl", tmp_path)
+    (tmp_path / "folder.txt").mkdir()
+    with pytest.raises(DataError, match=r"folder\.txt cannot be read"):
+        read("text", tmp_path / "*.txt")
+
+
+def test_a_folder_holds_what_is_linked_into_it_and_what_lies_in_folders_called_like_files(tmp_path: Path) -> None:
+    for folder in ("corpus/a.txt", "elsewhere"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "one.txt").write_text(folder, encoding="utf-8")
+    (tmp_path / "corpus" / "linked").symlink_to(tmp_path / "elsewhere")
+    assert read("text", tmp_path / "corpus") == {"a.txt/one.txt": "corpus/a.txt", "linked/one.txt": "elsewhere"}
+    (tmp_path / "corpus" / "linked" / "round").symlink_to(tmp_path / "corpus")
+    with pytest.raises(DataError, match=r"linked/round is a link to .*corpus, which .* holds already; remove the link"):
+        read("text", tmp_path / "corpus")
+
+
+def test_a_folder_that_may_not_be_read_is_an_error_and_not_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.txt").write_text("a", encoding="utf-8")
+    (tmp_path / "closed").mkdir()
+    scandir = os.scandir
+
+    def closed(path: str) -> object:
+        if Path(path).name == "closed":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", closed)  # root may read everything
+    with pytest.raises(DataError, match=r"closed cannot be read: Permission denied"):
+        read("text", tmp_path)
+
+
+def test_a_file_given_twice_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("a", encoding="utf-8")
+    with pytest.raises(DataError, match=r"a\.txt is given 2 times"):
+        read("text", tmp_path, tmp_path / "a.txt")
+
+
+@pytest.mark.parametrize("name", ["a.json.gz", "a.ndjson", "a.ndjson.zst", "a.json"])
+def test_json_lines_are_found_under_their_other_names(name: str, tmp_path: Path) -> None:
+    content = b'{"text": "one"}\n'
+    pack = {".gz": gzip.compress, ".zst": zstd}.get(Path(name).suffix, bytes)
+    (tmp_path / name).write_bytes(pack(content))
+    assert list(read("jsonl", tmp_path).values()) == ["one"]
+
+
+def test_json_beside_json_lines_is_about_the_data(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n', encoding="utf-8")
+    (tmp_path / "dataset_info.json").write_text('{\n"description": ""\n}\n', encoding="utf-8")
+    assert list(read("jsonl", tmp_path)) == ["a.jsonl:1"]

@@ -48,9 +48,9 @@ def test_documents_come_by_row_groups_and_the_index_has_every_file(
     hub: FakeHub, config: DataConfig, access: str
 ) -> None:
     corpus = open_corpus(config.model_copy(update={"hub_access": access}))
-    assert [corpus.source.name(index) for index in range(57)] == NAMES
-    assert [corpus.source.text(index) for index in range(57)] == TEXTS
-    assert corpus.source.num_blocks == 6
+    assert [document.name for document in corpus.source] == NAMES
+    assert [document.text for document in corpus.source] == TEXTS
+    assert corpus.source.num_chunks == 6
     index = corpus.index()
     assert [(file["name"], file["size_bytes"], file["num_documents"]) for file in index["files"]] == [
         (FILES[0], len(hub.files[FILES[0]]), 30),
@@ -77,8 +77,8 @@ def test_a_run_can_be_resumed_with_the_other_access(hub: FakeHub, config: DataCo
     cached = build_train_loader(config, **sizes)
     for _ in range(5):
         next(cached)
-    streamed = build_train_loader(config.model_copy(update={"hub_access": "stream"}), **sizes)
-    streamed.load_state_dict(cached.state_dict())
+    stream = config.model_copy(update={"hub_access": "stream"})
+    streamed = build_train_loader(stream, **sizes, start=cached.state_dict())
     assert next(streamed).input_ids.tolist() == next(cached).input_ids.tolist()
 
 
@@ -118,10 +118,10 @@ def test_a_stream_that_breaks_off_during_the_run_is_an_error(
     long = [draw.randbytes(10_000).hex() for _ in range(27)]
     hub.files[FILES[1]] = write_parquet(tmp_path / "part", long, NAMES[30:]).read_bytes()
     source = open_source(config.model_copy(update={"hub_access": "stream"}))
-    assert source.text(56) == long[26]
+    assert source[56].text == long[26]
     del hub.files[FILES[1]]
     with pytest.raises(DataError, match=rf"{REPO}/{FILES[1]} at {REVISION[:8]}, row group 1 \(rows from 11\) "):
-        source.text(40)
+        source[40]
 
 
 @pytest.mark.parametrize("endpoint", ["http://127.0.0.1:9", "http://no-such-host.invalid"])
@@ -166,12 +166,12 @@ def test_shakespeare_is_downloaded_checked_and_kept(tmp_path: Path, monkeypatch:
     first = open_source(config)
     there.unlink()
     second = open_source(config)
-    assert [first.name(index) for index in range(len(first))] == [
+    assert [document.name for document in first] == [
         "tinyshakespeare:1",
         "tinyshakespeare:301",
         "tinyshakespeare:601",
     ]
-    assert "\n\n".join(second.text(index) for index in range(3)) == text
+    assert "\n\n".join(document.text for document in second) == text
     monkeypatch.setattr("nsa.data.sources.hub.SHAKESPEARE_SHA256", "0" * 64)
     with pytest.raises(DataError, match=r"tinyshakespeare\.txt is not Tiny Shakespeare.*remove the file"):
         open_source(config)

@@ -3,32 +3,23 @@
 from __future__ import annotations
 
 import doctest
-import errno
 import importlib
-import json
-import os
 from pathlib import Path
 
 import pytest
 
 import nsa.data
+from corpus_files import read
 from nsa.data import DataConfig, DataError, open_source
-
-
-def read(source: str, *paths: Path, **options: str) -> dict[str, str]:
-    documents = open_source(DataConfig(source=source, paths=tuple(map(str, paths)), **options))
-    names = [documents.name(index) for index in range(len(documents))]
-    assert len(set(names)) == len(names)
-    return {name: documents.text(index) for index, name in enumerate(names)}
 
 
 def test_the_embedded_corpus_is_complete_and_named_by_year_and_president() -> None:
     source = open_source(DataConfig())
-    names = [source.name(index) for index in range(len(source))]
+    names = [document.name for document in source]
     assert len(set(names)) == len(names) == 249
     assert names[:3] == ["1790 George Washington", "1790 George Washington (2)", "1791 George Washington"]
     assert "1973 Richard Nixon (11)" in names
-    assert sum(len(source.text(index).encode()) for index in range(249)) == 12_185_751
+    assert sum(len(document.text.encode()) for document in source) == 12_185_751
     assert source.fingerprint == open_source(DataConfig()).fingerprint
 
 
@@ -47,12 +38,6 @@ def test_paragraphs_are_named_by_their_line(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"\none\r\ntwo\n\n\nthree\r\n \t\r\n\r\nfour\n")
     paragraphs = read("text", tmp_path / "a.txt", text_split="paragraphs")
     assert paragraphs == {"a.txt:2": "one\r\ntwo", "a.txt:6": "three", "a.txt:9": "four"}
-
-
-def test_json_lines_are_named_by_id_or_line(tmp_path: Path) -> None:
-    lines = ['{"text": "one\u2028line"}', "", '{"text": "", "id": "empty", "x": 1}', '{"id": 7, "text": "seven"}']
-    (tmp_path / "a.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    assert read("jsonl", tmp_path) == {"a.jsonl:1": "one\u2028line", "empty": "", "a.jsonl:4": "seven"}
 
 
 def test_the_fingerprint_changes_with_any_name_or_text(tmp_path: Path) -> None:
@@ -99,58 +84,7 @@ def test_malformed_files_are_named_with_line_and_remedy(
         read(source, path)
 
 
-def test_missing_files_are_named(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"no file, folder or match for .*nowhere\.txt; check data\.paths"):
-        read("text", tmp_path / "nowhere.txt")
-    with pytest.raises(DataError, match=r"has no \*\.jsonl, \*\.ndjson, \*\.json file.*it holds nothing"):
-        read("jsonl", tmp_path)
-    (tmp_path / "folder.txt").mkdir()
-    with pytest.raises(DataError, match=r"folder\.txt cannot be read"):
-        read("text", tmp_path / "*.txt")
-
-
-def test_a_folder_holds_what_is_linked_into_it_and_what_lies_in_folders_called_like_files(tmp_path: Path) -> None:
-    for folder in ("corpus/a.txt", "elsewhere"):
-        (tmp_path / folder).mkdir(parents=True)
-        (tmp_path / folder / "one.txt").write_text(folder, encoding="utf-8")
-    (tmp_path / "corpus" / "linked").symlink_to(tmp_path / "elsewhere")
-    assert read("text", tmp_path / "corpus") == {"a.txt/one.txt": "corpus/a.txt", "linked/one.txt": "elsewhere"}
-    (tmp_path / "corpus" / "linked" / "round").symlink_to(tmp_path / "corpus")
-    with pytest.raises(DataError, match=r"linked/round is a link to .*corpus, which .* holds already; remove the link"):
-        read("text", tmp_path / "corpus")
-
-
-def test_a_folder_that_may_not_be_read_is_an_error_and_not_passed_over(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "a.txt").write_text("a", encoding="utf-8")
-    (tmp_path / "closed").mkdir()
-    scandir = os.scandir
-
-    def closed(path: str) -> object:
-        if Path(path).name == "closed":
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
-        return scandir(path)
-
-    monkeypatch.setattr(os, "scandir", closed)  # root may read everything
-    with pytest.raises(DataError, match=r"closed cannot be read: Permission denied"):
-        read("text", tmp_path)
-
-
-def test_a_file_given_twice_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text("a", encoding="utf-8")
-    with pytest.raises(DataError, match=r"a\.txt is given 2 times"):
-        read("text", tmp_path, tmp_path / "a.txt")
-
-
-def test_json_lines_written_by_json_come_back(tmp_path: Path) -> None:
-    texts = ["plain", 'tab\t and "quotes"', "日本 🙂", "\u0000\u001f\n"]
-    lines = [json.dumps({"text": text}, ensure_ascii=index % 2 == 0) for index, text in enumerate(texts)]
-    (tmp_path / "a.jsonl").write_text("\n".join(lines), encoding="utf-8")
-    assert list(read("jsonl", tmp_path).values()) == texts
-
-
-@pytest.mark.parametrize("module", ["config", "sources", "heldout", "tokenizers", "loader"])
+@pytest.mark.parametrize("module", ["config", "heldout", "sources.base", "sources.open", "stream.loader", "tokenizers"])
 def test_the_examples_in_the_docstrings_are_true(module: str) -> None:
     names = {name: getattr(nsa.data, name) for name in nsa.data.__all__}
     failed, attempted = doctest.testmod(importlib.import_module(f"nsa.data.{module}"), extraglobs=names)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nsa.data import ByteTokenizer, DataConfig, DataError, Documents, build_eval_batches
+from nsa.data import ByteTokenizer, DataConfig, DataError, Document, Documents, build_eval_batches
 from nsa.data.stream.eval_batches import EvalBatches
 
 LENGTHS = [1, 45, 2, 7, 130, 8, 0, 61]
@@ -19,14 +19,15 @@ TEXTS = ["Grüße, 世界! 🙂" * 9, "plain", "x" * 40, "é"]
 
 def byte_batches(**options) -> EvalBatches:
     source = Documents([f"doc{index}" for index in range(len(TEXTS))], TEXTS)
-    return EvalBatches(source, range(len(TEXTS)), tokenizer=ByteTokenizer(), **{**SIZES, **options})
+    return EvalBatches(list(source), tokenizer=ByteTokenizer(), **{**SIZES, **options})
 
 
 def test_every_token_but_each_documents_first_is_a_label_once(
     counting_documents, counting_tokenizer, check_batch
 ) -> None:
     chosen = [0, 1, 4, 5, 6, 7]
-    batches = EvalBatches(counting_documents(LENGTHS), chosen, tokenizer=counting_tokenizer, **SIZES)
+    source = counting_documents(LENGTHS)
+    batches = EvalBatches([source[number] for number in chosen], tokenizer=counting_tokenizer, **SIZES)
     for _ in range(2):
         seen = Counter(place for batch in batches for place in check_batch(batch, LENGTHS))
         assert seen == Counter((doc, at) for doc in chosen for at in range(LENGTHS[doc]))
@@ -70,7 +71,7 @@ def test_a_limit_keeps_the_same_rows_and_counts_their_bytes(max_tokens: int) -> 
 
 def test_a_limit_spreads_over_the_documents(counting_documents, counting_tokenizer) -> None:
     source = counting_documents([400] * 10)
-    batches = EvalBatches(source, range(10), tokenizer=counting_tokenizer, **SIZES, max_tokens=400)
+    batches = EvalBatches(list(source), tokenizer=counting_tokenizer, **SIZES, max_tokens=400)
     seen = Counter(document for batch in batches for document in batch.document_ids[:, 0].tolist())
     assert seen == Counter(dict.fromkeys(range(10), 5))
 
@@ -88,4 +89,4 @@ def test_nothing_to_evaluate_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"no document is held out.*data\.heldout"):
         build_eval_batches(config, tokenizer=ByteTokenizer(), **SIZES)
     with pytest.raises(DataError, match="no token to predict"):
-        EvalBatches(Documents(["a"], [""]), [0], tokenizer=ByteTokenizer(), **SIZES)
+        EvalBatches([Document(0, "a", "")], tokenizer=ByteTokenizer(), **SIZES)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 
@@ -13,10 +14,11 @@ import torch
 from nsa.data import (
     Batch,
     ByteTokenizer,
-    ChosenDocuments,
     DataConfig,
     DataError,
+    Document,
     Documents,
+    TrainingDocuments,
     TrainLoader,
     build_train_loader,
 )
@@ -29,10 +31,9 @@ ONE_WINDOW, MANY_WINDOWS = 10**6, 100
 @pytest.fixture
 def make_loader(counting_documents, counting_tokenizer):
     def build(lengths=LENGTHS, documents=None, **options) -> TrainLoader:
-        source = counting_documents(lengths)
-        documents = range(len(lengths)) if documents is None else documents
-        chosen = ChosenDocuments(source, list(documents))
-        return TrainLoader(chosen, tokenizer=counting_tokenizer, **{**SIZES, **options})
+        chosen = {f"doc{number}" for number in (range(len(lengths)) if documents is None else documents)}
+        training = TrainingDocuments(counting_documents(lengths), lambda name: name not in chosen, ())
+        return TrainLoader(training, tokenizer=counting_tokenizer, **{**SIZES, **options})
 
     return build
 
@@ -118,9 +119,7 @@ def test_resume_continues_exactly(make_loader, window_tokens: int, num_batches: 
     state = json.loads(json.dumps(loader.state_dict()))
     expected = take(loader, 150)
 
-    resumed = make_loader(window_tokens=window_tokens)
-    take(resumed, 5)
-    resumed.load_state_dict(state)
+    resumed = make_loader(window_tokens=window_tokens, start=state)
     assert_equal(take(resumed, 150), expected)
     assert resumed.state_dict() == loader.state_dict()
 
@@ -129,9 +128,7 @@ def test_resume_with_another_number_of_ranks_continues_the_stream(make_loader) -
     loader = make_loader(rows_per_batch=4)
     take(loader, 30)
     state = loader.state_dict()
-    ranks = [make_loader(rank=rank, world_size=2) for rank in range(2)]
-    for rank in ranks:
-        rank.load_state_dict(state)
+    ranks = [make_loader(rank=rank, world_size=2, start=state) for rank in range(2)]
     assert torch.equal(torch.cat([next(rank).input_ids for rank in ranks]), next(loader).input_ids)
 
 
@@ -147,11 +144,8 @@ def test_resume_with_another_number_of_ranks_continues_the_stream(make_loader) -
 )
 def test_a_state_of_other_data_is_refused(make_loader, change: dict) -> None:
     state = make_loader().state_dict()
-    other = make_loader(**change)
-    before = other.state_dict()
     with pytest.raises(ValueError, match="must be the same to resume"):
-        other.load_state_dict(state)
-    assert other.state_dict() == before
+        make_loader(**change, start=state)
 
 
 def test_only_the_given_documents_are_trained_on(make_loader) -> None:
@@ -197,21 +191,49 @@ def test_impossible_sizes_are_refused(make_loader) -> None:
         make_loader(window_tokens=15)
 
 
-def test_a_window_holds_no_more_documents_than_it_needs(counting_documents, counting_tokenizer) -> None:
+def test_a_window_holds_no_more_documents_than_it_needs(all_of, counting_tokenizer) -> None:
     read: list[int] = []
 
     class Recording(Documents):
-        def text(self, index: int) -> str:
-            read.append(index)
-            return super().text(index)
+        def read(self, chunk: int) -> Sequence[Document]:
+            read.append(chunk)
+            return super().read(chunk)
 
     source = Recording([str(index) for index in range(1000)], [f"{index} 50" for index in range(1000)])
-    loader = TrainLoader(
-        ChosenDocuments(source, range(1000)), tokenizer=counting_tokenizer, **SIZES, window_tokens=1000
-    )
+    loader = TrainLoader(all_of(source), tokenizer=counting_tokenizer, **SIZES, window_tokens=1000)
     read.clear()
-    loader.load_state_dict(loader.state_dict())
-    assert not read
     for _ in range(400):
         next(loader)
     assert 0 < len(read) <= 400
+
+
+@pytest.mark.parametrize("epoch", [0, 1])
+def test_a_loader_that_starts_further_on_reads_the_window_there_alone(all_of, counting_tokenizer, epoch: int) -> None:
+    read: list[int] = []
+
+    class Recording(Documents):
+        def read(self, chunk: int) -> Sequence[Document]:
+            read.append(chunk)
+            return super().read(chunk)
+
+    def build(**options) -> TrainLoader:
+        source = Recording([str(index) for index in range(400)], [f"{index} 50" for index in range(400)])
+        return TrainLoader(all_of(source), tokenizer=counting_tokenizer, **SIZES, window_tokens=1000, **options)
+
+    loader = build()
+    while loader.epoch < epoch or loader.state_dict()["first"] < 200:
+        next(loader)
+    read.clear()
+    resumed = build(start=loader.state_dict())
+    assert 0 < len(read) < 2 * 32 + 2, "a window of two chunks, and the documents that are carried over"
+    assert_equal(take(resumed, 100), take(loader, 100))
+
+
+def test_a_loader_may_start_in_a_last_window_that_is_smaller_than_a_batch(make_loader) -> None:
+    options = {"lengths": [9] * 33, "window_tokens": 100}  # 32 documents, then one
+    loader = make_loader(**options)
+    while loader.state_dict()["first"] == 0:
+        next(loader)
+    state = loader.state_dict()
+    assert len(loader._streams[0].window.rows) < SIZES["rows_per_batch"]
+    assert make_loader(**options, start=state).state_dict() == state

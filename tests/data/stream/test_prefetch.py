@@ -18,11 +18,11 @@ import torch
 from nsa.data import (
     Batch,
     ByteTokenizer,
-    ChosenDocuments,
     DataConfig,
     DataError,
     DataTimeoutError,
     Prefetcher,
+    TrainingDocuments,
     TrainLoader,
     build_prefetcher,
     build_train_loader,
@@ -35,9 +35,9 @@ PATIENCE_S = 30.0
 
 
 @pytest.fixture
-def make_loader(counting_documents, counting_tokenizer) -> Callable[..., TrainLoader]:
+def make_loader(all_of, counting_documents, counting_tokenizer) -> Callable[..., TrainLoader]:
     def build(**options) -> TrainLoader:
-        documents = ChosenDocuments(counting_documents(LENGTHS), range(len(LENGTHS)))
+        documents = all_of(counting_documents(LENGTHS))
         return TrainLoader(documents, tokenizer=counting_tokenizer, **{**SIZES, **options})
 
     return build
@@ -46,7 +46,8 @@ def make_loader(counting_documents, counting_tokenizer) -> Callable[..., TrainLo
 @pytest.fixture
 def prefetched(make_loader):
     def build(**options) -> Prefetcher:
-        return Prefetcher(lambda: make_loader(read_ahead=True), source="counting", **options)
+        start = options.pop("start", None)
+        return Prefetcher(lambda: make_loader(read_ahead=True, start=start), source="counting", **options)
 
     return build
 
@@ -56,7 +57,7 @@ class Slow:
 
     def __init__(self, loader: TrainLoader, count: int, then: Callable[[], None]) -> None:
         self.loader, self.count, self.then = loader, count, then
-        self.num_documents, self.close = 1, loader.close
+        self.num_documents, self.close, self.statistics = 1, loader.close, loader.statistics
 
     def __next__(self) -> Batch:
         if self.count == 0:
@@ -80,7 +81,9 @@ def test_batches_and_states_are_those_of_the_loader(make_loader, prefetched) -> 
     for _ in range(200):
         assert_equal([next(ahead)], [next(plain)])
         assert (ahead.state_dict(), ahead.epoch) == (plain.state_dict(), plain.epoch)
+        assert ahead.statistics()[:2] == plain.statistics()[:2], "behind the batch handed out, not those made ahead"
     assert ahead.num_documents == plain.num_documents == len(LENGTHS)
+    assert ahead.fingerprint == plain.fingerprint
 
 
 @pytest.mark.parametrize("num_batches", [0, 1, 40, 119])
@@ -90,18 +93,14 @@ def test_resume_continues_behind_the_batches_handed_out(make_loader, prefetched,
         next(ahead)
     state = json.loads(json.dumps(ahead.state_dict()))
     expected = [next(ahead) for _ in range(60)]
-    ahead.load_state_dict(state)
-    assert_equal([next(ahead) for _ in range(60)], expected)
-    other = prefetched()
-    next(other)
-    other.load_state_dict(state)
-    assert_equal([next(other) for _ in range(60)], expected)
+    resumed = prefetched(start=state)
+    assert resumed.state_dict() == state
+    assert_equal([next(resumed) for _ in range(60)], expected)
 
 
 def test_a_state_of_other_data_is_refused_at_once(make_loader, prefetched) -> None:
-    ahead = prefetched()
     with pytest.raises(ValueError, match="must be the same to resume"):
-        ahead.load_state_dict(make_loader(seed=4).state_dict())
+        prefetched(start=make_loader(seed=4).state_dict())
 
 
 def test_no_more_batches_are_made_than_fit(make_loader) -> None:
@@ -199,20 +198,20 @@ def test_closing_or_dropping_ends_the_thread(prefetched) -> None:
     assert not thread.is_alive()
 
 
-def test_no_thread_is_left_when_the_loader_is_gone(make_loader) -> None:
+def test_no_thread_is_left_when_the_loader_is_gone(counting_documents, counting_tokenizer) -> None:
     """The end of the process takes the same way: threads that outlive the interpreter abort it."""
 
-    class Endless(ChosenDocuments):
-        units_per_read, delay_s = 1, 0.0
+    class Endless(TrainingDocuments):
+        delay_s = 0.0
 
-        def read(self, units):
+        def read(self, chunks):
             time.sleep(self.delay_s)
-            return super().read(units)
+            return super().read(chunks)
 
-    loader = make_loader(window_tokens=10_000)
+    documents = Endless(counting_documents(LENGTHS * 1000), lambda name: False, ())
+    documents.chunks_per_read = 1
+    loader = TrainLoader(documents, tokenizer=counting_tokenizer, **SIZES | {"window_tokens": 10_000})
     stream = loader._streams[0]
-    documents = Endless(stream.documents._source, list(range(len(LENGTHS))) * 1000)
-    stream._reader.documents = stream.documents = documents
     before = set(threading.enumerate())
     ahead = Prefetcher(lambda: loader, source="counting")
     next(ahead)
@@ -247,16 +246,14 @@ def test_a_config_gives_the_same_stream_with_and_without_prefetching(tmp_path: P
 def test_an_error_of_the_window_made_ahead_reaches_the_reader(
     make_loader, counting_documents, counting_tokenizer
 ) -> None:
-    source = counting_documents(LENGTHS)
-
-    class Broken(ChosenDocuments):
-        def read(self, units):
-            if len(LENGTHS) - 1 in units:
+    class Broken(TrainingDocuments):
+        def read(self, chunks):
+            if len(LENGTHS) - 1 in chunks:
                 raise DataError("document 47 is broken")
-            return super().read(units)
+            return super().read(chunks)
 
-    documents = Broken(source, range(len(LENGTHS)))
-    documents.units_per_read = 4
+    documents = Broken(counting_documents(LENGTHS), lambda name: False, ())
+    documents.chunks_per_read = 4
     ahead = Prefetcher(
         lambda: TrainLoader(documents, tokenizer=counting_tokenizer, read_ahead=True, **SIZES), source="broken"
     )

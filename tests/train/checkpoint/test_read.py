@@ -40,9 +40,9 @@ class Model:
         self.checkpoint, self.model = checkpoint, model
         self.state, self.acted = checkpoint / "state", checkpoint.parent / "acted"
 
-    def load(self) -> dict[str, Any]:
+    def load(self) -> None:
         optimizer = torch.optim.AdamW(self.model.parameters())
-        return load_checkpoint(self.checkpoint, model=self.model, optimizer=optimizer, parallel=ONE_PROCESS)
+        load_checkpoint(self.checkpoint, model=self.model, optimizer=optimizer, parallel=ONE_PROCESS)
 
     def sum_up(self) -> None:
         """Let the listing have the checksums of what is there now."""
@@ -82,7 +82,7 @@ def saved(tmp_path: Path) -> Model:
 
 
 def test_an_honest_checkpoint_loads_with_the_types_on_the_list_alone(saved: Model) -> None:
-    assert saved.load() == {"step": 3}
+    saved.load()
     assert Listing.read(saved.checkpoint).step == 3
     assert PlainReader(saved.state).read_metadata().state_dict_metadata
     assert not {name for _, name in ALLOWED} & {"eval", "exec", "getattr", "load", "_load_from_bytes"}
@@ -107,7 +107,7 @@ def test_a_value_that_asks_for_a_call_is_refused(saved: Model) -> None:
 @pytest.mark.parametrize("value", [0.5, [1, 2], (0.9, 0.95), None, "text", {"a": 1.0}])
 def test_plain_values_are_read(saved: Model, value: object) -> None:
     saved.plant_bytes(value)
-    assert saved.load() == {"step": 3}
+    saved.load()
 
 
 @pytest.mark.parametrize("name", ["../outside.distcp", "/etc/hostname", "link.distcp"])
@@ -141,7 +141,7 @@ from pathlib import Path
 sys.path.append(given["tests"])
 from nsa.data.tokenizers import ByteTokenizer
 from nsa.loss import NextTokenLoss
-from nsa.runs.checkpoints import CheckpointError
+from nsa.runs.errors import CheckpointError
 from nsa.train.checkpoint.load import load_checkpoint
 from nsa.train.checkpoint.save import Checkpointer
 from nsa.train.parallel import distribute
@@ -161,7 +161,7 @@ with setup_parallel("cpu", timeout_s=60) as both:
             checkpointer.save(3, optimizer=optimizer, trainer={})
         parallel.barrier()
         planted = Model(folder / "step_000003", model)
-        said.append(load_checkpoint(planted.checkpoint, model=model, optimizer=optimizer, parallel=parallel))
+        load_checkpoint(planted.checkpoint, model=model, optimizer=optimizer, parallel=parallel)
         for plant in (planted.plant_bytes, planted.plant_planner_data):
             if parallel.is_main:
                 plant(Hostile(folder / "acted"))
@@ -177,8 +177,7 @@ report(said)
 def test_two_ranks_refuse_together_under_ddp_and_fsdp2(tmp_path: Path) -> None:
     given = {"folder": str(tmp_path), "tests": str(Path(__file__).parent)}
     for said in run_ranks(HOSTILE_RANKS, given):
-        for honest, value, metadata in (said[:3], said[3:]):
-            assert honest == {"step": 3}
+        for value, metadata in (said[:2], said[2:]):
             assert "is no plain value" in value
             assert "it asks for posix.mkdir" in metadata
     assert not list(tmp_path.glob("*/acted"))

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
+from nsa.data import Batch
 from nsa.inspect.gates import gate_statistics
 from nsa.inspect.selection import record_selection, selection_statistics
 from nsa.inspect.statistics import pool_gates
@@ -19,13 +19,6 @@ from nsa.train.trainer import Trainer
 from tiny_models import tiny_model
 
 CPU = torch.device("cpu")
-
-
-@dataclass
-class Batch:
-    input_ids: Tensor
-    labels: Tensor
-    cu_seqlens: Tensor | None
 
 
 def batch(*documents: int, rows: int = 2, padding: int = 0) -> Batch:
@@ -75,8 +68,7 @@ def test_rows_without_bounds_are_one_document_each() -> None:
     model = tiny_model("nsa")
     whole = batch(64)
     health = probe_of(model, whole).measure(step=0)
-    whole.cu_seqlens = None
-    assert probe_of(model, whole).measure(step=0) == health
+    assert probe_of(model, replace(whole, cu_seqlens=None)).measure(step=0) == health
 
 
 def test_all_layers_together_and_the_worst_one() -> None:
@@ -140,7 +132,7 @@ def test_measuring_leaves_the_training_as_it_is(tiny) -> None:
     def losses(measured: bool) -> list[float]:
         trainer, found = Trainer(tiny(train={"steps": 4})), []
         for _ in range(4):
-            found.append(trainer.train_step()[0].loss)
+            found.append(trainer.train_step().loss)
             if measured:
                 assert trainer.measure_health() is not None
                 assert trainer.loss.training

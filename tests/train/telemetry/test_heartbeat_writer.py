@@ -141,7 +141,7 @@ def test_a_full_disk_costs_beats_and_not_the_run(
 HANGING = """
 import ctypes, sys
 from pathlib import Path
-from nsa.runs.heartbeat import Heartbeat
+from nsa.train.telemetry.heartbeat_writer import Heartbeat
 from nsa.train.telemetry.stacks import stacks_on_signal
 
 def hang_in_c(library):

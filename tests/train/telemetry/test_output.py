@@ -41,7 +41,7 @@ def test_what_cannot_be_written_is_dropped_and_said_once(code: int, monkeypatch:
         print("second")
         print("third")
     assert out.getvalue().endswith("third\n")
-    assert err.getvalue() == f"standard output cannot be written: {os.strerror(code)}; the run goes on\n"
+    assert err.getvalue() == f"standard output cannot be written: {os.strerror(code)}; the run continues\n"
 
 
 def test_both_streams_may_be_lost(monkeypatch: pytest.MonkeyPatch) -> None:

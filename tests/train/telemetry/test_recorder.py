@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -17,11 +18,11 @@ from nsa.train.telemetry.recorder import Recorder
 
 def test_the_log_line_says_everything_with_its_units() -> None:
     waits = [0.001 * k for k in range(21)]
-    line = log_line(step=20, num_steps=400, loss=2.5, lr=3e-3, tokens_per_s=12345.6, mfu=None, fetch_s=waits, left_s=65)
+    record = StepRecord(20, 1, 2.5, lr=3e-3, grad_norm=1.0, tokens_per_s=12345.6, mfu=None, step_s=1.0, fetch_s=0.0)
+    line = log_line(record, num_steps=400, waits_s=waits, left_s=65)
     for part in ("20/400", "loss 2.5000", "lr 3.00e-03", "12,346 tokens/s", "mfu n/a", "p50 10.00 ms p95 19.00 ms"):
         assert part in line, line
-    other = {"step": 1, "num_steps": 2, "loss": 2.5, "lr": 3e-3, "tokens_per_s": 1.0, "mfu": 0.315, "fetch_s": [0.001]}
-    assert "mfu 31.5%" in log_line(**other, left_s=1)
+    assert "mfu 31.5%" in log_line(replace(record, mfu=0.315), num_steps=400, waits_s=[0.001], left_s=1)
 
 
 def test_percentiles_of_a_single_wait_are_that_wait() -> None:
@@ -54,16 +55,17 @@ def test_a_recorder_that_resumes_continues_tables_and_tensorboard_after_the_step
         "mfu": None,
         "step_s": 1.0,
         "fetch_s": 0.0,
+        "waits_s": (0.0,),
     }
     options = {"num_steps": 9, "log_every_steps": 100}
     with Recorder(folder, **options) as recorder:
         recorder.evaluation(EvalRecord(0, 5.0, 1.0, 1.0))
         for step in range(1, 6):
-            recorder.step(StepRecord(step=step, loss=float(step), **values), [0.0])
+            recorder.step(StepRecord(step=step, loss=float(step), **values))
         recorder.evaluation(EvalRecord(5, 4.0, 1.0, 1.0))
     time.sleep(1.0)  # TensorBoard orders event files by the second in their names
-    with Recorder(folder, **options, resume_step=3) as recorder:
-        recorder.step(StepRecord(step=4, loss=40.0, **values), [0.0])
+    with Recorder(folder, **options, start_step=3) as recorder:
+        recorder.step(StepRecord(step=4, loss=40.0, **values))
     assert column(read_csv(folder.training_csv, TRAINING_COLUMNS), "loss") == [1.0, 2.0, 3.0, 40.0]
     assert [row["step"] for row in read_csv(folder.val_csv, VALIDATION_COLUMNS)] == [0]
     board = EventAccumulator(str(folder.tensorboard))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,16 @@ from nsa.train.telemetry.telemetry import Telemetry
 from ranks import run_ranks
 
 RECORD = StepRecord(
-    step=4, tokens=400, loss=2.5, lr=1e-3, grad_norm=0.5, tokens_per_s=100.0, mfu=0.25, step_s=1.0, fetch_s=0.1
+    step=4,
+    tokens=400,
+    loss=2.5,
+    lr=1e-3,
+    grad_norm=0.5,
+    tokens_per_s=100.0,
+    mfu=0.25,
+    step_s=1.0,
+    fetch_s=0.1,
+    waits_s=(0.1,),
 )
 
 
@@ -111,12 +121,14 @@ def test_only_rank_0_writes_shared_files_and_each_rank_its_own(tiny, tmp_path: P
             if rank == 1:
                 before = {path.name: path.read_bytes() for path in tmp_path.glob("*.csv")}
             telemetry.phase("step")
-            telemetry.step(RECORD, [0.1], num_skipped=rank)
+            telemetry.step(RECORD, num_skipped=rank)
     assert {path.name: path.read_bytes() for path in tmp_path.glob("*.csv")} == before
     assert len(list((tmp_path / "tb").iterdir())) == 1
     for rank in (0, 1):
         last = read_heartbeats(heartbeat_path(tmp_path, rank))[-1]
-        assert (last.rank, last.world_size, last.step, last.mfu, last.fetch_p95_ms) == (rank, 2, 4, 0.25, 100.0)
+        assert (last.rank, last.world_size, last.fetch_p95_ms) == (rank, 2, 100.0)
+        told = ("step", "loss", "lr", "grad_norm", "tokens_per_s", "mfu", "step_s")
+        assert {name: getattr(last, name) for name in told} == {name: getattr(RECORD, name) for name in told}
         assert last.counters == {"fallbacks": 0, "skipped_steps": rank}
         assert (tmp_path / f"stacks_rank{rank}.txt").is_file()
 
@@ -138,7 +150,8 @@ def test_curves_are_drawn_anew_at_evaluations_and_a_damaged_table_does_not_end_t
 
 TWO_RANKS = """
 from nsa.config.run import RunConfig
-from nsa.train.loop import prepare, train
+from nsa.launch.start import prepare
+from nsa.train.loop import train
 
 with setup_parallel("cpu", "fsdp2") as parallel:
     train(*prepare(RunConfig.model_validate(given), parallel=parallel))
@@ -167,8 +180,8 @@ def test_a_resumed_run_continues_its_tables_and_says_where_it_began(tiny, tmp_pa
     parallel = Parallel(0, 0, 1, torch.device("cpu"), "none")
     with Telemetry(RunFolder(tmp_path), tiny(), parallel) as telemetry:
         for step in (3, 4):
-            telemetry.step(StepRecord(**{**vars(RECORD), "step": step}), [0.1], num_skipped=0)
-    with Telemetry(RunFolder(tmp_path), tiny(), parallel, resume_step=3) as telemetry:
+            telemetry.step(replace(RECORD, step=step), num_skipped=0)
+    with Telemetry(RunFolder(tmp_path), tiny(), parallel, start_step=3) as telemetry:
         pass
     assert [row["step"] for row in read_csv(tmp_path / "training.csv", TRAINING_COLUMNS)] == [3]
     last = read_heartbeats(heartbeat_path(tmp_path, 0))[-1]

@@ -1,6 +1,6 @@
 """What is in a file: compressed or not, UTF-8 or not, and what else it may be, so that the remedy in an error works.
 
-for chunk in read_chunks(Path("a.jsonl.xz")): ...      # unpacked
+for part in read_parts(Path("a.jsonl.xz")): ...      # unpacked
 text = text_of(read_up_to(path, 2**20), path)
 """
 
@@ -18,7 +18,7 @@ from typing import IO, Any
 from nsa.data.errors import DataError
 from nsa.data.sources.files import PACKED, check_regular, unreadable
 
-CHUNK_BYTES = 2**20
+READ_BYTES = 2**20
 HEAD_BYTES = 512
 # The bytes that a file begins with -> how it is compressed. None of them begins a UTF-8 text.
 COMPRESSIONS = {
@@ -55,7 +55,7 @@ TAR_AT, TAR = 257, b"ustar"
 CONTROLS_IN = 4096  # bytes of a file that are looked at for control codes
 
 
-def read_chunks(path: Path) -> Iterator[bytes]:
+def read_parts(path: Path) -> Iterator[bytes]:
     """The contents of a file, unpacked where it is compressed.
 
     Raises:
@@ -67,11 +67,11 @@ def read_chunks(path: Path) -> Iterator[bytes]:
             compression = compression_of(path, file.read(HEAD_BYTES))
             file.seek(0)
             with _unpacked(file, compression) as plain:
-                chunk = plain.read(CHUNK_BYTES)
-                refuse_other_kinds(path, chunk[:HEAD_BYTES])
-                while chunk:
-                    yield chunk
-                    chunk = plain.read(CHUNK_BYTES)
+                part = plain.read(READ_BYTES)
+                refuse_other_kinds(path, part[:HEAD_BYTES])
+                while part:
+                    yield part
+                    part = plain.read(READ_BYTES)
     except (EOFError, zlib.error, lzma.LZMAError) as error:
         raise _damaged(path, error) from error
     except OSError as error:  # those of the system have a number, those of the formats have none
@@ -80,13 +80,13 @@ def read_chunks(path: Path) -> Iterator[bytes]:
 
 def read_up_to(path: Path, limit_bytes: int) -> bytes | None:
     """The contents of a file, unpacked; None if they are more than `limit_bytes`."""
-    chunks, num_bytes = [], 0
-    for chunk in read_chunks(path):
-        chunks.append(chunk)
-        num_bytes += len(chunk)
+    parts, num_bytes = [], 0
+    for part in read_parts(path):
+        parts.append(part)
+        num_bytes += len(part)
         if num_bytes > limit_bytes:
             return None
-    return b"".join(chunks)
+    return b"".join(parts)
 
 
 def compression_of(path: Path, head: bytes) -> str | None:

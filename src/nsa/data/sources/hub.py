@@ -18,7 +18,7 @@ from nsa.data.config import DataConfig
 from nsa.data.errors import DataError
 from nsa.data.progress import say
 from nsa.data.sources.files import check_regular, unreadable
-from nsa.data.sources.parquet import ParquetBlocks, ParquetInput
+from nsa.data.sources.parquet import ParquetChunks, ParquetInput
 from nsa.data.sources.unpack import DEFAULT_FOLDER
 from nsa.terminal import redacted
 
@@ -66,7 +66,7 @@ def check_hub(kind: str, repo: str, revision: str | None = None) -> None:
         ) from error
 
 
-def fineweb_documents(config: DataConfig) -> ParquetBlocks:
+def fineweb_documents(config: DataConfig) -> ParquetChunks:
     """The Parquet files of `config.hub_subset`, downloaded or streamed.
 
     Raises:
@@ -87,7 +87,7 @@ def fineweb_documents(config: DataConfig) -> ParquetBlocks:
     identity = repr((config.hub_repo, config.hub_revision, [(i.name, i.size_bytes, i.sha256) for i in inputs]))
     identity += "" if config.text_column == "text" else config.text_column
     digest = hashlib.blake2b(identity.encode(), digest_size=16).hexdigest()
-    return ParquetBlocks(inputs, config.text_column, digest)
+    return ParquetChunks(inputs, config.text_column, digest)
 
 
 def subset_folder(subset: str) -> str:

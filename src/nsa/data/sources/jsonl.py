@@ -1,6 +1,6 @@
 """JSON Lines: a document for each line `{"text": ...}`, named by its "id" if that is a string, else "a.jsonl:12".
 
-`jsonl_documents` reads small files whole. `JsonlBlocks` goes through large ones once, to note where the lines are and
+`jsonl_documents` reads small files whole. `JsonlChunks` goes through large ones once, to note where the lines are and
 what the contents' digest is, and reads and checks a megabyte at a time when the run comes to it. Compressed files are
 read as the plain ones are; large ones are unpacked first (`unpack.py`).
 """
@@ -15,13 +15,13 @@ from typing import IO, NamedTuple
 
 from nsa.data.errors import DataError, shortened
 from nsa.data.progress import Progress
-from nsa.data.sources.base import Documents
-from nsa.data.sources.chunked import Block, FileBlocks, SourceFile, digest_of
+from nsa.data.sources.base import Document, Documents, SourceFile, digest_of
+from nsa.data.sources.chunked import FileChunks
 from nsa.data.sources.contents import HEAD_BYTES, decode_utf8, read_up_to, refuse_other_kinds, text_of
 from nsa.data.sources.files import NamedFile, unreadable
 from nsa.data.sources.unpack import is_packed, unpacked
 
-BLOCK_BYTES = 2**20
+CHUNK_BYTES = 2**20
 MAX_LINE_BYTES = 2**30  # a longer "line" is no document, and would fill the memory
 
 
@@ -51,7 +51,7 @@ def jsonl_documents(files: Sequence[NamedFile], text_column: str, limit_bytes: i
 
 
 class Stretch(NamedTuple):
-    """Where a block lies: whole lines of one file, and the digest of their bytes."""
+    """Where a chunk lies: whole lines of one file, and the digest of their bytes."""
 
     file: int
     offset: int
@@ -61,8 +61,8 @@ class Stretch(NamedTuple):
     digest: str
 
 
-class JsonlBlocks(FileBlocks):
-    """The documents of large files, by blocks of about a megabyte.
+class JsonlChunks(FileChunks):
+    """The documents of large files, by chunks of about a megabyte.
 
     Args:
         files: names and paths.
@@ -94,8 +94,8 @@ class JsonlBlocks(FileBlocks):
             digest.update(f"\0{text_column}".encode())
         super().__init__(digest.hexdigest(), index, [stretch.num_documents for stretch in self._stretches])
 
-    def read_block(self, block: int) -> Block:
-        stretch = self._stretches[block]
+    def read(self, chunk: int) -> list[Document]:
+        stretch = self._stretches[chunk]
         file, plain_path = self._files[stretch.file], self._plain_paths[stretch.file]
         try:
             with plain_path.open("rb") as opened:
@@ -111,7 +111,7 @@ class JsonlBlocks(FileBlocks):
             )
         text = decode_utf8(content, file.path, first_line=stretch.first_line)
         rows = list(_parse(text, file, self._text_column, first_line=stretch.first_line))
-        return Block(int(self.bounds[block]), [row[0] for row in rows], [row[1] for row in rows])
+        return self.numbered(chunk, [row[0] for row in rows], [row[1] for row in rows])
 
 
 def _stretches(number: int, path: Path, plain_path: Path, digest: hashlib.blake2b) -> Iterator[Stretch]:
@@ -134,8 +134,8 @@ def _stretches(number: int, path: Path, plain_path: Path, digest: hashlib.blake2
 
 
 def _whole_lines(file: IO[bytes], path: Path, first_line: int) -> bytes:
-    """The next `BLOCK_BYTES` of a file and what is left of their last line; more where they are blank."""
-    parts = [file.read(BLOCK_BYTES)]
+    """The next `CHUNK_BYTES` of a file and what is left of their last line; more where they are blank."""
+    parts = [file.read(CHUNK_BYTES)]
     is_blank = not parts[0].strip()
     while parts[-1] and (is_blank or not parts[-1].endswith(b"\n")):
         parts.append(file.readline(MAX_LINE_BYTES))

@@ -1,12 +1,10 @@
 """Documents with stable names, from whatever `DataConfig.source` names.
 
-A source answers `len(source)`, `source.name(i)` and `source.text(i)`, and has a `fingerprint` of all it holds, by which
-a resumed run knows that it reads the same data. It is either `Documents`, in memory, or a `BlockSource`, which reads
-blocks of documents when they are needed. To add one, write a function that returns either and name it in `open_source`.
+To add one, write a `Source` (`base.py`), or a function that returns `Documents`, and name it in `open_source`.
 Malformed input is an error that names file and line; nothing is skipped or replaced.
 
     >>> source = open_source(DataConfig())
-    >>> len(source), source.name(0)
+    >>> len(source), source[0].name
     (249, '1790 George Washington')
 """
 
@@ -20,8 +18,7 @@ import psutil
 
 from nsa.data.config import DataConfig
 from nsa.data.errors import DataError
-from nsa.data.sources.base import Documents
-from nsa.data.sources.chunked import BlockSource, SourceFile, digest_of
+from nsa.data.sources.base import Documents, Source, SourceFile, digest_of
 from nsa.data.sources.contents import read_up_to, text_of
 from nsa.data.sources.files import (
     JSON,
@@ -34,15 +31,15 @@ from nsa.data.sources.files import (
     without_packing,
 )
 from nsa.data.sources.hub import fineweb_documents, shakespeare_file
-from nsa.data.sources.jsonl import JsonlBlocks, jsonl_documents
-from nsa.data.sources.parquet import ParquetBlocks, local_inputs, parquet_documents
+from nsa.data.sources.jsonl import JsonlChunks, jsonl_documents
+from nsa.data.sources.parquet import ParquetChunks, local_inputs, parquet_documents
 from nsa.data.sources.synthetic import SyntheticDocuments
 
 MIB = 2**20
 SHAKESPEARE_SPEECHES = 100  # paragraphs in a document
 
 
-def open_source(config: DataConfig) -> Documents | BlockSource:
+def open_source(config: DataConfig) -> Source:
     """The source that `config` names.
 
     Raises:
@@ -58,12 +55,12 @@ def open_source(config: DataConfig) -> Documents | BlockSource:
         case "jsonl":
             files, limit_bytes = find_files(config.paths, JSON_LINES, JSON), config.in_memory_mib * MIB
             documents = jsonl_documents(files, config.text_column, limit_bytes)
-            return documents if documents is not None else JsonlBlocks(files, config.text_column, config.cache_folder)
+            return documents if documents is not None else JsonlChunks(files, config.text_column, config.cache_folder)
         case "parquet":
             files = find_files(config.paths, PARQUET)
-            blocks = ParquetBlocks(local_inputs(files), config.text_column)
-            size_bytes = sum(file.size_bytes for file in blocks.files)
-            return parquet_documents(blocks) if size_bytes <= config.in_memory_mib * MIB else blocks
+            chunks = ParquetChunks(local_inputs(files), config.text_column)
+            size_bytes = sum(file.size_bytes for file in chunks.files)
+            return parquet_documents(chunks) if size_bytes <= config.in_memory_mib * MIB else chunks
         case "fineweb_edu":
             return fineweb_documents(config)
         case "synthetic":
@@ -125,17 +122,17 @@ def _read_text(path: Path, room_bytes: int, limit_bytes: int) -> str:
     if content is None:
         raise DataError(
             f"{path}: the text files hold more than {limit_bytes / 2**30:.1f} GiB, half of this machine's memory; "
-            f"write them as JSON Lines, a line for each document, which are read by blocks"
+            f"write them as JSON Lines, a line for each document, which are read by chunks"
         )
     return text_of(content, path)
 
 
 def _paragraphs(text: str) -> Iterator[tuple[int, str]]:
     """Runs of lines that are not blank, each with the number of its first line."""
-    block: list[str] = []
+    paragraph: list[str] = []
     for number, line in enumerate([*text.split("\n"), ""], start=1):
         if line.strip():
-            block.append(line)
-        elif block:
-            yield number - len(block), "\n".join(block).rstrip("\r")
-            block = []
+            paragraph.append(line)
+        elif paragraph:
+            yield number - len(paragraph), "\n".join(paragraph).rstrip("\r")
+            paragraph = []

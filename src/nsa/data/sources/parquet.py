@@ -1,6 +1,6 @@
 """Parquet files with a column of texts and, where there is one, an "id" column of strings: local, or streamed by parts.
 
-A row group is a block. Only the columns that are used are read; a file's documents are named by "id", else by the row
+A row group is a chunk. Only the columns that are used are read; a file's documents are named by "id", else by the row
 they stand in, counted from 1 ("000.parquet:12"). The used columns of local files are read through once at the start for
 a digest of each row group, so that a file that has changed is not taken for the one that the run began with.
 """
@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from nsa.data.errors import DataError, shortened
 from nsa.data.progress import Progress
-from nsa.data.sources.base import Documents
-from nsa.data.sources.chunked import Block, FileBlocks, SourceFile, digest_of
+from nsa.data.sources.base import Document, Documents, SourceFile, digest_of
+from nsa.data.sources.chunked import FileChunks
 from nsa.data.sources.contents import HEAD_BYTES, refuse_other_kinds
 from nsa.data.sources.files import NamedFile, check_regular, unreadable
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from pyarrow.parquet import ParquetFile
 
 OPEN_FILES = 32
-CHUNK_BYTES = 2**20
+READ_BYTES = 2**20
 PARQUET_START = b"PAR1"
 
 
@@ -71,7 +71,7 @@ def local_inputs(files: Sequence[NamedFile]) -> list[ParquetInput]:
 
 
 class Group(NamedTuple):
-    """Where a block lies: a row group, whose first row has the number `first_row` in its file.
+    """Where a chunk lies: a row group, whose first row has the number `first_row` in its file.
 
     Attributes:
         pieces: offset and length of its used columns in the file.
@@ -86,7 +86,7 @@ class Group(NamedTuple):
     digest: str | None
 
 
-class ParquetBlocks(FileBlocks):
+class ParquetChunks(FileChunks):
     """The documents of Parquet files, by row groups.
 
     Args:
@@ -116,12 +116,11 @@ class ParquetBlocks(FileBlocks):
             self._groups += groups
         super().__init__(identity or digest_of(*digests), index, [group.num_rows for group in self._groups])
 
-    def read_block(self, block: int) -> Block:
-        names, texts = self._read(block, [self._text_column, "id"])
-        return Block(int(self.bounds[block]), names, texts)
+    def read(self, chunk: int) -> list[Document]:
+        return self.numbered(chunk, *self._read(chunk, [self._text_column, "id"]))
 
-    def read_names(self, block: int) -> tuple[int, Sequence[str]]:
-        return int(self.bounds[block]), self._read(block, ["id"])[0]
+    def read_names(self, chunk: int) -> Sequence[str]:
+        return self._read(chunk, ["id"])[0]
 
     def _index_file(self, number: int, progress: Progress, num_bytes_before: int) -> Iterator[Group]:
         source, file = self._inputs[number], self._file(number)
@@ -152,9 +151,9 @@ class ParquetBlocks(FileBlocks):
         schema = file.schema_arrow
         return "id" in schema.names and self._text_column != "id" and _is_text(schema.field("id").type)
 
-    def _read(self, block: int, columns: list[str]) -> tuple[list[str], list[str]]:
+    def _read(self, chunk: int, columns: list[str]) -> tuple[list[str], list[str]]:
         """Names and texts of a row group; no texts if they are not among the columns."""
-        group = self._groups[block]
+        group = self._groups[chunk]
         source = self._inputs[group.file]
         where = f"{source.place}, row group {group.row_group} (rows from {group.first_row})"
         with self._read_lock:
@@ -254,9 +253,9 @@ def _digest(path: Path, pieces: Sequence[tuple[int, int]]) -> str:
         with path.open("rb") as file:
             for start, length in pieces:
                 file.seek(start)
-                while length > 0 and (chunk := file.read(min(CHUNK_BYTES, length))):
-                    digest.update(chunk)
-                    length -= len(chunk)
+                while length > 0 and (part := file.read(min(READ_BYTES, length))):
+                    digest.update(part)
+                    length -= len(part)
     except OSError as error:
         raise unreadable(path, error) from error
     return digest.hexdigest()
@@ -277,19 +276,14 @@ def _open(place: Any) -> ParquetFile:
     return parquet_module().ParquetFile(place, pre_buffer=True, page_checksum_verification=True)
 
 
-def parquet_documents(blocks: ParquetBlocks) -> Documents:
+def parquet_documents(chunks: ParquetChunks) -> Documents:
     """All documents of small files, in memory.
 
     Raises:
         DataError: a row group cannot be read.
     """
-    names: list[str] = []
-    texts: list[str] = []
-    for block in range(blocks.num_blocks):
-        content = blocks.read_block(block)
-        names += content.names
-        texts += content.texts
-    return Documents(names, texts, blocks.files)
+    documents = [document for chunk in range(chunks.num_chunks) for document in chunks.read(chunk)]
+    return Documents([document.name for document in documents], [document.text for document in documents], chunks.files)
 
 
 def parquet_module() -> Any:

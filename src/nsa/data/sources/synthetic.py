@@ -15,54 +15,53 @@ import math
 
 import numpy as np
 
-from nsa.data.sources.chunked import Block, BlockSource
+from nsa.data.sources.base import Document, Source
 
 LETTERS = 26
 NUM_KEYS = LETTERS**2
-BLOCK_DOCUMENTS = 256
-NUM_BLOCKS = 2**40  # without end for any run, and still a number
+CHUNK_DOCUMENTS = 256
+NUM_CHUNKS = 2**40  # without end for any run, and still a number
 SEED = 20_250_101
 # Where a row ends just before a document's last token, that token comes for nothing in the next row.
 CUT_ALLOWANCE = 0.98
 
 
-class SyntheticDocuments(BlockSource):
+class SyntheticDocuments(Source):
     """Documents of one task, each drawn from its number alone.
 
     Args:
         task: "copy" or "recall".
         length: letters to copy, or pairs to recall (at most 676).
+
+    Raises:
+        ValueError: there is no such task.
     """
 
     in_random_order = True
 
     def __init__(self, task: str, length: int) -> None:
-        super().__init__()
         if task not in ("copy", "recall") or length < 1 or (task == "recall" and length > NUM_KEYS):
             raise ValueError(f"there is no task {task!r} of length {length}; copy has any, recall 1..{NUM_KEYS}")
         self.task, self.length = task, length
+        super().__init__(hashlib.blake2b(f"{task} {length} {SEED}".encode(), digest_size=16).hexdigest())
 
     @property
-    def fingerprint(self) -> str:
-        return hashlib.blake2b(f"{self.task} {self.length} {SEED}".encode(), digest_size=16).hexdigest()
-
-    @property
-    def num_blocks(self) -> int:
-        return NUM_BLOCKS
+    def num_chunks(self) -> int:
+        return NUM_CHUNKS
 
     def __len__(self) -> int:
-        return NUM_BLOCKS * BLOCK_DOCUMENTS
+        return NUM_CHUNKS * CHUNK_DOCUMENTS
 
-    def block_of(self, document: int) -> int:
-        return document // BLOCK_DOCUMENTS
+    def chunk_of(self, number: int) -> int:
+        return number // CHUNK_DOCUMENTS
 
-    def read_block(self, block: int) -> Block:
-        first = block * BLOCK_DOCUMENTS
-        names = [f"{self.task}-{first + index}" for index in range(BLOCK_DOCUMENTS)]
-        draw = np.random.default_rng((SEED, self.length, block))
+    def read(self, chunk: int) -> list[Document]:
+        draw = np.random.default_rng((SEED, self.length, chunk))
         halves = self._copies(draw) if self.task == "copy" else self._pairs(draw)
-        texts = [f">{given}={asked}" for given, asked in zip(*halves, strict=True)]
-        return Block(first, names, texts)
+        return [
+            Document(number, f"{self.task}-{number}", f">{given}={asked}")
+            for number, (given, asked) in enumerate(zip(*halves, strict=True), start=chunk * CHUNK_DOCUMENTS)
+        ]
 
     @property
     def document_nats(self) -> float:
@@ -74,6 +73,7 @@ class SyntheticDocuments(BlockSource):
 
     @property
     def document_bytes(self) -> int:
+        """Bytes of each document, all of them ASCII letters and signs."""
         return 2 + 2 * self.length * (1 if self.task == "copy" else 3)
 
     @property
@@ -83,13 +83,13 @@ class SyntheticDocuments(BlockSource):
         return CUT_ALLOWANCE * self.document_nats / self.document_bytes
 
     def _copies(self, draw: np.random.Generator) -> tuple[list[str], list[str]]:
-        letters = _letters(draw.integers(LETTERS, size=(BLOCK_DOCUMENTS, self.length)))
+        letters = _letters(draw.integers(LETTERS, size=(CHUNK_DOCUMENTS, self.length)))
         texts = [bytes(row).decode() for row in letters]
         return texts, texts
 
     def _pairs(self, draw: np.random.Generator) -> tuple[list[str], list[str]]:
         given, asked = [], []
-        for _ in range(BLOCK_DOCUMENTS):
+        for _ in range(CHUNK_DOCUMENTS):
             keys = draw.permutation(NUM_KEYS)[: self.length]
             values = draw.integers(LETTERS, size=self.length)
             pairs = _letters(np.stack([keys // LETTERS, keys % LETTERS, values], axis=1))

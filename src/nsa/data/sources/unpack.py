@@ -1,6 +1,6 @@
 """Large compressed files, unpacked once into a folder, so that any part of them can be read when it is due.
 
-A compressed stream can only be read from its beginning; the blocks of a large file are read in drawn order. So the file
+A compressed stream can only be read from its beginning; the chunks of a large file are read in drawn order. So the file
 is unpacked to `FOLDER/unpacked/DIGEST`, named by the digest of the compressed contents, and found there the next time.
 """
 
@@ -14,7 +14,7 @@ from filelock import FileLock
 
 from nsa.data.errors import DataError
 from nsa.data.progress import Progress, say
-from nsa.data.sources.contents import CHUNK_BYTES, HEAD_BYTES, compression_of, read_chunks
+from nsa.data.sources.contents import HEAD_BYTES, READ_BYTES, compression_of, read_parts
 from nsa.data.sources.files import check_regular, unreadable
 
 DEFAULT_FOLDER = "~/.cache/nsa"
@@ -62,9 +62,9 @@ def _unpack(path: Path, place: Path) -> None:
     progress, num_bytes = Progress(f"unpacking {path}, bytes", 0), 0
     try:
         with part.open("wb") as file:
-            for chunk in read_chunks(path):
-                file.write(chunk)
-                num_bytes += len(chunk)
+            for content in read_parts(path):
+                file.write(content)
+                num_bytes += len(content)
                 progress.reached(num_bytes)
             file.flush()
             os.fsync(file.fileno())
@@ -77,8 +77,8 @@ def _digest(path: Path) -> str:
     digest = hashlib.blake2b(digest_size=16)
     progress, num_bytes = Progress(f"looking whether {path} is unpacked", path.stat().st_size), 0
     with path.open("rb") as file:
-        while chunk := file.read(CHUNK_BYTES):
-            digest.update(chunk)
-            num_bytes += len(chunk)
+        while content := file.read(READ_BYTES):
+            digest.update(content)
+            num_bytes += len(content)
             progress.reached(num_bytes)
     return digest.hexdigest()

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
 from nsa.data.errors import DataError
-from nsa.data.sources.base import Source
+from nsa.data.sources.base import Document
 from nsa.data.stream.packing import Batch, BatchBuilder, Piece, check_sizes, cut_document, pack_rows
 from nsa.data.stream.shuffle import encode_documents
 from nsa.data.tokenizers import Tokenizer
@@ -24,10 +24,9 @@ class EvalBatches:
     guess among V tokens costs log2(V) bits for each label.
 
     Args:
-        source: where the texts are.
-        documents: indices of the held-out documents.
+        documents: the held-out documents.
         max_tokens: keep about this many tokens (at least one row), whole rows spread evenly over the documents.
-        tokenizer, sequence_length, rows_per_batch: as in `build_train_loader`; the last batch may have fewer rows.
+        tokenizer, sequence_length, rows_per_batch: as in `StreamOptions`; the last batch may have fewer rows.
 
     Raises:
         DataError: there is no document, or nothing to predict in them.
@@ -35,8 +34,7 @@ class EvalBatches:
 
     def __init__(
         self,
-        source: Source,
-        documents: Sequence[int],
+        documents: Sequence[Document],
         *,
         tokenizer: Tokenizer,
         sequence_length: int,
@@ -46,8 +44,12 @@ class EvalBatches:
         check_sizes(sequence_length, rows_per_batch)
         if not documents:
             raise DataError("no document is held out, so there is nothing to evaluate on; set data.heldout")
-        self._tokens = encode_documents([(d, source.text(d)) for d in documents], tokenizer)
-        pieces = [p for d in documents for p in cut_document(d, len(self._tokens[d]), sequence_length)]
+        self._tokens = encode_documents(documents, tokenizer)
+        pieces = [
+            piece
+            for number, tokens in self._tokens.items()
+            for piece in cut_document(number, len(tokens), sequence_length)
+        ]
         rows, rest = pack_rows(pieces, sequence_length)
         rows += [rest] if rest else []
         if not rows:
@@ -58,11 +60,12 @@ class EvalBatches:
         self._rows = rows
         self._sequence_length, self._rows_per_batch, self._pad_id = sequence_length, rows_per_batch, tokenizer.eos_id
         kept = [piece for row in rows for piece in row]
-        self.document_names = tuple(source.name(index) for index in sorted({piece.document for piece in kept}))
+        by_number = {document.number: document for document in documents}
+        self.document_names = tuple(by_number[number].name for number in sorted({piece.document for piece in kept}))
         self.num_labels = sum(piece.stop - piece.start for piece in kept)
-        self.num_bytes = self._count_bytes(source, kept, tokenizer)
+        self.num_bytes = _count_bytes(by_number, kept, tokenizer)
         self._longest = max(kept, key=lambda piece: piece.stop - piece.start)
-        self._longest_name = source.name(self._longest.document)
+        self._longest_name = by_number[self._longest.document].name
 
     def __len__(self) -> int:
         """Batches of one iteration."""
@@ -82,13 +85,14 @@ class EvalBatches:
         document, start, stop = self._longest
         return self._longest_name, self._tokens[document][start:stop].tolist()
 
-    def _count_bytes(self, source: Source, pieces: Sequence[Piece], tokenizer: Tokenizer) -> int:
-        """UTF-8 bytes of the labels; the end-of-text token, last of each document, has none."""
-        total = 0
-        ends: dict[int, np.ndarray] = {}
-        for document, start, stop in pieces:
-            if document not in ends:
-                text_ends = tokenizer.token_ends(source.text(document))
-                ends[document] = np.append(text_ends, text_ends[-1:])
-            total += int(ends[document][stop] - ends[document][start])
-        return total
+
+def _count_bytes(documents: Mapping[int, Document], pieces: Sequence[Piece], tokenizer: Tokenizer) -> int:
+    """UTF-8 bytes of the labels; the end-of-text token, last of each document, has none."""
+    total = 0
+    ends: dict[int, np.ndarray] = {}
+    for number, start, stop in pieces:
+        if number not in ends:
+            text_ends = tokenizer.token_ends(documents[number].text)
+            ends[number] = np.append(text_ends, text_ends[-1:])
+        total += int(ends[number][stop] - ends[number][start])
+    return total

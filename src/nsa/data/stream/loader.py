@@ -1,28 +1,30 @@
 """The training stream and the evaluation batches of one run.
 
-The documents of an epoch come in an order drawn from (seed, epoch). They are taken a window at a time, tokenized, cut
-and packed into rows, and the window's rows are shuffled (`windows.py`), so that a batch mixes many documents even where
-one document fills eighty rows. What does not fill the window's last row opens the next window. The stream of rows does
-not depend on the number of ranks: of each world_size * rows_per_batch rows, rank r takes the r-th rows_per_batch ones.
+The documents of an epoch come in an order drawn from (seed, epoch). They are taken a shuffle window at a time,
+tokenized, cut and packed into rows, and the window's rows are shuffled (`shuffle.py`), so that a batch mixes many
+documents even where one document fills eighty rows. What does not fill the window's last row opens the next window.
+The stream of rows does not depend on the number of ranks: of each world_size * rows_per_batch rows, rank r takes the
+r-th rows_per_batch ones.
 
     >>> sizes = dict(sequence_length=512, rows_per_batch=4)
     >>> loader = build_train_loader(DataConfig(), tokenizer=ByteTokenizer(), seed=0, **sizes)
     >>> next(loader).input_ids.shape
     torch.Size([4, 512])
     >>> state = loader.state_dict()          # a small JSON object, the same on all ranks
+    >>> loader = build_train_loader(DataConfig(), tokenizer=ByteTokenizer(), seed=0, **sizes, start=state)
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple, NotRequired, TypedDict, Unpack
 
 from nsa.data.config import DataConfig
 from nsa.data.corpus import Corpus, open_corpus
 from nsa.data.errors import DataError
 from nsa.data.mix import MixedCorpus, MixPart, Turns
-from nsa.data.sources.chunked import digest_of
+from nsa.data.sources.base import digest_of
 from nsa.data.stream.eval_batches import EvalBatches
 from nsa.data.stream.packing import Batch, BatchBuilder, check_sizes
 from nsa.data.stream.rows import RowStream
@@ -33,45 +35,65 @@ MAX_FILES_IN_STATE = 1000  # of more files, a state does not say which of them h
 MAX_NAMED = 3  # files in an error
 
 
+class StreamOptions(TypedDict):
+    """Which rows a stream has, and which of them are this process's."""
+
+    tokenizer: Tokenizer
+    """of the model"""
+    sequence_length: int
+    """T, input tokens in a row"""
+    rows_per_batch: int
+    """B, rows of this rank in a batch"""
+    seed: int
+    """of the order of documents and rows"""
+    rank: NotRequired[int]
+    """which of the `world_size` disjoint shares; 0 unless given"""
+    world_size: NotRequired[int]
+    """shares in all; 1 unless given"""
+
+
+class StreamStatistics(NamedTuple):
+    """What making the batches so far has taken.
+
+    Attributes:
+        epoch_tokens: input tokens of an epoch, where they are known: when all documents, of one source, fit one window.
+        prepared_tokens: tokens of all windows opened.
+        prepare_s: seconds that making those windows took.
+    """
+
+    epoch_tokens: int | None
+    prepared_tokens: int
+    prepare_s: float
+
+
 def build_train_loader(
     config: DataConfig,
     *,
-    tokenizer: Tokenizer,
-    sequence_length: int,
-    rows_per_batch: int,
-    seed: int,
-    rank: int = 0,
-    world_size: int = 1,
     corpus: Corpus | MixedCorpus | None = None,
     read_ahead: bool = False,
+    start: Mapping[str, Any] | None = None,
+    **options: Unpack[StreamOptions],
 ) -> TrainLoader:
     """The endless training stream of `config`'s documents, without the held-out ones.
 
     Args:
         config: source, held-out documents and shuffle.
-        tokenizer: of the model.
-        sequence_length: T, input tokens in a row.
-        rows_per_batch: B, rows of this rank in a batch.
-        seed: of the order of documents and rows.
-        rank: which of the `world_size` disjoint shares.
-        world_size: shares in all.
         corpus: the corpus of `config`, where it is open already.
         read_ahead: make the next window on another thread while one is given out.
+        start: the `state_dict` of a loader, whose number of ranks may differ, to begin exactly where it was taken.
+        options: what `StreamOptions` lists.
 
     Raises:
+        ValueError: `start` belongs to other documents, another tokenizer, row length, seed or window.
         DataError: the source is missing or malformed, the held-out documents do not fit it, or an epoch has too few
             tokens for one batch of all ranks.
     """
     return TrainLoader(
         (corpus or open_corpus(config)).training_documents(),
-        tokenizer=tokenizer,
-        sequence_length=sequence_length,
-        rows_per_batch=rows_per_batch,
-        seed=seed,
-        rank=rank,
-        world_size=world_size,
         window_tokens=config.shuffle_window_tokens,
         read_ahead=read_ahead,
+        start=start,
+        **options,
     )
 
 
@@ -89,10 +111,8 @@ def build_eval_batches(
         DataError: the source is missing or malformed, or no document is held out.
     """
     corpus = corpus or open_corpus(config)
-    source, documents = corpus.heldout_documents(tokenizer)
     return EvalBatches(
-        source,
-        documents,
+        corpus.heldout_documents(tokenizer),
         tokenizer=tokenizer,
         sequence_length=sequence_length,
         rows_per_batch=rows_per_batch,
@@ -101,7 +121,7 @@ def build_eval_batches(
 
 
 class TrainLoader:
-    """An endless iterator of `Batch`es that can be stopped and continued at any batch.
+    """An endless iterator of `Batch`es; another one can begin where its `state_dict` was taken.
 
     Every label of the documents (each token but a document's first) comes exactly once in an epoch; only the last
     row of an epoch, where it is incomplete, is filled up with the next epoch's tokens. In a mix that holds for each
@@ -111,10 +131,12 @@ class TrainLoader:
         documents: what to train on, or the parts of a mix.
         window_tokens: rows are shuffled among this many tokens, which are in memory at a time.
         read_ahead: make the next window on another thread while one is given out; two are then in memory.
-        tokenizer, sequence_length, rows_per_batch, seed, rank, world_size: as in `build_train_loader`.
+        tokenizer, sequence_length, rows_per_batch, seed, rank, world_size: as in `StreamOptions`.
+        start: as in `build_train_loader`.
 
     Raises:
-        DataError: an epoch has too few tokens for one batch of all ranks.
+        ValueError: `start` is the state of other data.
+        DataError: an epoch has too few tokens for one batch of all ranks, or a document cannot be read.
     """
 
     def __init__(
@@ -129,6 +151,7 @@ class TrainLoader:
         world_size: int = 1,
         window_tokens: int = 2**24,
         read_ahead: bool = False,
+        start: Mapping[str, Any] | None = None,
     ) -> None:
         check_sizes(sequence_length, rows_per_batch)
         if not 0 <= rank < world_size:
@@ -150,6 +173,11 @@ class TrainLoader:
         }
         self._check_window(window_tokens)
         self._turns = Turns([part.weight for part in self._parts])
+        places: Sequence[Mapping[str, Any] | None] = [None] * len(self._parts)
+        if start is not None:
+            self._check_state(start)
+            places = start.get("mix", [start])
+            self._turns.taken = list(start.get("turns", [0]))
         total = sum(part.weight for part in self._parts)
         self._streams = [
             RowStream(
@@ -159,8 +187,9 @@ class TrainLoader:
                 seed=seed,
                 window_tokens=max(1, round(window_tokens * part.weight / total)),
                 first_id=part.first_id,
+                start=place,
             )
-            for part in self._parts
+            for part, place in zip(self._parts, places, strict=True)
         ]
         self._check_enough()
 
@@ -191,7 +220,7 @@ class TrainLoader:
 
     @property
     def num_documents(self) -> int | None:
-        """Documents to train on; None where they are not counted, because they are read by blocks."""
+        """Documents to train on; None where they are not counted, because they are read by chunks."""
         counts = [part.documents.num_documents for part in self._parts]
         return None if None in counts else sum(count for count in counts if count is not None)
 
@@ -200,20 +229,13 @@ class TrainLoader:
         """Digest of documents, tokenizer, row length, seed and window: equal streams have equal ones."""
         return self._fingerprint
 
-    @property
-    def epoch_tokens(self) -> int | None:
-        """Input tokens of an epoch, where they are known: when all documents, of one source, fit one window."""
-        return self._streams[0].epoch_tokens if len(self._streams) == 1 else None
-
-    @property
-    def prepared_tokens(self) -> int:
-        """Tokens of all windows opened so far."""
-        return sum(stream.prepared_tokens for stream in self._streams)
-
-    @property
-    def prepare_s(self) -> float:
-        """Seconds that making those windows took."""
-        return sum(stream.prepare_s for stream in self._streams)
+    def statistics(self) -> StreamStatistics:
+        """What making the batches so far has taken."""
+        return StreamStatistics(
+            self._streams[0].epoch_tokens if len(self._streams) == 1 else None,
+            sum(stream.prepared_tokens for stream in self._streams),
+            sum(stream.prepare_s for stream in self._streams),
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """Where the stream stands after the batches given so far: JSON, equal on all ranks."""
@@ -224,23 +246,13 @@ class TrainLoader:
             place = {"epoch": self.epoch, "mix": places, "turns": list(self._turns.taken)}
         return {**place, "fingerprint": self._fingerprint, "data": self._data}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue exactly where `state_dict` was taken; the number of ranks may differ.
-
-        Raises:
-            ValueError: the state belongs to other documents, another tokenizer, row length, seed or window.
-            DataError: the documents at that place cannot be read.
-        """
-        if state["fingerprint"] != self._fingerprint:
+    def _check_state(self, state: Mapping[str, Any]) -> None:
+        if state.get("fingerprint") != self._fingerprint:
             raise ValueError(
                 f"the loader's state is of other data: {_difference(state.get('data'), self._data)}; documents, "
                 f"held-out documents, tokenizer, sequence length, seed and shuffle window must be the same to resume: "
                 f"put them back as they were, or begin a new run"
             )
-        places = state.get("mix", [state])
-        for stream, place in zip(self._streams, places, strict=True):
-            stream.go_to(place)
-        self._turns.taken = list(state.get("turns", [0]))
 
     def _check_window(self, window_tokens: int) -> None:
         needed = self._rows_per_batch * self._world_size * self._sequence_length
@@ -252,10 +264,13 @@ class TrainLoader:
     def _check_enough(self) -> None:
         needed = self._rows_per_batch * self._world_size if len(self._parts) == 1 else 1
         for part, stream in zip(self._parts, self._streams, strict=True):
-            if stream.is_whole_epoch and len(stream.window.rows) < needed:
+            if stream.epoch_tokens is None:  # it takes several windows, each of more than a batch
+                continue
+            num_rows = stream.epoch_tokens // self._sequence_length
+            if num_rows < needed:
                 of_part = f" of {part.label}" if part.label else ""
                 raise DataError(
-                    f"the {stream.window.num_documents} training documents{of_part} fill {len(stream.window.rows)} "
+                    f"the {stream.window.num_documents} training documents{of_part} fill {num_rows} "
                     f"rows of {self._sequence_length} tokens, but one batch of all ranks takes {needed}; use shorter "
                     f"rows, fewer rows or more text"
                 )

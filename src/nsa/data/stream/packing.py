@@ -11,7 +11,7 @@ own for attention: what lies before it, in the row or in the same text, is not s
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-IGNORED_LABEL = -100
+from nsa.loss import IGNORED_LABEL
 
 
 class Piece(NamedTuple):
@@ -38,10 +38,25 @@ class Batch:
     """int64 [B, T]"""
     labels: Tensor
     """int64 [B, T]: the next token of the same document, -100 where there is none (padding)"""
-    cu_seqlens: Tensor
-    """int32 [P + 1]: bounds of the pieces over the flattened B*T tokens, from 0 to B*T; row ends are bounds too"""
-    document_ids: Tensor
-    """int64 [B, T]: the source's index of the document, -1 for padding; pieces of one document share it"""
+    cu_seqlens: Tensor | None
+    """int32 [P + 1]: bounds of the pieces over the flattened B*T tokens, from 0 to B*T; row ends are bounds too. None:
+    each row is one document, and the model takes `input_ids` as they are"""
+    document_ids: Tensor | None = None
+    """int64 [B, T]: the number of the document in its source, -1 for padding; pieces of one document share it. None in
+    a batch that is only there to be computed with"""
+
+    @property
+    def piece_lengths(self) -> Tensor:
+        """int [P]: tokens of each piece, padding included."""
+        if self.cu_seqlens is None:
+            num_rows, length = self.input_ids.shape
+            return torch.full((num_rows,), length)
+        return self.cu_seqlens.diff()
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        """The batch with each of its tensors changed."""
+        bounds, documents = (x if x is None else change(x) for x in (self.cu_seqlens, self.document_ids))
+        return Batch(change(self.input_ids), change(self.labels), bounds, documents)
 
 
 def cut_document(document: int, num_tokens: int, sequence_length: int) -> list[Piece]:

@@ -17,60 +17,52 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import fields
-from typing import Any
+from typing import Any, NamedTuple, Unpack
 
 import torch
+from torch import Tensor
 
 from nsa.data.config import DataConfig
 from nsa.data.corpus import Corpus, open_corpus
 from nsa.data.errors import DataTimeoutError
+from nsa.data.mix import MixedCorpus
 from nsa.data.progress import EVERY_S, say
 from nsa.data.stream.background import HandsOverErrors, join
-from nsa.data.stream.loader import TrainLoader, build_train_loader
+from nsa.data.stream.loader import StreamOptions, StreamStatistics, TrainLoader, build_train_loader
 from nsa.data.stream.packing import Batch
-from nsa.data.tokenizers import Tokenizer
 
 
 def build_prefetcher(
     config: DataConfig,
     *,
-    tokenizer: Tokenizer,
-    sequence_length: int,
-    rows_per_batch: int,
-    seed: int,
-    rank: int = 0,
-    world_size: int = 1,
-    corpus: Corpus | None = None,
+    corpus: Corpus | MixedCorpus | None = None,
     pin_memory_for: torch.device | None = None,
+    start: Mapping[str, Any] | None = None,
+    **options: Unpack[StreamOptions],
 ) -> Prefetcher:
-    """The stream of `build_train_loader`, made ahead on other threads; the arguments are the same.
+    """The stream of `build_train_loader`, made ahead on other threads.
 
     Args:
+        config: source, held-out documents, shuffle and prefetching.
+        corpus: the corpus of `config`, where it is open already.
         pin_memory_for: CUDA device that the batches are for; they then lie in pinned memory, so that copies to it can
             run beside the computation (`non_blocking=True`).
+        start: as in `build_train_loader`.
+        options: what `StreamOptions` lists.
 
     Raises:
+        ValueError: as `build_train_loader`.
         DataError: as `build_train_loader`, or the first window was not ready in time.
     """
     opened = corpus or open_corpus(config)
 
     def build() -> TrainLoader:
-        return build_train_loader(
-            config,
-            tokenizer=tokenizer,
-            sequence_length=sequence_length,
-            rows_per_batch=rows_per_batch,
-            seed=seed,
-            rank=rank,
-            world_size=world_size,
-            corpus=opened,
-            read_ahead=True,
-        )
+        return build_train_loader(config, corpus=opened, read_ahead=True, start=start, **options)
 
+    is_alone = options.get("world_size", 1) == 1
     return Prefetcher(
         build,
-        source=opened.description if world_size == 1 else f"{opened.description}, rank {rank}",
+        source=opened.description if is_alone else f"{opened.description}, rank {options.get('rank', 0)}",
         num_batches=config.prefetch_batches,
         first_batch_timeout_s=config.first_batch_timeout_s,
         stall_timeout_s=config.stall_timeout_s,
@@ -108,11 +100,21 @@ class Prefetcher:
         pin_memory_for: torch.device | None = None,
         notify: Callable[[str], None] = say,
     ) -> None:
-        self._source, self._num_batches, self._pin_memory_for = source, num_batches, pin_memory_for
+        self._source = source
         self._first_batch_timeout_s, self._stall_timeout_s = first_batch_timeout_s, stall_timeout_s
         self._notify = notify
         self.last_wait_s = 0.0
-        self._start(build)
+        # The thread knows the channel and not this object, so that dropping this object, or the end of the process,
+        # ends the thread.
+        self._channel = _Channel(num_batches)
+        arguments = (build, self._channel, pin_memory_for)
+        self._thread = threading.Thread(target=_produce, args=arguments, name="nsa-data-batches", daemon=True)
+        weakref.finalize(self, _end, self._channel, self._thread)
+        self._thread.start()
+        self._is_first = True
+        first = self._wait("the first window of documents", first_batch_timeout_s)
+        self._loader, self._state, self._statistics = first
+        weakref.finalize(self, self._loader.close)
 
     def __iter__(self) -> Prefetcher:
         return self
@@ -120,17 +122,17 @@ class Prefetcher:
     def __next__(self) -> Batch:
         start_s = time.perf_counter()
         if self._is_first:
-            batch, self._state = self._wait("the first batch", self._first_batch_timeout_s)
+            batch, self._state, self._statistics = self._wait("the first batch", self._first_batch_timeout_s)
         else:
-            batch, self._state = self._wait("a batch", self._stall_timeout_s)
+            batch, self._state, self._statistics = self._wait("a batch", self._stall_timeout_s)
         self._is_first = False
         self.last_wait_s = time.perf_counter() - start_s
         return batch
 
     @property
-    def loader(self) -> TrainLoader:
-        """The loader; another thread is using it, so only what never changes may be read."""
-        return self._loader
+    def fingerprint(self) -> str:
+        """Digest of documents, tokenizer, row length, seed and window: equal streams have equal ones."""
+        return self._state["fingerprint"]
 
     @property
     def epoch(self) -> int:
@@ -146,44 +148,15 @@ class Prefetcher:
         """Where the stream stands after the batches handed out: JSON, equal on all ranks."""
         return self._state
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue exactly where `state_dict` was taken; batches that were ready are dropped.
-
-        Raises:
-            ValueError: the state belongs to other data; see `TrainLoader.load_state_dict`.
-            DataTimeoutError: the thread does not come to an end, or the place takes too long to reach.
-        """
-        self.close()
-        self._thread.join(self._stall_timeout_s)
-        if self._thread.is_alive():
-            raise DataTimeoutError(
-                f"the loader of {self._source} does not stop within {self._stall_timeout_s:g} s; start the process anew"
-            )
-        loader = self._loader
-
-        def build() -> TrainLoader:
-            loader.load_state_dict(state)
-            return loader
-
-        self._start(build)
+    def statistics(self) -> StreamStatistics:
+        """What making the batches handed out has taken."""
+        return self._statistics
 
     def close(self) -> None:
         """End the thread as soon as it has its batch; a batch asked for afterwards is an error."""
         self._channel.close()
 
-    def _start(self, build: Callable[[], TrainLoader]) -> None:
-        # The thread knows the channel and not this object, so that dropping this object, or the end of the process,
-        # ends the thread.
-        self._channel = _Channel(self._num_batches)
-        arguments = (build, self._channel, self._pin_memory_for)
-        self._thread = threading.Thread(target=_produce, args=arguments, name="nsa-data-batches", daemon=True)
-        weakref.finalize(self, _end, self._channel, self._thread)
-        self._thread.start()
-        self._is_first = True
-        self._loader, self._state = self._wait("the first window of documents", self._first_batch_timeout_s)
-        weakref.finalize(self, self._loader.close)
-
-    def _wait(self, what: str, timeout_s: float) -> tuple[Any, dict[str, Any]]:
+    def _wait(self, what: str, timeout_s: float) -> _Made:
         start_s = time.monotonic()
         while True:
             waited_s = time.monotonic() - start_s
@@ -200,16 +173,24 @@ class Prefetcher:
             self._notify(f"waiting for {what} of {self._source}: {time.monotonic() - start_s:.0f} s")
 
 
+class _Made(NamedTuple):
+    """A batch, or at first the loader, with the loader's state and statistics behind it."""
+
+    what: Any
+    state: dict[str, Any]
+    statistics: StreamStatistics
+
+
 class _Channel:
     """A bounded queue between the two threads; what is put behind an error or a close is not read."""
 
     def __init__(self, capacity: int) -> None:
-        self._items: deque[tuple[Any, dict[str, Any]]] = deque()
+        self._items: deque[_Made] = deque()
         self._capacity, self._error, self._closed = capacity, None, False
         self.given_up = False  # the thread hangs; do not wait for it
         self._changed = threading.Condition()
 
-    def put(self, item: tuple[Any, dict[str, Any]]) -> bool:
+    def put(self, item: _Made) -> bool:
         """Wait for room and add; False if nobody will read it."""
         with self._changed:
             self._changed.wait_for(lambda: self._closed or len(self._items) < self._capacity)
@@ -231,7 +212,7 @@ class _Channel:
             self._items.clear()
             self._changed.notify_all()
 
-    def get(self, timeout_s: float) -> tuple[Any, dict[str, Any]] | None:
+    def get(self, timeout_s: float) -> _Made | None:
         """The next item, or None when none has come in time."""
         with self._changed:
             self._changed.wait_for(lambda: self._items or self._error or self._closed, timeout_s)
@@ -257,11 +238,8 @@ def _produce(build: Callable[[], TrainLoader], channel: _Channel, pin_memory_for
         if pin_memory_for is not None:
             torch.cuda.set_device(pin_memory_for)
         loader = build()
-        wanted = channel.put((loader, loader.state_dict()))
+        wanted = channel.put(_Made(loader, loader.state_dict(), loader.statistics()))
         while wanted:
             batch = next(loader)
-            wanted = channel.put((batch if pin_memory_for is None else _pinned(batch), loader.state_dict()))
-
-
-def _pinned(batch: Batch) -> Batch:
-    return Batch(**{field.name: getattr(batch, field.name).pin_memory() for field in fields(Batch)})
+            batch = batch if pin_memory_for is None else batch.map(Tensor.pin_memory)
+            wanted = channel.put(_Made(batch, loader.state_dict(), loader.statistics()))

@@ -9,7 +9,7 @@ import numpy as np
 
 from nsa.data.stream.background import BackgroundFuture, in_background, join
 from nsa.data.stream.packing import Piece
-from nsa.data.stream.shuffle import TrainingDocuments, Window, WindowReader
+from nsa.data.stream.shuffle import ShuffleReader, ShuffleWindow, TrainingDocuments
 from nsa.data.tokenizers import Tokenizer
 
 
@@ -23,6 +23,7 @@ class RowStream:
         seed: of the order of documents and rows.
         window_tokens: rows are shuffled among this many tokens, which are in memory at a time.
         first_id: number of its first document among those of all sources.
+        start: where to begin, as `place` gave it; with the first document of the first epoch unless given.
 
     Attributes:
         window: the documents whose rows are given out.
@@ -39,14 +40,17 @@ class RowStream:
         seed: int,
         window_tokens: int,
         first_id: int = 0,
+        start: Mapping[str, Any] | None = None,
     ) -> None:
         self.documents, self.first_id, self._sequence_length = documents, first_id, sequence_length
-        self._reader = WindowReader(
+        self._reader = ShuffleReader(
             documents, tokenizer, sequence_length=sequence_length, seed=seed, window_tokens=window_tokens
         )
-        self._ahead: BackgroundFuture[Window] | None = None
+        self._ahead: BackgroundFuture[ShuffleWindow] | None = None
         self.prepared_tokens, self.prepare_s = 0, 0.0
-        self._open(self._reader.read(0, 0, [], {}))
+        place = start or {"epoch": 0, "first": 0, "carry": [], "row": 0}
+        carry = [Piece(*piece) for piece in place["carry"]]
+        self._open(self._reader.read(place["epoch"], place["first"], carry, {}), row=place["row"])
 
     def next_row(self) -> tuple[list[Piece], Mapping[int, np.ndarray]]:
         """The next row, and the tokens of the documents that it is of."""
@@ -69,7 +73,7 @@ class RowStream:
     @property
     def is_whole_epoch(self) -> bool:
         """Whether the open window reaches the end of an epoch."""
-        return self.window.next_first == self.documents.num_units
+        return self.window.next_first == self.documents.num_chunks
 
     @property
     def epoch_tokens(self) -> int | None:
@@ -87,29 +91,17 @@ class RowStream:
         carry = [list(piece) for piece in window.carry]
         return {"epoch": window.epoch, "first": window.first, "carry": carry, "row": self._row}
 
-    def go_to(self, place: Mapping[str, Any]) -> None:
-        """Continue where `place` was taken.
-
-        Raises:
-            DataError: the documents there cannot be read.
-        """
-        window = place["epoch"], place["first"], [Piece(*piece) for piece in place["carry"]]
-        self._ahead = None
-        if window != (self.window.epoch, self.window.first, self.window.carry):
-            self._open(self._reader.read(*window, known=self.window.tokens))
-        self._row = int(place["row"])
-
     def _next_window(self) -> None:
         ahead, self._ahead = self._ahead, None
         self._open(ahead.result() if ahead else self._following(self.window)())
 
-    def _open(self, window: Window) -> None:
-        self.window, self._row = window, 0
+    def _open(self, window: ShuffleWindow, row: int = 0) -> None:
+        self.window, self._row = window, row
         self.prepared_tokens += window.num_tokens
         self.prepare_s += window.prepare_s
 
-    def _following(self, window: Window) -> Callable[[], Window]:
+    def _following(self, window: ShuffleWindow) -> Callable[[], ShuffleWindow]:
         """Makes the window behind another one."""
-        at_end = window.next_first == self.documents.num_units
+        at_end = window.next_first == self.documents.num_chunks
         first = 0 if at_end else window.next_first
         return lambda: self._reader.read(window.epoch + at_end, first, window.rest, window.tokens)

@@ -18,18 +18,6 @@ MIN_ONE_BY_ONE = 1 << 21  # multiply-adds of one lane
 MIN_CONTRACTION = 256  # rows summed over, from which a^T b is faster as (b^T a)^T than from a copy of a^T
 
 
-def keep_freed_memory() -> None:
-    """Make glibc serve temporaries of up to 31 MiB from memory that it keeps, instead of mapping fresh pages for each.
-
-    Freeing one large untouched block raises the allocator's thresholds; page faults otherwise cost as much as the
-    arithmetic of a tile. Other allocators are not affected.
-    """
-    torch.empty(31 << 20, dtype=torch.uint8)
-
-
-keep_freed_memory()
-
-
 def one_by_one(x: Tensor, multiply_adds: int) -> bool:
     """Whether products of this size with operands like `x` are faster one lane at a time."""
     return (

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nsa.geometry import BlockGeometry
-from nsa.ops.triton.layout import Layout
+from nsa.ops.triton.layout import Layout, document_pointers
 
 BLOCK_ROWS, BLOCK_COLUMNS = 16, 128
 
@@ -74,7 +74,7 @@ def mean_pool(x: Tensor, geometry: BlockGeometry, layout: Layout | None, num_com
         columns = x.shape[2] * x.shape[3]
         grid = (triton.cdiv(num_compressed, BLOCK_ROWS), triton.cdiv(columns, BLOCK_COLUMNS), x.shape[0])
         mean_pool_kernel[grid](
-            x, out, x if layout is None else layout.cmp_token, x.shape[1], num_compressed, num_compressed, columns,
+            x, out, *document_pointers(layout, x, "cmp_token"), x.shape[1], num_compressed, num_compressed, columns,
             SIZE=geometry.compress_block_size, STRIDE=geometry.compress_stride, PACKED=layout is not None,
             ROWS=BLOCK_ROWS, COLUMNS=BLOCK_COLUMNS,
         )  # fmt: skip
@@ -88,7 +88,7 @@ def mean_pool_backward(dout: Tensor, geometry: BlockGeometry, layout: Layout | N
     if dx.numel():
         columns = dout.shape[2] * dout.shape[3]
         grid = (triton.cdiv(length, BLOCK_ROWS), triton.cdiv(columns, BLOCK_COLUMNS), dout.shape[0])
-        documents = (dout,) * 3 if layout is None else (layout.doc_start, layout.doc_end, layout.cmp_start)
+        documents = document_pointers(layout, dout, "doc_start", "doc_end", "cmp_start")
         mean_pool_backward_kernel[grid](
             dout, dx, *documents, length, dout.shape[1], geometry.num_compressed(length), columns,
             SIZE=geometry.compress_block_size, STRIDE=geometry.compress_stride, PACKED=layout is not None,

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-ELEMENTS = 4096
+from nsa.ops.triton.tiles import Tile
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -38,7 +38,14 @@ def gate_backward_kernel(
 
 
 def gate_backward(
-    dout: Tensor, out: Tensor, gates: Tensor, branch: int, dbranch: Tensor, dgates: Tensor, delta: Tensor
+    dout: Tensor,
+    out: Tensor,
+    gates: Tensor,
+    branch: int,
+    dbranch: Tensor,
+    dgates: Tensor,
+    delta: Tensor,
+    tile: Tile,
 ) -> None:
     """Write what a branch's backward takes, into buffers that the branches share; all contiguous.
 
@@ -48,15 +55,12 @@ def gate_backward(
         branch: 0 compressed, 1 selected, 2 window.
         dbranch: becomes the gradient of `out`, gate * dout.
         dgates: its column `branch` becomes that gate's gradient, sum(out * dout).
-        delta: fp32 `[B, T, H]`, becomes sum(out * dbranch), see `dense_bwd.Rows`.
+        delta: fp32 `[B, T, H]`, becomes sum(out * dbranch), see `Rows`.
     """
-    num_rows, padded = delta.numel(), triton.next_power_of_2(dout.shape[-1])
-    rows = max(1, ELEMENTS // padded)
-    if num_rows:
-        gate_backward_kernel[(triton.cdiv(num_rows, rows),)](
-            dout, out, gates, dbranch, dgates, delta, num_rows,
-            DV=dout.shape[-1], PADDED=padded, ROWS=rows, BRANCH=branch,
-        )  # fmt: skip
+    if num_rows := delta.numel():
+        gate_backward_kernel[(triton.cdiv(num_rows, tile["ROWS"]),)](
+            dout, out, gates, dbranch, dgates, delta, num_rows, DV=dout.shape[-1], BRANCH=branch, **tile
+        )
 
 
 class Gated(NamedTuple):
@@ -66,6 +70,11 @@ class Gated(NamedTuple):
     out_win: Tensor
     gates: Tensor
     out: Tensor
+
+
+def gate_pointers(gated: Gated | None, unused: Tensor) -> Gated:
+    """What a kernel gets for `gated`; without it `unused` in each place, which it does not read then."""
+    return gated or Gated(unused, unused, unused, unused)
 
 
 @triton.jit

@@ -5,6 +5,9 @@ A tensor is "fitting" when its last size is one that the kernels are compiled fo
 
 from __future__ import annotations
 
+from functools import cache
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -16,6 +19,19 @@ VALUE_SIZES = (16, 32, 64, 128, 256)
 KEY_SIZES = (16, 32, 48, 64, 80, 96, 128, 144, 160, 192, 256)
 
 
+def fitting_size(size: int, sizes: tuple[int, ...] = VALUE_SIZES) -> int:
+    """The least of `sizes` that holds `size`.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if size > sizes[-1]:
+        raise ValueError(
+            f"backend 'triton' takes head sizes up to {sizes[-1]}, not {size}; use backend='torch' for this layer"
+        )
+    return next(s for s in sizes if s >= size)
+
+
 def fit(x: Tensor, sizes: tuple[int, ...] = VALUE_SIZES) -> Tensor:
     """`x` as the kernels take it: contiguous, 16-byte aligned, its last size padded to one of `sizes`.
 
@@ -23,11 +39,7 @@ def fit(x: Tensor, sizes: tuple[int, ...] = VALUE_SIZES) -> Tensor:
         ValueError: the last size is beyond the largest of them.
     """
     size = x.shape[-1]
-    if size > sizes[-1]:
-        raise ValueError(
-            f"backend 'triton' takes head sizes up to {sizes[-1]}, not {size}; use backend='torch' for this layer"
-        )
-    fitting = next(s for s in sizes if s >= size)
+    fitting = fitting_size(size, sizes)
     x = (x if fitting == size else F.pad(x, (0, fitting - size))).contiguous()
     return x if x.data_ptr() % 16 == 0 else x.clone()
 
@@ -42,30 +54,45 @@ def dot_precision(x: Tensor) -> str:
     return "ieee" if x.dtype == torch.float32 else "tf32"
 
 
-def has_large_shared_memory(x: Tensor) -> bool:
-    """Whether a program may use Hopper's 227 KiB; the other tile sizes fit 99 KiB, as every Ampere has."""
-    return x.is_cuda and torch.cuda.get_device_properties(x.device).shared_memory_per_block_optin >= 232448
+class Device(NamedTuple):
+    """What the choice of kernels asks of a device.
 
-
-def scratch_of(x: Tensor, most: int) -> int:
-    """`most` bytes of scratch, or a sixtieth of the device's memory where that is less, as on smaller GPUs."""
-    return min(most, torch.cuda.get_device_properties(x.device).total_memory // 60) if x.is_cuda else most
-
-
-def num_multiprocessors(x: Tensor) -> int:
-    """Multiprocessors of the device of `x`."""
-    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
-
-
-def is_hopper(x: Tensor) -> bool:
-    """Whether `x` lies on an H100 or H200 or their kin: wgmma is theirs alone."""
-    return x.is_cuda and torch.cuda.get_device_capability(x.device) == (9, 0)
-
-
-def hopper_serves(q: Tensor, v: Tensor) -> bool:
-    """Whether Hopper's own kernels take these fitting tensors.
-
-    Other head sizes, fp32 and other devices keep the plain kernels; the results differ by rounding only.
+    Attributes:
+        capability: compute capability; (0, 0) is the CPU, where kernels are interpreted.
+        shared_memory: bytes that a program may have.
+        num_multiprocessors: of the device.
+        total_memory: bytes.
     """
-    fits = (q.shape[3], v.shape[3]) in ((64, 64), (128, 128), (192, 128))
-    return is_hopper(q) and q.dtype in (torch.float16, torch.bfloat16) and fits
+
+    capability: tuple[int, int]
+    shared_memory: int
+    num_multiprocessors: int
+    total_memory: int
+
+    @property
+    def is_hopper(self) -> bool:
+        """An H100 or H200 or their kin: wgmma is theirs alone."""
+        return self.capability == (9, 0)
+
+    @property
+    def has_large_shared_memory(self) -> bool:
+        """Whether a program may use Hopper's 227 KiB; the other tiles fit 99 KiB, as every Ampere has."""
+        return self.shared_memory >= 232448
+
+    def scratch_bytes(self, most: int) -> int:
+        """`most` bytes, or a sixtieth of the memory where that is less, as on smaller GPUs."""
+        return min(most, self.total_memory // 60)
+
+
+@cache
+def read_device(device: torch.device) -> Device:
+    """The facts of a CUDA device, read once, or the CPU's."""
+    if device.type != "cuda":
+        return Device((0, 0), 0, 1, 2**40)
+    properties = torch.cuda.get_device_properties(device)
+    return Device(
+        (properties.major, properties.minor),
+        properties.shared_memory_per_block_optin,
+        properties.multi_processor_count,
+        properties.total_memory,
+    )

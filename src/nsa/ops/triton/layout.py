@@ -1,4 +1,4 @@
-"""What all kernels share: which keys a query sees, where packed documents begin, tile sizes, tensors fit for kernels.
+"""What all kernels share: which keys a query sees, and where packed documents begin.
 
 Every query sees an interval of keys in the compressed and window branches, and both ends of it never decrease with the
 query, packed documents included. That is all that the dense kernels know about causality, documents and windows.
@@ -47,6 +47,16 @@ class Layout(NamedTuple):
     block_base: Tensor
     cmp_token: Tensor
     cmp_doc_end: Tensor
+
+
+def num_documents(layout: Layout | None) -> int:
+    """Packed documents; 0 for input that is not packed."""
+    return 0 if layout is None else layout.cu_seqlens.numel() - 1
+
+
+def document_pointers(layout: Layout | None, unused: Tensor, *names: str) -> tuple[Tensor, ...]:
+    """Tensors of a layout by name, for a kernel; without one `unused` in their place, which it does not read then."""
+    return tuple(unused if layout is None else getattr(layout, name) for name in names)
 
 
 def make_layout(cu_seqlens: Tensor | None, geometry: BlockGeometry, total: int, num_compressed: int) -> Layout | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
@@ -14,13 +13,12 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.checkpoint.state_dict_loader import load
 
-from nsa.runs.checkpoints import STATE, TRAINER, Listing, damage, random_file, step_folders, step_of
+from nsa.runs.checkpoints import STATE, Listing, damage, random_file, step_folders, step_of
 from nsa.runs.errors import CheckpointError
 from nsa.runs.files import put_aside
-from nsa.runs.folder import read_json
 from nsa.train.checkpoint.read import METADATA, UNREADABLE, PlainPlanner, PlainReader
 from nsa.train.checkpoint.rng import seed_rank, set_random_state
-from nsa.train.checkpoint.save import MODEL, OPTIMIZER, expect_no_group, failure, training_state
+from nsa.train.checkpoint.save import MODEL, OPTIMIZER, failure, silent_about_no_group, training_state
 from nsa.train.parallel import Parallel
 
 DAMAGED = "damaged_"  # a prefix that takes a folder out of the scan
@@ -55,7 +53,7 @@ def choose_checkpoint(checkpoints: Path) -> tuple[Path | None, list[str]]:
 
 def load_checkpoint(
     checkpoint: Path, *, model: torch.nn.Module, optimizer: torch.optim.Optimizer, parallel: Parallel
-) -> dict[str, Any]:
+) -> None:
     """Put weights and optimizer state back, on all ranks, whose number may differ from that of the writers.
 
     Args:
@@ -64,29 +62,22 @@ def load_checkpoint(
         optimizer: of the model.
         parallel: this process among those of the run.
 
-    Returns:
-        The plain values that were stored with it (`Checkpointer.save`, `trainer`), and `step`.
-
     Raises:
         CheckpointError: it cannot be read, or belongs to another model.
     """
-    expect_no_group()
     model_state, optimizer_state = training_state(model, optimizer)
     state = {MODEL: model_state, OPTIMIZER: optimizer_state}
     reader, planner = PlainReader(checkpoint / STATE), PlainPlanner()
     try:
         reader.read_metadata()  # DCP would report its errors at length, and look for other files
-        load(state, storage_reader=reader, planner=planner, no_dist=parallel.world_size == 1)
+        with silent_about_no_group():
+            load(state, storage_reader=reader, planner=planner, no_dist=parallel.world_size == 1)
     except (CheckpointException, OSError, RuntimeError, ValueError) as error:
         cause = failure(error, parallel.rank)
         raise CheckpointError(f"the checkpoint {checkpoint} cannot be read into this model: {cause}") from error
     # A shared weight is stored once; everything else was demanded by `load` already.
     set_model_state_dict(model, state[MODEL], options=StateDictOptions(strict=False))
     set_optimizer_state_dict(model, optimizer, optim_state_dict=state[OPTIMIZER])
-    stored = read_json(checkpoint / TRAINER) or {}
-    if stored.get("step") != step_of(checkpoint):
-        raise CheckpointError(f"{checkpoint / TRAINER} is not of step {step_of(checkpoint)}; restore it from a copy")
-    return stored
 
 
 def restore_random_state(checkpoint: Path, *, seed: int, parallel: Parallel) -> str | None:
@@ -114,4 +105,4 @@ def restore_random_state(checkpoint: Path, *, seed: int, parallel: Parallel) -> 
 def _set_aside(folder: Path, problem: str) -> str:
     """Rename a damaged folder and say so."""
     target = put_aside(folder, DAMAGED)
-    return f"damaged checkpoint passed over: {problem}; the folder is now {target.name}"
+    return f"damaged checkpoint skipped: {problem}; the folder is now {target.name}"

@@ -13,10 +13,11 @@ from __future__ import annotations
 import copy
 import shutil
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
@@ -55,6 +56,7 @@ from nsa.runs.folder import sync, write_json, write_text
 from nsa.train.checkpoint.read import PlainPlanner, PlainReader
 from nsa.train.checkpoint.rng import random_state
 from nsa.train.parallel import Parallel
+from nsa.units import GIB
 
 WRITE_TIMEOUT = timedelta(hours=1)  # ranks wait for the slowest writer; a lost rank is noticed at once
 MODEL, OPTIMIZER = "model", "optimizer"  # the two parts of the tensors' state
@@ -80,9 +82,10 @@ class Checkpointer:
         keep: newest checkpoints that stay.
         keep_every_steps: checkpoints of multiples of this step stay too; 0 for none.
         tables: files that only grow; what is in them at `save` is copied into the checkpoint.
+        saved_step: step of the checkpoint that the run resumes from; 0 for none.
 
     Attributes:
-        saved_step: step of the newest checkpoint, written or in flight; None before the first.
+        saved_step: step of the newest checkpoint, written or in flight; 0 before the first.
     """
 
     def __init__(
@@ -96,12 +99,13 @@ class Checkpointer:
         keep: int,
         keep_every_steps: int = 0,
         tables: Sequence[Path] = (),
+        saved_step: int = 0,
     ) -> None:
-        expect_no_group()
         self.checkpoints, self.model, self.parallel, self.tokenizer = checkpoints, model, parallel, tokenizer
         self.config_yaml, self.keep, self.keep_every_steps = config_yaml, keep, keep_every_steps
-        self.tables = tables
-        self.saved_step: int | None = None
+        self.tables, self.saved_step = tables, saved_step
+        # Warnings are settings of the process, and DCP's come from its threads: they are silent until the end.
+        self._silent = ExitStack()
         # From a GPU into pinned memory, which is kept for the next checkpoint.
         self._stager = BlockingAsyncStager(cache_staged_state_dict=parallel.device.type == "cuda")
         self._group = _group(parallel)
@@ -125,11 +129,12 @@ class Checkpointer:
         """
         self.wait()
         final = step_folder(self.checkpoints, step)
+        position = {"step": step, **copy.deepcopy(trainer)}
         writer = _Writer(
             temporary_folder(final),
             rank=self.parallel.rank,
             random=random_state(self.parallel.device),
-            publish=_Publication(self, final, step, copy.deepcopy(trainer), self._table_sizes()),
+            publish=partial(self._publish, final, position, self._table_sizes()),
         )
         model_state, optimizer_state = training_state(self.model, optimizer)
         started = async_save(
@@ -143,6 +148,41 @@ class Checkpointer:
 
     def _table_sizes(self) -> dict[Path, int]:
         return {path: path.stat().st_size for path in self.tables if path.is_file()} if self.parallel.is_main else {}
+
+    def _publish(
+        self,
+        final: Path,
+        position: dict[str, Any],
+        table_sizes: dict[Path, int],
+        metadata: Metadata,
+        sums: dict[str, FileSum],
+    ) -> None:
+        """On rank 0, once all parts of a checkpoint are there: add the other files, and commit.
+
+        Args:
+            final: name of the checkpoint's folder.
+            position: of the trainer, with its step.
+            table_sizes: bytes of each table that belong to the checkpoint.
+            metadata: where each tensor lies.
+            sums: of the files that the ranks have written.
+        """
+        temporary = temporary_folder(final)
+        write_json(temporary / TRAINER, position)
+        write_text(temporary / RUN_CONFIG, self.config_yaml)
+        self._skeleton.save_pretrained(str(temporary), state_dict=_read_weights(temporary / STATE, metadata))
+        self.tokenizer.save(temporary)
+        for path, size in table_sizes.items():
+            _copy_beginning(path, temporary / TABLES / path.name, size)
+        mode = (temporary / TRAINER).stat().st_mode  # as the umask has it; safetensors makes its file private
+        for path in temporary.rglob("*"):
+            name = str(path.relative_to(temporary))
+            if path.is_file() and path.stat().st_mode != mode:
+                path.chmod(mode)
+            if path.is_file() and name not in sums:
+                sync(path)
+                sums[name] = FileSum.of(path)
+        commit(temporary, final, sums, about={"step": position["step"], "world_size": self.parallel.world_size})
+        prune(self.checkpoints, keep=self.keep, keep_every_steps=self.keep_every_steps)
 
     @property
     def failed(self) -> bool:
@@ -158,17 +198,17 @@ class Checkpointer:
         if self._in_flight is None:
             return
         in_flight, self._in_flight = self._in_flight, None
-        assert self.saved_step is not None
         try:
             in_flight.result()
         except (CheckpointException, OSError, RuntimeError) as error:
-            final, self.saved_step = step_folder(self.checkpoints, self.saved_step), None
+            final = step_folder(self.checkpoints, self.saved_step)
             message = f"{failure(error, self.parallel.rank)}; {_remedy(final)}"
             if self.parallel.is_main:
                 shutil.rmtree(temporary_folder(final), ignore_errors=True)
             raise CheckpointError(f"the checkpoint {final} could not be written: {message}") from error
 
     def __enter__(self) -> Checkpointer:
+        self._silent.enter_context(silent_about_no_group())
         return self
 
     def __exit__(
@@ -182,6 +222,7 @@ class Checkpointer:
             error.add_note(str(failure))
         finally:
             self._stager.close()
+            self._silent.close()
 
 
 def training_state(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -201,7 +242,14 @@ def training_state(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> 
 class _Writer(FileSystemWriter):
     """DCP's writer of files, with each rank's random generators and checksums, and the commit at the end."""
 
-    def __init__(self, temporary: Path, *, rank: int, random: dict[str, Any], publish: _Publication) -> None:
+    def __init__(
+        self,
+        temporary: Path,
+        *,
+        rank: int,
+        random: dict[str, Any],
+        publish: Callable[[Metadata, dict[str, FileSum]], None],
+    ) -> None:
         # Nothing is copied from a GPU any more: 0 keeps the thread away from CUDA, where it would take device 0.
         super().__init__(temporary / STATE, per_thread_copy_ahead=0)
         self.temporary, self.random_file, self.random, self.publish = temporary, random_file(rank), random, publish
@@ -225,37 +273,7 @@ class _Writer(FileSystemWriter):
         """On rank 0, when all ranks have written: the rest of the files, and the commit."""
         super().finish(metadata, [written for *written, _ in results])
         sums = {name: sums[name] for *_, sums in results for name in sums}
-        self.publish(metadata, self.temporary, sums)
-
-
-@dataclass(frozen=True)
-class _Publication:
-    """What rank 0 does once all parts of a checkpoint are there."""
-
-    checkpointer: Checkpointer
-    final: Path
-    step: int
-    trainer: dict[str, Any]
-    table_sizes: dict[Path, int]
-
-    def __call__(self, metadata: Metadata, temporary: Path, sums: dict[str, FileSum]) -> None:
-        owner = self.checkpointer
-        write_json(temporary / TRAINER, {"step": self.step, **self.trainer})
-        write_text(temporary / RUN_CONFIG, owner.config_yaml)
-        owner._skeleton.save_pretrained(str(temporary), state_dict=_read_weights(temporary / STATE, metadata))
-        owner.tokenizer.save(temporary)
-        for path, size in self.table_sizes.items():
-            _copy_beginning(path, temporary / TABLES / path.name, size)
-        mode = (temporary / TRAINER).stat().st_mode  # as the umask has it; safetensors makes its file private
-        for path in temporary.rglob("*"):
-            name = str(path.relative_to(temporary))
-            if path.is_file() and path.stat().st_mode != mode:
-                path.chmod(mode)
-            if path.is_file() and name not in sums:
-                sync(path)
-                sums[name] = FileSum.of(path)
-        commit(temporary, self.final, sums, about={"step": self.step, "world_size": owner.parallel.world_size})
-        prune(owner.checkpoints, keep=owner.keep, keep_every_steps=owner.keep_every_steps)
+        self.publish(metadata, sums)
 
 
 def _group(parallel: Parallel) -> dist.ProcessGroup | None:
@@ -267,9 +285,12 @@ def _group(parallel: Parallel) -> dist.ProcessGroup | None:
     return group
 
 
-def expect_no_group() -> None:
-    """Let DCP be silent about a process without a group, which it says at every checkpoint."""
-    warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+@contextmanager
+def silent_about_no_group() -> Iterator[None]:
+    """Inside, DCP is silent about a process without a group, of which it warns at every checkpoint."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+        yield
 
 
 def _copy_beginning(source: Path, target: Path, size: int) -> None:
@@ -304,6 +325,6 @@ def failure(error: BaseException, rank: int) -> str:
 def _remedy(final: Path) -> str:
     usage = shutil.disk_usage(final.parent if final.parent.is_dir() else final.parents[1])
     return (
-        f"{usage.free / 2**30:.2f} of {usage.total / 2**30:.2f} GiB are free there. Older checkpoints are whole; make "
+        f"{usage.free / GIB:.2f} of {usage.total / GIB:.2f} GiB are free there. Older checkpoints are whole; make "
         f"room or lower train.keep_checkpoints, then continue with: nsa resume {final.parents[1]}"
     )

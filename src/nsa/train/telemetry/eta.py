@@ -12,7 +12,7 @@ from collections import deque
 from dataclasses import dataclass
 from statistics import fmean
 
-from nsa.terminal import duration
+from nsa.units import duration
 
 RECENT_STEPS = 50  # whose mean is what a step takes now
 TOLERANCE = 0.1  # share of the minutes by which a run may be late without a word

@@ -18,13 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nsa.eval.perplexity import TokenBatch
+from nsa.data.stream.packing import Batch
 from nsa.geometry import BlockGeometry
 from nsa.inspect.gates import record_gates
 from nsa.inspect.selection import nsa_layers, record_selection, selection_statistics
 from nsa.inspect.statistics import GateStatistics, SelectionStatistics, pool_gates, pool_selection
 from nsa.loss import IGNORED_LABEL
-from nsa.runs.tables import HEALTH_COLUMNS
+from nsa.runs.tables import GATE_NUMBERS, SELECTION_NUMBERS
 
 
 @dataclass(frozen=True)
@@ -58,9 +58,9 @@ class ModelHealth:
     def rows(self) -> Iterator[dict[str, float | int]]:
         """A row of `health.csv` for each layer."""
         for layer, gate in self.gates.items():
-            gates = {f"gate_{name}": value for name, value in gate.as_dict().items()}
-            values = {"step": self.step, "layer": layer, **gates, **self.selections[layer].as_dict()}
-            yield {name: values[name] for name in HEALTH_COLUMNS}
+            gates = {f"gate_{name}": getattr(gate, name) for name in GATE_NUMBERS}
+            selection = {name: getattr(self.selections[layer], name) for name in SELECTION_NUMBERS}
+            yield {"step": self.step, "layer": layer, **gates, **selection}
 
     def beat_values(self) -> dict[str, Any]:
         """What a heartbeat tells of it."""
@@ -90,7 +90,7 @@ class HealthProbe:
     def __init__(
         self,
         loss: nn.Module,
-        batch: TokenBatch,
+        batch: Batch,
         geometry: BlockGeometry,
         device: torch.device,
         layers: Sequence[int] | None = None,
@@ -131,7 +131,7 @@ class HealthProbe:
         )
 
 
-def _first_row(batch: TokenBatch) -> tuple[Tensor, Tensor, Tensor]:
+def _first_row(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
     """Ids and labels `[1, T]` of the first row without padding at its end, and its documents' bounds."""
     ids, labels = batch.input_ids[:1], batch.labels[:1]
     length = int((labels[0] != IGNORED_LABEL).nonzero().max()) + 1

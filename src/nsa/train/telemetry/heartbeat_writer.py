@@ -26,13 +26,14 @@ import psutil
 import torch
 
 from nsa.runs.files import append, open_to_append
-from nsa.runs.heartbeat import GIB, SCHEMA, Beat
+from nsa.runs.heartbeat import SCHEMA, Beat
 from nsa.runs.host import this_machine
 from nsa.train.telemetry.progress import percentiles_ms
+from nsa.units import GIB
 
 NUM_WAITS = 256  # newest waits for data whose percentiles a beat holds
-
 REPORTED = frozenset(f.name for f in fields(Beat)) - {"unix_time_s", "progress_age_s", "counters"}
+"""The fields of a beat that others tell it; it knows the rest itself."""
 
 
 class Heartbeat:

@@ -1,7 +1,7 @@
 """Standard output and standard error of a run, which outlive whoever reads them.
 
     with lasting_output():
-        print("step 1")     # the reader may be gone, the terminal closed, the log's disk full: the run goes on
+        print("step 1")     # the reader may be gone, the terminal closed, the log's disk full: the run continues
 
 What cannot be written is dropped, and said once on the other stream. What the stream cannot encode is written as
 escapes.
@@ -65,7 +65,7 @@ class LastingOutput:
         if not self._told and self._other is not None:
             self._told = True
             lasting = LastingOutput(self._other, "", None)
-            lasting.write(f"{self._name} cannot be written: {error.strerror or error}; the run goes on\n")
+            lasting.write(f"{self._name} cannot be written: {error.strerror or error}; the run continues\n")
             lasting.flush()
 
     def _drop(self) -> None:

@@ -104,4 +104,4 @@ class StepWindows:
         try:
             yield
         except OSError as error:
-            print(f"{self.folder} cannot be written: {error}; the run goes on without it", file=sys.stderr)
+            print(f"{self.folder} cannot be written: {error}; the run continues without it", file=sys.stderr)

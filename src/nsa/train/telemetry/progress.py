@@ -21,7 +21,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from nsa.terminal import duration
+from nsa.runs.tables import StepRecord
+from nsa.units import duration
 
 
 class Progress:
@@ -67,30 +68,21 @@ class Progress:
         self._bar.stop()
 
 
-def log_line(
-    *,
-    step: int,
-    num_steps: int,
-    loss: float,
-    lr: float,
-    tokens_per_s: float,
-    mfu: float | None,
-    fetch_s: Sequence[float],
-    left_s: float,
-) -> str:
+def log_line(record: StepRecord, *, num_steps: int, waits_s: Sequence[float], left_s: float) -> str:
     """The line of one log step: step, loss, learning rate, tokens/s, MFU, the waits for data since the last one, ETA.
 
     Args:
-        loss: nats per token.
-        mfu: model FLOP utilisation in 0..1, or None where it is not known.
-        fetch_s: seconds of each wait for a batch since the last line; at least one.
+        record: the step.
+        num_steps: optimizer steps of the whole run.
+        waits_s: seconds of each wait for a batch since the last line; at least one.
         left_s: seconds to the last step.
     """
-    p50, p95 = percentiles_ms(fetch_s)
-    utilisation = "n/a" if mfu is None else f"{mfu:.1%}"
+    p50, p95 = percentiles_ms(waits_s)
+    mfu = "n/a" if record.mfu is None else f"{record.mfu:.1%}"
     return (
-        f"step {step:>{len(str(num_steps))}}/{num_steps}  loss {loss:.4f}  lr {lr:.2e}  {tokens_per_s:>9,.0f} tokens/s"
-        f"  mfu {utilisation}  fetch p50 {p50:.2f} ms p95 {p95:.2f} ms  eta {duration(left_s)}"
+        f"step {record.step:>{len(str(num_steps))}}/{num_steps}  loss {record.loss:.4f}  lr {record.lr:.2e}  "
+        f"{record.tokens_per_s:>9,.0f} tokens/s  mfu {mfu}  fetch p50 {p50:.2f} ms p95 {p95:.2f} ms  "
+        f"eta {duration(left_s)}"
     )
 
 

@@ -7,6 +7,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
@@ -24,8 +25,8 @@ class Recorder:
         folder: the run's folder.
         num_steps: optimizer steps of the whole run.
         log_every_steps: optimizer steps between lines on the terminal.
-        resume_step: continue the tables after this step, the checkpoint's: what came later is taken out of them. A new
-            run unless given.
+        start_step: continue the tables after this step, the checkpoint's: what came later is taken out of them; 0
+            begins them anew.
         deadline: when the run is to end; none unless given.
     """
 
@@ -35,15 +36,16 @@ class Recorder:
         *,
         num_steps: int,
         log_every_steps: int,
-        resume_step: int | None = None,
+        start_step: int = 0,
         deadline: Deadline | None = None,
     ) -> None:
         self.num_steps, self.log_every_steps = num_steps, log_every_steps
         self._eta = Eta(num_steps, deadline)
         self._waits_s: list[float] = []
-        purge_step = None if resume_step is None else resume_step + 1
+        resume_step = start_step or None
+        purge_step = start_step + 1 if start_step else 0
         with ExitStack() as stack:
-            self.progress = stack.enter_context(Progress(num_steps, done=resume_step or 0))
+            self.progress = stack.enter_context(Progress(num_steps, done=start_step))
             self._training = stack.enter_context(
                 CsvWriter(folder.training_csv, TRAINING_COLUMNS, resume_step=resume_step)
             )
@@ -54,18 +56,16 @@ class Recorder:
             self._board = stack.enter_context(Board(folder.tensorboard, purge_step=purge_step, note=self.note))
             self._stack = stack.pop_all()
 
-    def step(self, record: StepRecord, waits_s: list[float]) -> None:
-        """Record an optimizer step; `waits_s` are the single waits for data in it."""
-        values = asdict(record)
+    def step(self, record: StepRecord) -> None:
+        """Record an optimizer step."""
+        values = {name: getattr(record, name) for name in TRAINING_COLUMNS}
         self._training.write(**values)
         self._to_board("train", values, record.step)
-        self._waits_s += waits_s
+        self._waits_s += record.waits_s
         self._eta.step(record.step, record.step_s)
         self.progress.advance(loss=record.loss, tokens_per_s=record.tokens_per_s)
         if record.step % self.log_every_steps == 0 or record.step in (1, self.num_steps):
-            shown = {name: values[name] for name in ("step", "loss", "lr", "tokens_per_s", "mfu")}
-            line = log_line(**shown, num_steps=self.num_steps, fetch_s=self._waits_s, left_s=self._eta.left_s)
-            self.note(line)
+            self.note(log_line(record, num_steps=self.num_steps, waits_s=self._waits_s, left_s=self._eta.left_s))
             if late := self._eta.late():
                 self.note(late)
             self._waits_s = []
@@ -88,10 +88,8 @@ class Recorder:
             for name, value in row.items():
                 if name != "step":
                     self._board.add_scalar(f"health_{name}/layer_{layer}", value, health.step)
-        gate, selection = health.gate, health.selection
-        self._to_board("gate", gate.as_dict(), health.step)
-        scalars = {name: value for name, value in selection.as_dict().items() if name != "distance_histogram"}
-        self._to_board("selection", scalars, health.step)
+        self._to_board("gate", health.gate.as_dict(), health.step)
+        self._to_board("selection", health.selection.as_dict(), health.step)
 
     def note(self, text: str) -> None:
         """Print a line."""
@@ -105,9 +103,10 @@ class Recorder:
     ) -> None:
         self._stack.close()
 
-    def _to_board(self, group: str, values: dict[str, float | None], step: int) -> None:
+    def _to_board(self, group: str, values: dict[str, Any], step: int) -> None:
+        """Add the numbers among some values to TensorBoard."""
         for name, value in values.items():
-            if value is not None and name != "step":
+            if isinstance(value, int | float) and name != "step":
                 self._board.add_scalar(f"{group}/{name}", value, step)
 
 
@@ -120,7 +119,7 @@ class Board:
         note: takes the line about a board that has ended.
     """
 
-    def __init__(self, folder: Path, *, purge_step: int | None, note: Callable[[str], None]) -> None:
+    def __init__(self, folder: Path, *, purge_step: int, note: Callable[[str], None]) -> None:
         self._folder, self._note = folder, note
         self._writer: SummaryWriter | None = None
         with self._ends():
@@ -148,13 +147,13 @@ class Board:
             yield
         except OSError as error:
             self._writer = None
-            self._note(f"{self._folder} cannot be written: {error}; the run goes on without it")
+            self._note(f"{self._folder} cannot be written: {error}; the run continues without it")
 
 
 class SilentRecorder:
     """The `Recorder` of a rank that writes and prints nothing."""
 
-    def step(self, record: StepRecord, waits_s: list[float]) -> None:
+    def step(self, record: StepRecord) -> None:
         """Nothing."""
 
     def evaluation(self, record: EvalRecord) -> None:

@@ -22,12 +22,16 @@ from nsa.runs.files import open_to_append
 
 @contextmanager
 def stacks_on_signal(path: Path) -> Iterator[None]:
-    """Append the stacks of all threads to `path` at every SIGUSR1 inside the block."""
+    """Append the stacks of all threads to `path` at every SIGUSR1 inside the block.
+
+    Behind it the signal does what it did before; but where that would end the process it is ignored from then on, as a
+    request may come late.
+    """
+    before = signal.getsignal(signal.SIGUSR1)
     with os.fdopen(open_to_append(path), "ab") as file:
         faulthandler.register(signal.SIGUSR1, file=file, all_threads=True)
         try:
             yield
         finally:
-            # Ignored from here on: a late request must not end the process, as the signal does by default.
             faulthandler.unregister(signal.SIGUSR1)
-            signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+            signal.signal(signal.SIGUSR1, signal.SIG_IGN if before in (signal.SIG_DFL, None) else before)

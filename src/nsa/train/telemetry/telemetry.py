@@ -2,8 +2,8 @@
 
     with Telemetry(folder, config, parallel) as telemetry:
         with telemetry.training_step(1):
-            record, waits_s = trainer.train_step()
-        telemetry.step(record, waits_s, num_skipped=trainer.guard.num_skipped)
+            record = trainer.train_step()
+        telemetry.step(record, num_skipped=trainer.guard.num_skipped)
 
 Every rank beats, dumps its stacks on SIGUSR1 and records its profiler windows; rank 0 also writes the tables,
 TensorBoard and the terminal.
@@ -12,7 +12,7 @@ TensorBoard and the terminal.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from types import TracebackType
 
@@ -20,18 +20,18 @@ from nsa.config.run import RunConfig
 from nsa.runs.curves import draw_curves
 from nsa.runs.folder import RunFolder
 from nsa.runs.heartbeat import Phase, heartbeat_path, stacks_path
-from nsa.runs.tables import EvalRecord, StepRecord
+from nsa.runs.tables import TRAINING_COLUMNS, EvalRecord, StepRecord
+from nsa.train.model import training_route
 from nsa.train.parallel import Parallel
-from nsa.train.routes import routes
 from nsa.train.telemetry.eta import Deadline
 from nsa.train.telemetry.health_probe import ModelHealth
-from nsa.train.telemetry.heartbeat_writer import Heartbeat
+from nsa.train.telemetry.heartbeat_writer import REPORTED, Heartbeat
 from nsa.train.telemetry.profiler import StepWindows
 from nsa.train.telemetry.recorder import Recorder, SilentRecorder
 from nsa.train.telemetry.stacks import stacks_on_signal
 
 REDRAW_AFTER_S = 120.0  # since the curves were drawn last, as that takes a second or two
-IN_BEATS = ("step", "loss", "grad_norm", "lr", "tokens_per_s", "mfu", "step_s")
+IN_BEATS = tuple(name for name in TRAINING_COLUMNS if name in REPORTED)  # what a beat tells of a step
 
 
 class Telemetry:
@@ -41,7 +41,7 @@ class Telemetry:
         folder: the run's folder.
         config: of the run.
         parallel: this process among those of the run.
-        resume_step: step of the checkpoint that the run goes on from; None for a new run.
+        start_step: step of the checkpoint that the run resumes from; 0 for none.
         deadline: when the run is to end; none unless given.
     """
 
@@ -51,17 +51,17 @@ class Telemetry:
         config: RunConfig,
         parallel: Parallel,
         *,
-        resume_step: int | None = None,
+        start_step: int = 0,
         deadline: Deadline | None = None,
     ) -> None:
-        self.folder, self.config, self.parallel, self.resume_step = folder, config, parallel, resume_step
-        self.deadline = deadline
+        self.folder, self.config, self.parallel = folder, config, parallel
+        self.start_step, self.deadline = start_step, deadline
         self.heartbeat = Heartbeat(
             heartbeat_path(folder.path, parallel.rank),
             rank=parallel.rank,
             world_size=parallel.world_size,
             num_steps=config.train.steps,
-            start_step=max(resume_step or 0, 0),  # a run that begins again resumes before its first row
+            start_step=start_step,
             every_s=config.observe.heartbeat_s,
             device=parallel.device,
         )
@@ -72,10 +72,9 @@ class Telemetry:
             profile_steps=config.observe.profile_steps,
             memory_snapshot_steps=config.observe.memory_snapshot_steps,
         )
-
         self._drawn_s = time.monotonic()
-        found = routes(config.model, parallel.device, config.train.precision)
-        self.heartbeat.count("fallbacks", sum(route.is_fallback for route in found))
+        route = training_route(config, parallel.device)
+        self.heartbeat.count("fallbacks", int(route is not None and route.is_fallback))
 
     def __enter__(self) -> Telemetry:
         with ExitStack() as stack:
@@ -101,11 +100,11 @@ class Telemetry:
         with self.windows.at(step):
             yield
 
-    def step(self, record: StepRecord, waits_s: Sequence[float], *, num_skipped: int) -> None:
+    def step(self, record: StepRecord, *, num_skipped: int) -> None:
         """An optimizer step is done; `num_skipped` steps of the run were skipped by a guard so far."""
-        self.heartbeat.update(waits_s=waits_s, **{name: getattr(record, name) for name in IN_BEATS})
+        self.heartbeat.update(waits_s=record.waits_s, **{name: getattr(record, name) for name in IN_BEATS})
         self.heartbeat.count("skipped_steps", num_skipped)
-        self.recorder.step(record, list(waits_s))
+        self.recorder.step(record)
 
     def evaluation(self, record: EvalRecord) -> None:
         """An evaluation is done; now and then the curves are drawn up to here."""
@@ -125,11 +124,11 @@ class Telemetry:
 
     @contextmanager
     def dispensable(self, what: object) -> Iterator[None]:
-        """Around the writing of something that the run does not need: a full disk is told, and the run goes on."""
+        """Around writing what the run can do without: a full disk is reported, and the run continues."""
         try:
             yield
         except OSError as error:
-            self.note(f"{what} cannot be written: {error}; the run goes on without it")
+            self.note(f"{what} cannot be written: {error}; the run continues without it")
 
     def finish(self) -> None:
         """The loop is over; what it reported last is in the file when this returns."""
@@ -142,7 +141,7 @@ class Telemetry:
             with self.dispensable(self.folder.curves_png):
                 draw_curves(self.folder, self.folder.curves_png)
         except ValueError as error:
-            self.note(f"{self.folder.curves_png} cannot be drawn: {error}; the run goes on without it")
+            self.note(f"{self.folder.curves_png} cannot be drawn: {error}; the run continues without it")
         self._drawn_s = time.monotonic()
 
     def _recorder(self) -> Recorder | SilentRecorder:
@@ -150,4 +149,4 @@ class Telemetry:
             return SilentRecorder()
         train = self.config.train
         options = {"num_steps": train.steps, "log_every_steps": train.log_every_steps}
-        return Recorder(self.folder, **options, resume_step=self.resume_step, deadline=self.deadline)
+        return Recorder(self.folder, **options, start_step=self.start_step, deadline=self.deadline)

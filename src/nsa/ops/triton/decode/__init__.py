@@ -24,7 +24,7 @@ from nsa.ops.cache_view import PagedView
 from nsa.ops.triton.decode.attend import decode_choice_window_kernel, decode_merge_kernel, decode_selected_kernel
 from nsa.ops.triton.decode.choice import decode_importance_kernel
 from nsa.ops.triton.decode.compressed import decode_compressed_kernel
-from nsa.ops.triton.gpu import LOG2E, VALUE_SIZES, dot_precision, num_multiprocessors
+from nsa.ops.triton.gpu import LOG2E, VALUE_SIZES, dot_precision, read_device
 
 
 class Plan(NamedTuple):
@@ -75,10 +75,11 @@ def plan_decode(q: Tensor, num_kv_heads: int, value_head_dim: int, num_pages: in
     tile = max(1, max(16, keys if many else keys // 2) // triton.next_power_of_2(geometry.strides_per_select))
     tile = max(tile, triton.next_power_of_2(num_spans(geometry) - 1))
     programs = batch * num_kv_heads * triton.cdiv(num_rows, rows)
-    splits = max(2, min(64, round(3 * num_multiprocessors(q) / programs)))
+    device = read_device(q.device)
+    splits = max(2, min(64, round(3 * device.num_multiprocessors / programs)))
     block = triton.next_power_of_2(geometry.select_block_size)
     items = (512, 256) if units >= 128 else (256, 128) if units >= 64 else (64, 64)  # keys, selected and window
-    overlaps = q.is_cuda and torch.cuda.get_device_capability(q.device) >= (9, 0)
+    overlaps = device.capability >= (9, 0)
     blocks, window_blocks = (max(1, item // block, keys // block) for item in items)
     splits = min(splits, triton.cdiv(num_pages, tile))
     chunk = min(256, 4096 // triton.next_power_of_2(heads // num_kv_heads)) if many else 64  # what registers hold

@@ -12,6 +12,8 @@ Shapes: q, dq `[B, T, H, Dk]`, out, dout `[B, T, H, Dv]`, lse, delta `[B, T, H]`
 # pyright: reportGeneralTypeIssues=false, reportPossiblyUnboundVariable=false
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -19,46 +21,14 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from nsa.geometry import BlockGeometry
-from nsa.ops.triton.dense.dkdv_sm90 import hopper_key_backward
-from nsa.ops.triton.dense.dq_sm90 import hopper_query_backward
+from nsa.ops.triton.dense.dkdv_sm90 import dense_dkdv_sm90
+from nsa.ops.triton.dense.dq_sm90 import dense_dq_sm90
 from nsa.ops.triton.dense.step import describe, describe_keys, query_step
 from nsa.ops.triton.gates import Rows
-from nsa.ops.triton.gpu import (
-    LOG2E,
-    dot_precision,
-    has_large_shared_memory,
-    hopper_serves,
-    key_tail,
-    num_multiprocessors,
-)
-from nsa.ops.triton.layout import Layout, key_interval, query_interval
-
-MAX_SPLIT_BYTES = 512 * 2**20
-
-
-def key_tile(q: Tensor, head_dim: int, value_head_dim: int, large: bool) -> dict[str, int]:
-    """Tile of the dK/dV kernel: BLOCK_N keys held, BLOCK_M rows a step."""
-    widest = max(head_dim, value_head_dim)
-    if q.dtype == torch.float32:
-        return {"BLOCK_M": 16, "BLOCK_N": 16 if widest > 128 else 32, "num_warps": 4, "num_stages": 1}
-    if not large:
-        return {"BLOCK_M": 32, "BLOCK_N": 32 if widest > 128 else 64, "num_warps": 4, "num_stages": 1}
-    if widest > 192:
-        return {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2}
-    rows = 32 if widest > 128 else 64 if widest > 64 else 128
-    return {"BLOCK_M": rows, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}
-
-
-def query_tile(q: Tensor, head_dim: int, value_head_dim: int, large: bool) -> dict[str, int]:
-    """Tile of the dQ kernel: BLOCK_M rows held, BLOCK_N keys a step."""
-    widest = max(head_dim, value_head_dim)
-    if q.dtype == torch.float32:
-        return {"BLOCK_M": 16, "BLOCK_N": 16 if widest > 128 else 32, "num_warps": 4, "num_stages": 1}
-    if not large:
-        return {"BLOCK_M": 32 if widest > 128 else 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1}
-    if widest > 192:
-        return {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2}
-    return {"BLOCK_M": 64, "BLOCK_N": 32 if widest > 128 else 64, "num_warps": 4, "num_stages": 2}
+from nsa.ops.triton.gpu import LOG2E, dot_precision, key_tail
+from nsa.ops.triton.layout import Layout, document_pointers, key_interval, query_interval
+from nsa.ops.triton.plan import Dense
+from nsa.ops.triton.tiles import Tile
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -136,7 +106,7 @@ def _key_step(
 
 
 @triton.jit(do_not_specialize=["T", "S", "q_start", "k_start", "split_rows"])
-def dense_key_kernel(
+def dense_dkdv_kernel(
     q_ptr, q_tail_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, doc_ptr, cmp_ptr,
     first_ptr, end_ptr, scale, scale_log2, log2e, T, S, q_start, k_start, split_rows,
     H: tl.constexpr, HKV: tl.constexpr, DK: tl.constexpr, TAIL: tl.constexpr, DV: tl.constexpr,
@@ -198,7 +168,7 @@ def dense_key_kernel(
 
 
 @triton.jit(do_not_specialize=["T", "S", "q_start", "k_start"])
-def dense_query_kernel(
+def dense_dq_kernel(
     q_ptr, k_desc, k_tail_desc, v_desc, dout_ptr, lse_ptr, delta_ptr, dq_ptr, doc_ptr, cmp_ptr,
     scale, scale_log2, log2e, T, S, q_start, k_start,
     H: tl.constexpr, HKV: tl.constexpr, DK: tl.constexpr, TAIL: tl.constexpr, DV: tl.constexpr,
@@ -265,74 +235,74 @@ def describe_rows(x: Tensor, rows: int, group_size: int, columns: int) -> Tensor
     return TensorDescriptor(x, [B * T, heads, dim], [heads * dim, dim, 1], [rows // group_size, group_size, columns])
 
 
-def num_splits(q: Tensor, k: Tensor, v: Tensor, window: int, block_n: int) -> int:
-    """Into how many parts the rows of the dK/dV kernel are cut, so that all multiprocessors have even work."""
-    if window:
-        return 1
-    programs = triton.cdiv(k.shape[1], block_n) * k.shape[0] * k.shape[2]
-    bytes_each = 4 * k.shape[0] * k.shape[1] * k.shape[2] * (k.shape[3] + v.shape[3])
-    wanted = triton.cdiv(16 * num_multiprocessors(q), programs)
-    longest = triton.cdiv(q.shape[1] * q.shape[2] // k.shape[2], 1024)
-    return max(1, min(wanted, longest, MAX_SPLIT_BYTES // bytes_each))
-
-
 def dense_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, rows: Rows, geometry: BlockGeometry, layout: Layout | None,
-    window: int, q_start: int, k_start: int, scale: float, dq: Tensor | None = None,
-    tiles: tuple[dict[str, int], dict[str, int]] | None = None,
+    window: int, q_start: int, k_start: int, scale: float, plan: Dense, dq: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dq, dk, dv of `dense_forward`, for fitting tensors; a given `dq` is added to in place."""
     if q.numel() == 0 or k.numel() == 0:
         return torch.zeros_like(q) if dq is None else dq, torch.zeros_like(k), torch.zeros_like(v)
-    hopper = tiles is None and hopper_serves(q, v)
-    sizes = (q.shape[3], v.shape[3], has_large_shared_memory(q))
-    by_key, by_query = tiles or (key_tile(q, *sizes), query_tile(q, *sizes))
-    splits = num_splits(q, k, v, window, 128 if hopper else by_key["BLOCK_N"])
-    dtype = q.dtype if splits == 1 else torch.float32
-    dk = torch.empty(splits, *k.shape, dtype=dtype, device=q.device)
-    dv = torch.empty(splits, *v.shape, dtype=dtype, device=q.device)
+    dtype = q.dtype if plan.splits == 1 else torch.float32
+    dk = torch.empty(plan.splits, *k.shape, dtype=dtype, device=q.device)
+    dv = torch.empty(plan.splits, *v.shape, dtype=dtype, device=q.device)
+    what = (geometry, layout, window, q_start, k_start, scale)
+    if plan.dkdv.is_sm90:
+        dense_dkdv_sm90(dout, q, k, v, *rows, dk, dv, *what)
+    else:
+        _launch_dkdv(dout, q, k, v, rows, dk, dv, *what, plan.dkdv.tile)
     add = dq is not None
     dq = torch.empty_like(q) if dq is None else dq
-    what = (geometry, layout, window, q_start, k_start, scale)
-    if hopper:
-        hopper_key_backward(dout, q, k, v, *rows, dk, dv, *what)
-        hopper_query_backward(dout, q, k, v, *rows, dq, *what, add)
+    if plan.dq.is_sm90:
+        dense_dq_sm90(dout, q, k, v, *rows, dq, *what, add, **plan.dq.tile)
     else:
-        _launch_backward(dout, q, k, v, rows, dq, dk, dv, *what, add, by_key, by_query)
-    if splits == 1:
+        _launch_dq(dout, q, k, v, rows, dq, *what, add, plan.dq.tile)
+    if plan.splits == 1:
         return dq, dk[0], dv[0]
     return dq, dk.sum(0).to(k.dtype), dv.sum(0).to(v.dtype)
 
 
-def _launch_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, rows: Rows, dq: Tensor, dk: Tensor, dv: Tensor,
-    geometry: BlockGeometry, layout: Layout | None, window: int, q_start: int, k_start: int, scale: float, add: bool,
-    by_key: dict[str, int], by_query: dict[str, int],
+def _launch_dkdv(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, rows: Rows, dk: Tensor, dv: Tensor, geometry: BlockGeometry,
+    layout: Layout | None, window: int, q_start: int, k_start: int, scale: float, tile: Tile,
 ) -> None:  # fmt: skip
-    """Write dq, or add to it, and write dk and dv of each split."""
+    """Write dk and dv `[splits, B, S, Hkv, D]` of each split's rows."""
     B, T, H, Dk = q.shape
     S, Hkv, Dv = k.shape[1], k.shape[2], v.shape[3]
-    G, tail, splits = H // Hkv, key_tail(Dk), dk.shape[0]
-    unpacked = (q, q, q, q)
-    starts, ends = (q, q) if layout is None else (layout.cmp_token, layout.doc_end if window else layout.cmp_doc_end)
-    documents = unpacked if layout is None else (layout.doc_start, layout.cmp_start, starts, ends)
-    shape = {"H": H, "HKV": Hkv, "DK": Dk, "TAIL": tail, "DV": Dv, "SIZE": geometry.compress_block_size,
-             "STRIDE": geometry.compress_stride, "WINDOW": window, "PACKED": layout is not None,
-             "PRECISION": dot_precision(q)}  # fmt: skip
-    numbers = (scale, scale * LOG2E, LOG2E, T, S, q_start, k_start)
-    # A tile of whole tokens is a box of q and dout; other group sizes are loaded row by row.
-    boxes = by_key["BLOCK_M"] % G == 0
+    G, tail, splits, block_m = H // Hkv, key_tail(Dk), dk.shape[0], tile["BLOCK_M"]
+    doc_end = "doc_end" if window else "cmp_doc_end"
+    documents = document_pointers(layout, q, "doc_start", "cmp_start", "cmp_token", doc_end)
     q_rows, tail_rows, dout_rows = q, q, dout
-    if boxes:
-        q_rows = tail_rows = describe_rows(q, by_key["BLOCK_M"], G, Dk - tail)
-        dout_rows = describe_rows(dout, by_key["BLOCK_M"], G, Dv)
-    if boxes and tail:
-        tail_rows = describe_rows(q, by_key["BLOCK_M"], G, tail)
-    dense_key_kernel[(triton.cdiv(S, by_key["BLOCK_N"]), B * Hkv, splits)](
-        q_rows, tail_rows, k, v, dout_rows, *rows, dk, dv, *documents, *numbers, triton.cdiv(T, splits) * G,
-        TMA=boxes, **shape, **by_key,
+    if tile["TMA"]:
+        q_rows, dout_rows = describe_rows(q, block_m, G, Dk - tail), describe_rows(dout, block_m, G, Dv)
+        tail_rows = describe_rows(q, block_m, G, tail) if tail else q_rows
+    dense_dkdv_kernel[(triton.cdiv(S, tile["BLOCK_N"]), B * Hkv, splits)](
+        q_rows, tail_rows, k, v, dout_rows, *rows, dk, dv, *documents, scale, scale * LOG2E, LOG2E, T, S, q_start,
+        k_start, triton.cdiv(T, splits) * G,
+        **_constants(q, k, v, geometry, layout, window), **tile,
     )  # fmt: skip
-    descriptors = (*describe_keys(k, by_query["BLOCK_N"]), describe(v, by_query["BLOCK_N"]))
-    dense_query_kernel[(triton.cdiv(T * G, by_query["BLOCK_M"]), B * Hkv)](
-        q, *descriptors, dout, *rows, dq, *documents[:2], *numbers, ADD=add, **shape, **by_query
-    )
+
+
+def _launch_dq(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, rows: Rows, dq: Tensor, geometry: BlockGeometry,
+    layout: Layout | None, window: int, q_start: int, k_start: int, scale: float, add: bool, tile: Tile,
+) -> None:  # fmt: skip
+    """Write dq, or add to it."""
+    B, T, H, _ = q.shape
+    S, Hkv = k.shape[1], k.shape[2]
+    documents = document_pointers(layout, q, "doc_start", "cmp_start")
+    dense_dq_kernel[(triton.cdiv(T * (H // Hkv), tile["BLOCK_M"]), B * Hkv)](
+        q, *describe_keys(k, tile["BLOCK_N"]), describe(v, tile["BLOCK_N"]), dout, *rows, dq, *documents, scale,
+        scale * LOG2E, LOG2E, T, S, q_start, k_start,
+        ADD=add, **_constants(q, k, v, geometry, layout, window), **tile,
+    )  # fmt: skip
+
+
+def _constants(
+    q: Tensor, k: Tensor, v: Tensor, geometry: BlockGeometry, layout: Layout | None, window: int
+) -> dict[str, Any]:
+    """What both kernels are compiled for."""
+    return {
+        "H": q.shape[2], "HKV": k.shape[2], "DK": q.shape[3], "TAIL": key_tail(q.shape[3]), "DV": v.shape[3],
+        "SIZE": geometry.compress_block_size, "STRIDE": geometry.compress_stride, "WINDOW": window,
+        "PACKED": layout is not None, "PRECISION": dot_precision(q),
+    }  # fmt: skip

@@ -32,7 +32,7 @@ from triton.language.core import _aggregate as aggregate  # public as gluon.aggr
 from nsa.geometry import BlockGeometry
 from nsa.ops.triton.dense.mask_sm90 import InverseMask
 from nsa.ops.triton.gpu import LOG2E
-from nsa.ops.triton.layout import Layout
+from nsa.ops.triton.layout import Layout, document_pointers
 from nsa.ops.triton.sm90 import (
     KEYS,
     Shape,
@@ -246,7 +246,7 @@ def _key_partition(
 
 
 @gluon.jit(do_not_specialize=["T", "S", "q_start", "k_start", "split_rows"])
-def hopper_key_kernel(
+def dense_dkdv_sm90_kernel(
     q_desc, q_tail_desc, k_desc, k_tail_desc, v_desc, dout_desc, row_desc, q_ptr, dout_ptr, dk_ptr, dv_ptr, doc_ptr,
     first_ptr, end_ptr, scale, scale_log2, T, S, q_start, k_start, split_rows,
     G: gl.constexpr, HKV: gl.constexpr, D: gl.constexpr, TAIL: gl.constexpr, SIZE: gl.constexpr, STRIDE: gl.constexpr,
@@ -288,7 +288,7 @@ def hopper_key_kernel(
     ], [4, 1 if BOXES else 4], [240 if BOXES else 224, 24 if BOXES else 56])  # fmt: skip
 
 
-def hopper_key_backward(
+def dense_dkdv_sm90(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, dk: Tensor, dv: Tensor,
     geometry: BlockGeometry, layout: Layout | None, window: int, q_start: int, k_start: int, scale: float,
 ) -> None:  # fmt: skip
@@ -301,10 +301,8 @@ def hopper_key_backward(
     rows = pack_rows(lse, delta, Hkv)
     row_layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
     row_desc = TensorDescriptor(rows, list(rows.shape), list(rows.stride()), [1, num_rows], row_layout)
-    documents = (q, q, q)
-    if layout is not None:
-        documents = (layout.doc_start, layout.cmp_token, layout.doc_end if window else layout.cmp_doc_end)
-    hopper_key_kernel[(triton.cdiv(S, 2 * KEYS.value), B * Hkv, splits)](
+    documents = document_pointers(layout, q, "doc_start", "cmp_token", "doc_end" if window else "cmp_doc_end")
+    dense_dkdv_sm90_kernel[(triton.cdiv(S, 2 * KEYS.value), B * Hkv, splits)](
         *describe_parts(q, D, *box), *describe_parts(k, D, KEYS.value, 1), describe_box(v, KEYS.value, 1),
         describe_box(dout, *box), row_desc, q, dout, dk, dv, *documents, scale, scale * LOG2E,
         T, S, q_start, k_start, triton.cdiv(T, splits) * G,

@@ -27,8 +27,8 @@ from triton.language.core import _aggregate as aggregate  # public as gluon.aggr
 
 from nsa.geometry import BlockGeometry
 from nsa.ops.triton.dense.mask_sm90 import DenseMask
-from nsa.ops.triton.gpu import LOG2E, num_multiprocessors
-from nsa.ops.triton.layout import Layout
+from nsa.ops.triton.gpu import LOG2E
+from nsa.ops.triton.layout import Layout, document_pointers
 from nsa.ops.triton.sm90 import (
     KEYS,
     ROWS,
@@ -239,7 +239,7 @@ def _row_partition(
 
 
 @gluon.jit(do_not_specialize=["T", "S", "q_start", "k_start", "num_tiles", "num_pairs"])
-def hopper_query_kernel(
+def dense_dq_sm90_kernel(
     q_desc, q_tail_desc, k_desc, k_tail_desc, v_desc, dout_desc, dq_desc, dq_tail_desc, q_ptr, dout_ptr, dq_ptr,
     lse_ptr, delta_ptr, doc_ptr, cmp_ptr, scale, scale_log2, log2e, T, S, q_start, k_start, num_tiles, num_pairs,
     G: gl.constexpr, HKV: gl.constexpr, D: gl.constexpr, TAIL: gl.constexpr, SIZE: gl.constexpr, STRIDE: gl.constexpr,
@@ -281,20 +281,20 @@ def copy_query_rows(
     async_copy.commit_group()
 
 
-def hopper_query_backward(
+def dense_dq_sm90(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, dq: Tensor,
     geometry: BlockGeometry, layout: Layout | None, window: int, q_start: int, k_start: int, scale: float,
-    add: bool,
+    add: bool, programs: int,
 ) -> None:  # fmt: skip
-    """Write dq, or add to it."""
+    """Write dq, or add to it, with so many programs at most."""
     B, T, H, Dk = q.shape
     S, Hkv, D = k.shape[1], k.shape[2], v.shape[3]
     G, tail = H // Hkv, Dk - D
     boxes = ROWS.value % G == 0
     box = (ROWS.value // G, G) if boxes else (ROWS.value, 1)
-    documents = (q, q) if layout is None else (layout.doc_start, layout.cmp_start)
+    documents = document_pointers(layout, q, "doc_start", "cmp_start")
     num_tiles = triton.cdiv(T * G, 2 * ROWS.value)
-    hopper_query_kernel[(min(num_multiprocessors(q), num_tiles * B * Hkv),)](
+    dense_dq_sm90_kernel[(min(programs, num_tiles * B * Hkv),)](
         *describe_parts(q, D, *box), *describe_parts(k, D, KEYS.value, 1), describe_box(v, KEYS.value, 1),
         describe_box(dout, *box), *describe_parts(dq, D, *box), q, dout, dq, lse, delta, *documents,
         scale, scale * LOG2E, LOG2E, T, S, q_start, k_start, num_tiles, B * Hkv,

@@ -1,7 +1,7 @@
 """Forward of the selected branch's forced blocks: the same keys for all queries of a block, so that tiles are dense.
 
 A query sees two intervals of keys: its document's first blocks, and its own block with those before it, up to itself.
-Both ends of both never decrease, packed documents included. On Hopper `hopper_fwd` attends to them.
+Both ends of both never decrease, packed documents included. On Hopper `forward_sm90.py` attends to them.
 
 Shapes: q `[B, T, H, Dk]`, k `[B, S, Hkv, Dk]`, v `[B, S, Hkv, Dv]`; a tile holds BLOCK_M rows (token, head of a group).
 """
@@ -17,12 +17,11 @@ import triton.language as tl
 from torch import Tensor
 
 from nsa.geometry import BlockGeometry
-from nsa.ops.triton.dense.forward import forward_tile
-from nsa.ops.triton.dense.forward_sm90 import hopper_forward
+from nsa.ops.triton.dense.forward_sm90 import dense_forward_sm90
 from nsa.ops.triton.dense.step import attend_tile, describe, describe_keys
-from nsa.ops.triton.gpu import LN2, LOG2E, dot_precision, has_large_shared_memory, hopper_serves, key_tail
-from nsa.ops.triton.layout import Layout, local_start, num_early
-from nsa.ops.triton.sm90 import ROWS
+from nsa.ops.triton.gpu import LN2, LOG2E, dot_precision, key_tail
+from nsa.ops.triton.layout import Layout, document_pointers, local_start, num_early
+from nsa.ops.triton.plan import Stage
 
 
 @triton.jit
@@ -89,21 +88,9 @@ def forced_forward_kernel(
     tl.store(lse_ptr + row_64, lse, mask=live)
 
 
-def hopper_forced_serves(q: Tensor, v: Tensor, group_size: int) -> bool:
-    """Whether `hopper_fwd` takes these fitting tensors; where keys have a tail and rows are copied, it would spill."""
-    return hopper_serves(q, v) and (q.shape[3] == v.shape[3] or ROWS.value % group_size == 0)
-
-
-def forced_tile(q: Tensor, value_head_dim: int, group_size: int, large: bool) -> dict[str, int]:
-    """Two or three steps are too few for a pipeline, which takes the room of another program, unless they are short."""
-    tile = {**forward_tile(q, q.shape[3], value_head_dim, large), "num_stages": 1}
-    short = large and group_size >= 8 and tile["BLOCK_M"] == 64
-    return {**tile, "BLOCK_N": 32, "num_stages": 2} if short else tile
-
-
 def forced_forward(
     q: Tensor, k: Tensor, v: Tensor, geometry: BlockGeometry, layout: Layout | None, q_start: int, scale: float,
-    tile: dict[str, int] | None = None,
+    stage: Stage,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Attention of fitting tensors over the forced blocks alone: output and natural log-sum-exp."""
     B, T, H, Dk = q.shape
@@ -111,13 +98,13 @@ def forced_forward(
     out, lse = q.new_empty(B, T, H, Dv), q.new_empty(B, T, H, dtype=torch.float32)
     if out.numel() == 0:
         return out, lse
-    if tile is None and hopper_forced_serves(q, v, H // Hkv):
-        hopper_forward(q, k, v, out, lse, geometry, layout, 0, q_start, 0, scale, forced=True)
+    if stage.is_sm90:
+        dense_forward_sm90(q, k, v, out, lse, geometry, layout, 0, q_start, 0, scale, forced=True, **stage.tile)
         return out, lse
-    tile = tile or forced_tile(q, Dv, H // Hkv, has_large_shared_memory(q))
+    tile = stage.tile
     forced_forward_kernel[(triton.cdiv(T * (H // Hkv), tile["BLOCK_M"]), B * Hkv)](
         q, *describe_keys(k, tile["BLOCK_N"]), describe(v, tile["BLOCK_N"]), out, lse,
-        q if layout is None else layout.doc_start, scale * LOG2E, T, S, q_start,
+        *document_pointers(layout, q, "doc_start"), scale * LOG2E, T, S, q_start,
         H=H, HKV=Hkv, DK=Dk, TAIL=key_tail(Dk), DV=Dv, BLOCK=geometry.select_block_size, INIT=geometry.num_init_blocks,
         LOCAL=geometry.num_local_blocks, PACKED=layout is not None, LN2=LN2, PRECISION=dot_precision(q), **tile,
     )  # fmt: skip

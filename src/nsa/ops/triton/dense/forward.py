@@ -15,23 +15,11 @@ import triton.language as tl
 from torch import Tensor
 
 from nsa.geometry import BlockGeometry
-from nsa.ops.triton.dense.forward_sm90 import hopper_forward
+from nsa.ops.triton.dense.forward_sm90 import dense_forward_sm90
 from nsa.ops.triton.dense.step import attend_tile, describe, describe_keys
-from nsa.ops.triton.gpu import LN2, LOG2E, dot_precision, has_large_shared_memory, hopper_serves, key_tail
-from nsa.ops.triton.layout import Layout, key_interval
-
-
-def forward_tile(q: Tensor, head_dim: int, value_head_dim: int, large: bool) -> dict[str, int]:
-    """Tile sizes, warps and stages for a head size and the shared memory at hand."""
-    widest = max(head_dim, value_head_dim)
-    if q.dtype == torch.float32:
-        return {"BLOCK_M": 32, "BLOCK_N": 16 if widest > 128 else 32, "num_warps": 4, "num_stages": 1}
-    if not large:
-        stages = 1 if widest > 128 else 2
-        return {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": stages}
-    if widest > 192:
-        return {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2}
-    return {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2 if widest > 128 else 3}
+from nsa.ops.triton.gpu import LN2, LOG2E, dot_precision, key_tail
+from nsa.ops.triton.layout import Layout, document_pointers, key_interval
+from nsa.ops.triton.plan import Stage
 
 
 @triton.jit(do_not_specialize=["T", "S", "q_start", "k_start"])
@@ -91,7 +79,7 @@ def dense_forward_kernel(
 
 def dense_forward(
     q: Tensor, k: Tensor, v: Tensor, geometry: BlockGeometry, layout: Layout | None, window: int,
-    q_start: int, k_start: int, scale: float, tile: dict[str, int] | None = None,
+    q_start: int, k_start: int, scale: float, stage: Stage,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Attention of fitting tensors over a window (window > 0) or over complete compressed blocks (window = 0)."""
     B, T, H, Dk = q.shape
@@ -99,11 +87,11 @@ def dense_forward(
     out, lse = q.new_empty(B, T, H, Dv), q.new_empty(B, T, H, dtype=torch.float32)
     if out.numel() == 0 or S == 0:
         return out.zero_(), lse.fill_(-torch.inf)
-    if tile is None and hopper_serves(q, v):
-        hopper_forward(q, k, v, out, lse, geometry, layout, window, q_start, k_start, scale)
+    if stage.is_sm90:
+        dense_forward_sm90(q, k, v, out, lse, geometry, layout, window, q_start, k_start, scale, **stage.tile)
         return out, lse
-    tile = tile or forward_tile(q, Dk, Dv, has_large_shared_memory(q))
-    documents = (q, q) if layout is None else (layout.doc_start, layout.cmp_start)
+    tile = stage.tile
+    documents = document_pointers(layout, q, "doc_start", "cmp_start")
     grid = (triton.cdiv(T * (H // Hkv), tile["BLOCK_M"]), B * Hkv)
     dense_forward_kernel[grid](
         q, *describe_keys(k, tile["BLOCK_N"]), describe(v, tile["BLOCK_N"]), out, lse, *documents,

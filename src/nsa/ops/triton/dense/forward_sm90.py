@@ -8,8 +8,8 @@ computes exponentials while others multiply; each issues the next scores and the
 et al., FlashAttention-3, arXiv 2407.08608, section 3). Programs are persistent, one for each multiprocessor: the next
 tile's queries arrive under the present tile.
 
-Shapes and intervals are those of `forward.py`, for forced blocks those of `forced_sm90.py`; `hopper_serves` says which
-shapes come here.
+Shapes and intervals are those of `forward.py`, for forced blocks those of `forced_sm90.py`; `nsa.ops.triton.plan`
+says which shapes come here.
 """
 
 # Kernels are typed by Triton, not by Python.
@@ -34,8 +34,8 @@ from triton.language.core import _aggregate as aggregate  # public as gluon.aggr
 from nsa.geometry import BlockGeometry
 from nsa.ops.triton.dense.forced_sm90 import ForcedMask
 from nsa.ops.triton.dense.mask_sm90 import DenseMask
-from nsa.ops.triton.gpu import LN2, LOG2E, num_multiprocessors
-from nsa.ops.triton.layout import Layout
+from nsa.ops.triton.gpu import LN2, LOG2E
+from nsa.ops.triton.layout import Layout, document_pointers
 from nsa.ops.triton.sm90 import (
     KEYS,
     ROWS,
@@ -199,7 +199,7 @@ def _row_partition(
 
 
 @gluon.jit(do_not_specialize=["T", "S", "q_start", "k_start", "num_tiles", "num_pairs"])
-def hopper_forward_kernel(
+def dense_forward_sm90_kernel(
     q_desc, q_tail_desc, k_desc, k_tail_desc, v_desc, out_desc, q_ptr, out_ptr, lse_ptr, doc_ptr, cmp_ptr, scale_log2,
     T, S, q_start, k_start, num_tiles, num_pairs,
     G: gl.constexpr, HKV: gl.constexpr, D: gl.constexpr, TAIL: gl.constexpr, SIZE: gl.constexpr, STRIDE: gl.constexpr,
@@ -238,19 +238,23 @@ def scores(q_tile, q_tail, k_smem, k_tail_smem, slot, none, D: gl.constexpr, TAI
     return s
 
 
-def hopper_forward(
+def dense_forward_sm90(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, geometry: BlockGeometry, layout: Layout | None,
-    window: int, q_start: int, k_start: int, scale: float, forced: bool = False,
+    window: int, q_start: int, k_start: int, scale: float, programs: int, forced: bool = False,
 ) -> None:  # fmt: skip
-    """Write what `dense_forward`, or with `forced` `forced_forward`, gives for tensors that `hopper_serves` takes."""
+    """Write what `dense_forward`, or with `forced` `forced_forward`, gives.
+
+    Args:
+        programs: at most, one for each multiprocessor.
+    """
     B, T, H, Dk = q.shape
     S, Hkv, D = k.shape[1], k.shape[2], v.shape[3]
     G, tail = H // Hkv, Dk - D
     boxes = ROWS.value % G == 0
     box = (ROWS.value // G, G) if boxes else (ROWS.value, 1)
-    documents = (q, q) if layout is None else (layout.doc_start, layout.cmp_start)
+    documents = document_pointers(layout, q, "doc_start", "cmp_start")
     num_tiles = triton.cdiv(T * G, GROUPS.value * ROWS.value)
-    hopper_forward_kernel[(min(num_multiprocessors(q), num_tiles * B * Hkv),)](
+    dense_forward_sm90_kernel[(min(programs, num_tiles * B * Hkv),)](
         *describe_parts(q, D, *box), *describe_parts(k, D, KEYS.value, 1), describe_box(v, KEYS.value, 1),
         describe_box(out, *box), q, out, lse, *documents, scale * LOG2E, T, S, q_start, k_start, num_tiles, B * Hkv,
         G=G, HKV=Hkv, D=D, TAIL=tail, SIZE=geometry.compress_block_size, STRIDE=geometry.compress_stride,

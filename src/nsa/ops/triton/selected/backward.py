@@ -5,7 +5,7 @@ each row's part of dQ goes to a scratch at (token, slot, head). Items write thei
 Two small kernels then add the slots of a row and the items of a block, in order, so that the result is bitwise
 repeatable. Long inputs go chunk by chunk; dK and dV accumulate in fp32 across chunks.
 
-Shapes: as in `select_fwd`, dout `[B, T, H, Dv]`, lse and delta `[B, T, H]`; dK and dV of the items
+Shapes: as in `forward.py`, dout `[B, T, H, Dv]`, lse and delta `[B, T, H]`; dK and dV of the items
 `[heads, bound, sub_block, D]`, fp32.
 """
 
@@ -14,6 +14,8 @@ Shapes: as in `select_fwd`, dout `[B, T, H, Dv]`, lse and delta `[B, T, H]`; dK 
 # pyright: reportGeneralTypeIssues=false, reportPossiblyUnboundVariable=false
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -21,32 +23,25 @@ from torch import Tensor
 
 from nsa.geometry import BlockGeometry
 from nsa.ops.triton.gates import Rows
-from nsa.ops.triton.gpu import LOG2E, dot_precision, has_large_shared_memory, key_tail, scratch_of
-from nsa.ops.triton.layout import Layout
-from nsa.ops.triton.selected.backward_sm90 import hopper_select_backward, hopper_select_backward_serves
+from nsa.ops.triton.gpu import LOG2E, dot_precision, key_tail
+from nsa.ops.triton.layout import Layout, document_pointers
+from nsa.ops.triton.plan import Selected
+from nsa.ops.triton.selected.backward_sm90 import selected_backward_sm90
 from nsa.ops.triton.selected.forward import REDUCE_ELEMENTS, REDUCE_STAGES, chunk_token_bytes
-from nsa.ops.triton.selected.invert import cut_chunks, invert, item_keys, plan
+from nsa.ops.triton.selected.invert import (
+    Chunk,
+    Inversion,
+    ItemGradients,
+    Items,
+    cut_chunks,
+    invert,
+    item_keys,
+    make_items,
+)
+from nsa.ops.triton.tiles import Tile
 
-# Large chunks give blocks more rows, so that fewer items share them. This is 1.34 GiB: three chunks for a group of 16
-# heads of 128 at 65,536 tokens, whose whole step then takes less than 1.3 times dense attention's memory.
-SCRATCH_BYTES = 171 * 2**23
 KEYS_OF_SUM = 4  # keys whose gradients a program adds up
 STAGES_OF_SUM = 6  # items on their way through shared memory: the first block has hundreds
-
-
-def select_backward_tile(
-    q: Tensor, head_dim: int, value_head_dim: int, large: bool, queries: bool = True
-) -> dict[str, int]:
-    """BLOCK_M rows a step; all keys of a (sub-)block are held."""
-    widest = max(head_dim, value_head_dim)
-    if q.dtype == torch.float32:
-        return {"BLOCK_M": 16, "num_warps": 4, "num_stages": 1}
-    if not large:
-        return {"BLOCK_M": 16 if widest > 128 else 32, "num_warps": 4, "num_stages": 1}
-    if widest > 192:
-        return {"BLOCK_M": 64, "num_warps": 8, "num_stages": 2}
-    stages = 2 if queries else 3 if widest > 64 else 1
-    return {"BLOCK_M": 32 if widest > 128 else 64, "num_warps": 4, "num_stages": stages}
 
 
 def rows_of_item(num_rows: int) -> int:
@@ -56,7 +51,7 @@ def rows_of_item(num_rows: int) -> int:
 
 
 @triton.jit(do_not_specialize=["T", "S", "q_start", "head_start", "token_start", "num_tokens", "bound"])
-def select_backward_kernel(
+def selected_backward_kernel(
     q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, part_ptr, dk_ptr, dv_ptr, key_ptr,
     entries_ptr, item_ptr, doc_ptr, doc_end_ptr, base_ptr,
     scale_log2, log2e, T, S, q_start, head_start, token_start, num_tokens, bound,
@@ -136,7 +131,7 @@ def select_backward_kernel(
 
 
 @triton.jit(do_not_specialize=["T", "head_start", "token_start", "num_tokens"])
-def select_query_reduce_kernel(
+def selected_dq_reduce_kernel(
     part_ptr, choice_ptr, dq_ptr, scale, T, head_start, token_start, num_tokens,
     H: tl.constexpr, HKV: tl.constexpr, DK: tl.constexpr, RATIO: tl.constexpr, SLOTS: tl.constexpr,
     PADDED: tl.constexpr, ADD: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr,
@@ -167,7 +162,7 @@ def select_query_reduce_kernel(
 
 
 @triton.jit(do_not_specialize=["S", "first_stride", "head_start", "bound"])
-def select_key_reduce_kernel(
+def selected_dkdv_reduce_kernel(
     item_dk_ptr, item_dv_ptr, key_ptr, first_ptr, dk_ptr, dv_ptr, scale, S, first_stride, head_start, bound,
     HKV: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr,
     BLOCK_N: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr,
@@ -197,75 +192,111 @@ def select_key_reduce_kernel(
         tl.store(dv_ptr + key_row * DV + dv_column, dv, mask=live)
 
 
+class Work(NamedTuple):
+    """How a backward is cut, and its scratch.
+
+    Attributes:
+        inversion: entries by block.
+        chunks, items: parts of the input, and the work items of each.
+        part: parts of dQ of a chunk, `[heads, tokens, slots, G, Dk]`; any tensor where dQ is not computed here.
+        grads: dK and dV of a chunk's items.
+    """
+
+    inversion: Inversion
+    chunks: list[Chunk]
+    items: Items
+    part: Tensor
+    grads: ItemGradients
+
+
 def select_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, rows: Rows, block_indices: Tensor, geometry: BlockGeometry,
-    layout: Layout | None, q_start: int, scale: float, dq: Tensor | None = None, queries: bool = True,
-    scratch_bytes: int = SCRATCH_BYTES, item_rows: int | None = None, tile: dict[str, int] | None = None,
+    layout: Layout | None, q_start: int, scale: float, plan: Selected, dq: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """dq, dk, dv of `select_forward`, for fitting tensors.
-
-    Args:
-        dq: added to in place where given.
-        queries: without, `dq` stays as it is.
-    """
-    B, T, H, Dk = q.shape
-    S, Hkv, Dv = k.shape[1], k.shape[2], v.shape[3]
-    G = H // Hkv
-    add = dq is not None
+    """dq, dk, dv of `select_forward`, for fitting tensors; a given `dq` is added to, unless unions have done so."""
+    stage, with_dq, add = plan.backward, plan.dq is None, dq is not None
     dq = torch.empty_like(q) if dq is None else dq
     dk = torch.zeros(k.shape, dtype=torch.float32, device=k.device)
     dv = torch.zeros(v.shape, dtype=torch.float32, device=v.device)
     if q.numel() == 0:
         return dq, dk.to(k.dtype), dv.to(v.dtype)
     block_indices = block_indices.contiguous()
-    inversion = invert(block_indices, geometry, layout, S)
-    slots, block = inversion.slots, inversion.sub_block
-    hopper = tile is None and hopper_select_backward_serves(q, v, block)
-    tile = tile or select_backward_tile(q, Dk, Dv, has_large_shared_memory(q), queries)
-    block_n = max(16, triton.next_power_of_2(block))
-    documents = (q, q, q) if layout is None else (layout.doc_start, layout.doc_end, layout.block_base)
+    work = _cut_work(q, v, invert(block_indices, geometry, layout, k.shape[1]), stage.scratch_bytes, with_dq)
+    for chunk in work.chunks:
+        place = (chunk.token // work.items.range_tokens, slice(chunk.head, chunk.head_end))
+        table, first = work.items.table[place], work.items.first[place]
+        what = (work.part, work.grads, work.inversion, table, layout, chunk, q_start, scale, with_dq)
+        if stage.is_sm90:
+            selected_backward_sm90(q, k, v, dout, rows, *what)
+        else:
+            _differentiate(q, k, v, dout, rows, *what, stage.tile)
+        if with_dq:
+            _reduce_dq(work, chunk, block_indices, dq, scale, add)
+        _reduce_dkdv(work, chunk, first, dk, dv, scale)
+    return dq, dk.to(k.dtype), dv.to(v.dtype)
+
+
+def _cut_work(q: Tensor, v: Tensor, inversion: Inversion, scratch_bytes: int, with_dq: bool) -> Work:
+    (B, T, H, Dk), Dv, device = q.shape, v.shape[3], q.device
+    num_heads, slots, block = inversion.ends.shape[0], inversion.slots, inversion.sub_block
+    G = B * H // num_heads
     # Scratch of a token: its parts of dQ, or its share of the items' dK and dV where these are short.
     share = slots * block * (Dk + Dv) * 4 // max(1, rows_of_item(0) // G) + 1
-    token_bytes = G * slots * Dk * q.element_size() if queries else share
-    scratch_bytes = scratch_of(q, scratch_bytes)
+    token_bytes = G * slots * Dk * q.element_size() if with_dq else share
     token_bytes = chunk_token_bytes(token_bytes, H * Dk, scratch_bytes)
-    chunks = cut_chunks(B * Hkv, T, token_bytes, inversion.segment, scratch_bytes)
-    most = max((c.head_end - c.head) * (c.token_end - c.token) for c in chunks)
-    item_entries = max(1, (item_rows or rows_of_item(most * G * slots)) // G)
-    part = q.new_empty(most * G * slots, Dk) if queries else q
-    items = plan(inversion, T, max(c.token_end - c.token for c in chunks), item_entries)
-    bound, num_blocks = items.table.shape[2], items.first.shape[2] - 1
-    most_items = max(c.head_end - c.head for c in chunks) * bound
-    item_dk = torch.empty(most_items * block, Dk, dtype=torch.float32, device=k.device)
-    item_dv = torch.empty(most_items * block, Dv, dtype=torch.float32, device=k.device)
-    item_key = torch.empty(most_items, 2, dtype=torch.int32, device=k.device)
-    padded = triton.next_power_of_2(Dk)
-    reduce_rows = max(1, REDUCE_ELEMENTS // padded)
-    for chunk in chunks:
-        heads, tokens = chunk.head_end - chunk.head, chunk.token_end - chunk.token
-        place = (chunk.token // items.range_tokens, slice(chunk.head, chunk.head_end))
-        table, first = items.table[place], items.first[place]
-        if hopper:
-            hopper_select_backward(
-                q, k, v, dout, rows, part, item_dk, item_dv, item_key, inversion, table, layout, chunk, q_start, scale,
-                queries,
-            )  # fmt: skip
-        else:
-            select_backward_kernel[(bound, heads)](
-                q, k, v, dout, *rows, part, item_dk, item_dv, item_key, inversion.entries, table, *documents,
-                scale * LOG2E, LOG2E, T, S, q_start, chunk.head, chunk.token, tokens, bound,
-                H=H, HKV=Hkv, DK=Dk, TAIL=key_tail(Dk), DV=Dv, BLOCK=block, RATIO=inversion.ratio, SLOTS=slots,
-                PACKED=layout is not None, QUERIES=queries, PRECISION=dot_precision(q), BLOCK_N=block_n, **tile,
-            )  # fmt: skip
-        if queries:
-            select_query_reduce_kernel[(triton.cdiv(tokens * G, reduce_rows), heads)](
-                part, block_indices, dq, scale, T, chunk.head, chunk.token, tokens,
-                H=H, HKV=Hkv, DK=Dk, RATIO=inversion.ratio, SLOTS=slots, PADDED=padded, ADD=add, ROWS=reduce_rows,
-                STAGES=REDUCE_STAGES, num_warps=4,
-            )  # fmt: skip
-        select_key_reduce_kernel[(num_blocks * (block_n // KEYS_OF_SUM), heads)](
-            item_dk, item_dv, item_key, first, dk, dv, scale, S, num_blocks + 1, chunk.head, bound,
-            HKV=Hkv, DK=Dk, DV=Dv, PADDED=padded, BLOCK=block, BLOCK_N=block_n, KEYS=KEYS_OF_SUM,
-            STAGES=STAGES_OF_SUM, num_warps=4,
-        )  # fmt: skip
-    return dq, dk.to(k.dtype), dv.to(v.dtype)
+    chunks = cut_chunks(num_heads, T, token_bytes, inversion.segment, scratch_bytes)
+    rows = max(chunk.num_heads * chunk.num_tokens for chunk in chunks) * G * slots
+    part = q.new_empty(rows, Dk) if with_dq else q
+    items = make_items(inversion, T, max(chunk.num_tokens for chunk in chunks), max(1, rows_of_item(rows) // G))
+    most = max(chunk.num_heads for chunk in chunks) * items.table.shape[2]
+    grads = ItemGradients(
+        torch.empty(most * block, Dk, dtype=torch.float32, device=device),
+        torch.empty(most * block, Dv, dtype=torch.float32, device=device),
+        torch.empty(most, 2, dtype=torch.int32, device=device),
+    )
+    return Work(inversion, chunks, items, part, grads)
+
+
+def _differentiate(
+    q: Tensor, k: Tensor, v: Tensor, dout: Tensor, rows: Rows, part: Tensor, grads: ItemGradients,
+    inversion: Inversion, table: Tensor, layout: Layout | None, chunk: Chunk, q_start: int, scale: float,
+    with_dq: bool, tile: Tile,
+) -> None:  # fmt: skip
+    """Write the gradients of a chunk's items, and with `with_dq` the parts of dQ."""
+    T, H, Dk = q.shape[1:]
+    S, Hkv, Dv = k.shape[1:3] + v.shape[3:]
+    bound = table.shape[1]
+    selected_backward_kernel[(bound, chunk.num_heads)](
+        q, k, v, dout, *rows, part, *grads, inversion.entries, table,
+        *document_pointers(layout, q, "doc_start", "doc_end", "block_base"), scale * LOG2E, LOG2E, T, S, q_start,
+        chunk.head, chunk.token, chunk.num_tokens, bound,
+        H=H, HKV=Hkv, DK=Dk, TAIL=key_tail(Dk), DV=Dv, BLOCK=inversion.sub_block, RATIO=inversion.ratio,
+        SLOTS=inversion.slots, PACKED=layout is not None, QUERIES=with_dq, PRECISION=dot_precision(q),
+        BLOCK_N=max(16, triton.next_power_of_2(inversion.sub_block)), **tile,
+    )  # fmt: skip
+
+
+def _reduce_dq(
+    work: Work, chunk: Chunk, block_indices: Tensor, dq: Tensor, scale: float, add: bool
+) -> None:  # fmt: skip
+    """Add a chunk's parts of dQ up, slot by slot; `add` puts the sum on top of what `dq` holds."""
+    _, T, H, Dk = dq.shape
+    Hkv, padded = block_indices.shape[2], triton.next_power_of_2(Dk)
+    rows = max(1, REDUCE_ELEMENTS // padded)
+    selected_dq_reduce_kernel[(triton.cdiv(chunk.num_tokens * (H // Hkv), rows), chunk.num_heads)](
+        work.part, block_indices, dq, scale, T, chunk.head, chunk.token, chunk.num_tokens,
+        H=H, HKV=Hkv, DK=Dk, RATIO=work.inversion.ratio, SLOTS=work.inversion.slots, PADDED=padded, ADD=add, ROWS=rows,
+        STAGES=REDUCE_STAGES, num_warps=4,
+    )  # fmt: skip
+
+
+def _reduce_dkdv(work: Work, chunk: Chunk, first: Tensor, dk: Tensor, dv: Tensor, scale: float) -> None:
+    """Add a chunk's items to the fp32 dk and dv, in order."""
+    _, S, Hkv, Dk = dk.shape
+    block, bound, num_blocks = work.inversion.sub_block, work.items.table.shape[2], first.shape[1] - 1
+    block_n = max(16, triton.next_power_of_2(block))
+    selected_dkdv_reduce_kernel[(num_blocks * (block_n // KEYS_OF_SUM), chunk.num_heads)](
+        *work.grads, first, dk, dv, scale, S, num_blocks + 1, chunk.head, bound,
+        HKV=Hkv, DK=Dk, DV=dv.shape[3], PADDED=triton.next_power_of_2(Dk), BLOCK=block, BLOCK_N=block_n,
+        KEYS=KEYS_OF_SUM, STAGES=STAGES_OF_SUM, num_warps=4,
+    )  # fmt: skip

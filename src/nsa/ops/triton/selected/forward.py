@@ -2,7 +2,7 @@
 
 A program holds one block's keys and values and runs over the (token, slot) entries that chose it, BLOCK_M rows (entry,
 head) at a time. Each row's softmax over the block and its log-sum-exp go to a scratch at (token, slot, head); a second
-kernel weighs and adds a row's slots in order. The scratch stays under SCRATCH_BYTES: long inputs go chunk by chunk.
+kernel weighs and adds a row's slots in order. The scratch stays under the stage's: long inputs go chunk by chunk.
 The forced blocks, which whole blocks of queries share, can come from a dense kernel (`forced.py`) instead, as one more
 part of the sum; then the slots that are left are the free ones.
 
@@ -15,40 +15,29 @@ Shapes: q `[B, T, H, Dk]`, k `[B, S, Hkv, Dk]`, v `[B, S, Hkv, Dv]`, block_indic
 # pyright: reportGeneralTypeIssues=false, reportPossiblyUnboundVariable=false
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from nsa.geometry import BlockGeometry
-from nsa.ops.triton.gates import Gated, gated_sum
-from nsa.ops.triton.gpu import LN2, LOG2E, dot_precision, has_large_shared_memory, key_tail, scratch_of
-from nsa.ops.triton.layout import Layout
-from nsa.ops.triton.selected.forward_sm90 import hopper_select_forward, hopper_select_forward_serves, range_tokens
-from nsa.ops.triton.selected.invert import cut_chunks, invert, item_keys, plan
+from nsa.ops.triton.gates import Gated, gate_pointers, gated_sum
+from nsa.ops.triton.gpu import LN2, LOG2E, dot_precision, key_tail
+from nsa.ops.triton.layout import Layout, document_pointers
+from nsa.ops.triton.plan import Stage
+from nsa.ops.triton.selected.forward_sm90 import range_tokens, selected_forward_sm90
+from nsa.ops.triton.selected.invert import Chunk, Inversion, Items, cut_chunks, invert, item_keys, make_items
+from nsa.ops.triton.tiles import Tile
 
-SCRATCH_BYTES = 2**31
 ITEM_ROWS = 1024
 REDUCE_ELEMENTS = 1024
 REDUCE_STAGES = 6  # slots on their way through shared memory
 
 
-def select_tile(q: Tensor, head_dim: int, value_head_dim: int, large: bool) -> dict[str, int]:
-    """BLOCK_M rows a step; all keys of a (sub-)block are held."""
-    widest = max(head_dim, value_head_dim)
-    if q.dtype == torch.float32:
-        return {"BLOCK_M": 16, "num_warps": 4, "num_stages": 1}
-    if not large:
-        return {"BLOCK_M": 32 if widest > 128 else 64, "num_warps": 4, "num_stages": 1}
-    if widest > 192:
-        return {"BLOCK_M": 64, "num_warps": 8, "num_stages": 1}
-    if widest > 128:
-        return {"BLOCK_M": 64, "num_warps": 4, "num_stages": 2}
-    return {"BLOCK_M": 64, "num_warps": 4, "num_stages": 1, "maxnreg": 128}  # four programs a multiprocessor
-
-
 @triton.jit(do_not_specialize=["T", "S", "q_start", "head_start", "token_start", "num_tokens", "bound"])
-def select_forward_kernel(
+def selected_forward_kernel(
     q_ptr, k_ptr, v_ptr, part_ptr, part_lse_ptr, entries_ptr, item_ptr, doc_ptr, base_ptr,
     scale_log2, T, S, q_start, head_start, token_start, num_tokens, bound,
     H: tl.constexpr, HKV: tl.constexpr, DK: tl.constexpr, TAIL: tl.constexpr, DV: tl.constexpr, BLOCK: tl.constexpr,
@@ -111,7 +100,7 @@ def select_forward_kernel(
 
 
 @triton.jit(do_not_specialize=["T", "q_start", "head_start", "token_start", "num_tokens"])
-def select_reduce_kernel(
+def selected_reduce_kernel(
     part_ptr, part_lse_ptr, choice_ptr, forced_ptr, forced_lse_ptr, out_ptr, lse_ptr, cmp_ptr, win_ptr, gate_ptr,
     sum_ptr, doc_ptr, log2e, T, q_start, head_start, token_start, num_tokens,
     H: tl.constexpr, HKV: tl.constexpr, DV: tl.constexpr, RATIO: tl.constexpr, SLOTS: tl.constexpr, FREE: tl.constexpr,
@@ -180,10 +169,29 @@ def chunk_token_bytes(scratch: int, columns: int, scratch_bytes: int) -> int:
     return max(scratch, -(-scratch_bytes * columns // 2**30))
 
 
+class Work(NamedTuple):
+    """How a forward is cut, and its scratch.
+
+    Attributes:
+        inversion: entries by block.
+        chunks, items: parts of the input, and the work items of each range of tokens.
+        shift: slots of a token before its free ones.
+        free: slots that are free; the others are forced blocks, which a dense kernel has attended to.
+        part, part_lse: scratch of a chunk, see the top.
+    """
+
+    inversion: Inversion
+    chunks: list[Chunk]
+    items: Items
+    shift: int
+    free: int
+    part: Tensor
+    part_lse: Tensor
+
+
 def select_forward(
     q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, geometry: BlockGeometry, layout: Layout | None,
-    q_start: int, scale: float, forced: tuple[Tensor, Tensor] | None = None, gated: Gated | None = None,
-    scratch_bytes: int = SCRATCH_BYTES, item_rows: int = ITEM_ROWS, tile: dict[str, int] | None = None,
+    q_start: int, scale: float, stage: Stage, forced: tuple[Tensor, Tensor] | None = None, gated: Gated | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Attention of fitting tensors over the chosen blocks.
 
@@ -191,56 +199,75 @@ def select_forward(
         forced: output and log-sum-exp of the forced blocks, which every token's list must then hold.
         gated: also write the gated sum of the branches.
     """
-    B, T, H, Dk = q.shape
-    S, Hkv, Dv = k.shape[1], k.shape[2], v.shape[3]
-    G = H // Hkv
-    out, lse = q.new_empty(B, T, H, Dv), q.new_empty(B, T, H, dtype=torch.float32)
+    out, lse = q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3], dtype=torch.float32)
     if out.numel() == 0:
         return out, lse
-    init, local = (geometry.num_init_blocks, geometry.num_local_blocks) if forced else (0, 0)
-    block_indices = block_indices.contiguous()
-    inversion = invert(block_indices, geometry, layout, S, q_start, peel=forced is not None)
-    hopper = tile is None and hopper_select_forward_serves(q, v, inversion.sub_block, forced is not None)
-    tile = tile or select_tile(q, Dk, Dv, has_large_shared_memory(q))
-    ratio = inversion.ratio
-    free = inversion.slots - (init + local) * ratio
-    documents = (q, q) if layout is None else (layout.doc_start, layout.block_base)
-    shape = {"H": H, "HKV": Hkv, "DV": Dv, "RATIO": ratio, "SLOTS": inversion.slots, "FREE": free,
-             "PACKED": layout is not None}  # fmt: skip
-    item_entries = max(1, item_rows // G)
-    scratch_bytes = scratch_of(q, scratch_bytes)
+    block_indices, peeled = block_indices.contiguous(), forced is not None
+    num_forced = (geometry.num_init_blocks, geometry.num_local_blocks) if peeled else (0, 0)
+    inversion = invert(block_indices, geometry, layout, k.shape[1], q_start, peel=peeled)
+    work = _cut_work(q, v, inversion, num_forced, stage)
+    for chunk in work.chunks:
+        if work.free and stage.is_sm90:
+            scratch = (work.part, work.part_lse, inversion, work.items)
+            selected_forward_sm90(q, k, v, *scratch, layout, chunk, work.shift, work.free, scale)
+        elif work.free:
+            _attend(q, k, v, work, chunk, layout, q_start, scale, peeled, stage.tile)
+        what = (block_indices, geometry, layout, q_start, num_forced)
+        _reduce(work, chunk, *what, forced or (out, lse), gated, out, lse)
+    return out, lse
+
+
+def _cut_work(q: Tensor, v: Tensor, inversion: Inversion, num_forced: tuple[int, int], stage: Stage) -> Work:
+    """Chunks whose scratch stays within the stage's; Hopper's kernel takes short ranges of a chunk's tokens in turn."""
+    (B, T, H, Dk), Dv = q.shape, v.shape[3]
+    num_heads, num_blocks, _ = inversion.ends.shape
+    G, scratch_bytes = B * H // num_heads, stage.scratch_bytes
+    init, local = num_forced
+    free = inversion.slots - (init + local) * inversion.ratio
     token_bytes = chunk_token_bytes(G * max(free, 1) * (Dv * q.element_size() + 4), H * Dk, scratch_bytes)
     granule = inversion.segment
-    if hopper:
+    if stage.is_sm90:
         most = scratch_bytes // token_bytes
-        granule = range_tokens(inversion.ends.shape[1], Dk * q.element_size(), G, inversion.segment, most)
-    chunks = cut_chunks(B * Hkv, T, token_bytes, granule, scratch_bytes)
-    most = max((c.head_end - c.head) * (c.token_end - c.token) for c in chunks)
-    part = q.new_empty(most * G * free, Dv)
-    part_lse = q.new_empty(most * G * free, dtype=torch.float32)
-    items = plan(inversion, T, granule if hopper else max(c.token_end - c.token for c in chunks), item_entries)
-    bound = items.table.shape[2]
-    for chunk in chunks:
-        heads, tokens = chunk.head_end - chunk.head, chunk.token_end - chunk.token
-        if free and hopper:
-            hopper_select_forward(
-                q, k, v, part, part_lse, inversion, items, layout, chunk, init * ratio, free, scale
-            )  # fmt: skip
-        elif free:
-            table = items.table[chunk.token // items.range_tokens, chunk.head : chunk.head_end]
-            select_forward_kernel[(bound, heads)](
-                q, k, v, part, part_lse, inversion.entries, table, *documents,
-                scale * LOG2E, T, S, q_start, chunk.head, chunk.token, tokens, bound,
-                DK=Dk, TAIL=key_tail(Dk), BLOCK=inversion.sub_block, SHIFT=init * ratio, PEELED=forced is not None,
-                PRECISION=dot_precision(q), BLOCK_N=max(16, triton.next_power_of_2(inversion.sub_block)),
-                **shape, **tile,
-            )  # fmt: skip
-        rows = max(1, REDUCE_ELEMENTS // Dv)
-        select_reduce_kernel[(triton.cdiv(tokens * G, rows), heads)](
-            part, part_lse, block_indices, *(forced or (out, lse)), out, lse, *(gated or (out, out, out, out)),
-            documents[0], LOG2E, T, q_start, chunk.head, chunk.token, tokens,
-            BLOCK=geometry.select_block_size, INIT=init, LOCAL=local, GATED=gated is not None,
-            PADDED=triton.next_power_of_2(max(free, 1)), ROWS=rows, LN2=LN2, STAGES=REDUCE_STAGES,
-            num_warps=4, **shape,
-        )  # fmt: skip
-    return out, lse
+        granule = range_tokens(num_blocks, Dk * q.element_size(), G, inversion.segment, most)
+    chunks = cut_chunks(num_heads, T, token_bytes, granule, scratch_bytes)
+    longest = granule if stage.is_sm90 else max(chunk.num_tokens for chunk in chunks)
+    items = make_items(inversion, T, longest, max(1, ITEM_ROWS // G))
+    rows = max(chunk.num_heads * chunk.num_tokens for chunk in chunks) * G * free
+    part, part_lse = q.new_empty(rows, Dv), q.new_empty(rows, dtype=torch.float32)
+    return Work(inversion, chunks, items, init * inversion.ratio, free, part, part_lse)
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, work: Work, chunk: Chunk, layout: Layout | None, q_start: int, scale: float,
+    peeled: bool, tile: Tile,
+) -> None:  # fmt: skip
+    """Write the parts of a chunk."""
+    T, H, Dk = q.shape[1:]
+    S, Hkv, Dv = k.shape[1:3] + v.shape[3:]
+    inversion, bound = work.inversion, work.items.table.shape[2]
+    table = work.items.table[chunk.token // work.items.range_tokens, chunk.head : chunk.head_end]
+    selected_forward_kernel[(bound, chunk.num_heads)](
+        q, k, v, work.part, work.part_lse, inversion.entries, table,
+        *document_pointers(layout, q, "doc_start", "block_base"), scale * LOG2E, T, S, q_start, chunk.head,
+        chunk.token, chunk.num_tokens, bound,
+        H=H, HKV=Hkv, DK=Dk, TAIL=key_tail(Dk), DV=Dv, BLOCK=inversion.sub_block, RATIO=inversion.ratio,
+        SLOTS=inversion.slots, FREE=work.free, SHIFT=work.shift, PEELED=peeled, PACKED=layout is not None,
+        PRECISION=dot_precision(q), BLOCK_N=max(16, triton.next_power_of_2(inversion.sub_block)), **tile,
+    )  # fmt: skip
+
+
+def _reduce(
+    work: Work, chunk: Chunk, block_indices: Tensor, geometry: BlockGeometry, layout: Layout | None, q_start: int,
+    num_forced: tuple[int, int], forced: tuple[Tensor, Tensor], gated: Gated | None, out: Tensor, lse: Tensor,
+) -> None:  # fmt: skip
+    """Add the parts of a chunk's rows up; `forced` is any pair of tensors where no block is forced apart."""
+    _, T, H, Dv = out.shape
+    Hkv, rows = block_indices.shape[2], max(1, REDUCE_ELEMENTS // Dv)
+    selected_reduce_kernel[(triton.cdiv(chunk.num_tokens * (H // Hkv), rows), chunk.num_heads)](
+        work.part, work.part_lse, block_indices, *forced, out, lse, *gate_pointers(gated, out),
+        *document_pointers(layout, out, "doc_start"), LOG2E, T, q_start, chunk.head, chunk.token, chunk.num_tokens,
+        H=H, HKV=Hkv, DV=Dv, RATIO=work.inversion.ratio, SLOTS=work.inversion.slots, FREE=work.free,
+        BLOCK=geometry.select_block_size, INIT=num_forced[0], LOCAL=num_forced[1], PACKED=layout is not None,
+        GATED=gated is not None, PADDED=triton.next_power_of_2(max(work.free, 1)), ROWS=rows, LN2=LN2,
+        STAGES=REDUCE_STAGES, num_warps=4,
+    )  # fmt: skip

@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nsa.geometry import BlockGeometry
-from nsa.ops.triton.layout import Layout, find_document
+from nsa.ops.triton.layout import Layout, document_pointers, find_document
 
 MAX_SUB_BLOCK = 128
 MAX_SEGMENTS = 512
@@ -61,6 +61,19 @@ class Items(NamedTuple):
     range_tokens: int
 
 
+class ItemGradients(NamedTuple):
+    """Scratch of the items of a chunk.
+
+    Attributes:
+        dk, dv: fp32 `[items * sub_block, D]`, before the scale.
+        keys: int32 `[items, 2]`, the first key of each and where its keys end.
+    """
+
+    dk: Tensor
+    dv: Tensor
+    keys: Tensor
+
+
 class Chunk(NamedTuple):
     """A part of the work that fits the scratch: (batch row, group) pairs and tokens, from and to."""
 
@@ -68,6 +81,14 @@ class Chunk(NamedTuple):
     head_end: int
     token: int
     token_end: int
+
+    @property
+    def num_heads(self) -> int:
+        return self.head_end - self.head
+
+    @property
+    def num_tokens(self) -> int:
+        return self.token_end - self.token
 
 
 def sub_block_ratio(select_block_size: int) -> int:
@@ -235,7 +256,7 @@ def invert(
     segments = triton.cdiv(T, segment)
     counts = torch.zeros(B * Hkv, num_blocks, segments, dtype=torch.int32, device=device)
     entries = torch.empty(B * Hkv * T * slots, dtype=torch.int32, device=device)
-    documents = (block_indices, block_indices) if layout is None else (layout.doc_start, layout.block_base)
+    documents = document_pointers(layout, block_indices, "doc_start", "block_base")
     shape = {"HKV": Hkv, "SLOTS": slots, "PADDED": triton.next_power_of_2(slots), "RATIO": ratio,
              "BLOCK": geometry.select_block_size, "INIT": geometry.num_init_blocks if peel else 0,
              "LOCAL": geometry.num_local_blocks if peel else 0, "PACKED": layout is not None}  # fmt: skip
@@ -257,7 +278,7 @@ def cut_chunks(num_heads: int, num_tokens: int, token_bytes: int, granule: int, 
     return [Chunk(h, h + 1, t, min(t + tokens, num_tokens)) for h in range(num_heads) for t in starts]
 
 
-def plan(inversion: Inversion, num_tokens: int, range_tokens: int, item_entries: int) -> Items:
+def make_items(inversion: Inversion, num_tokens: int, range_tokens: int, item_entries: int) -> Items:
     """The work items of every range of `range_tokens` tokens (whole segments), all made at once."""
     heads, num_blocks, segments = inversion.ends.shape
     device, range_segments = inversion.ends.device, triton.cdiv(range_tokens, inversion.segment)

@@ -1,33 +1,146 @@
-"""Tiles cut into panels of 64 columns, which the selected branch's kernels for Hopper copy row by row and multiply."""
+"""What the selected branch's kernels by block for Hopper are made of: items, blocks, tiles cut into panels.
+
+A tile of an item's rows is copied row by row into panels of 64 columns, which products then read. Legend: an item's
+rows are its entries times the G heads of a group, an entry a token's slot (token * SLOTS + slot, see `invert`); a pair
+is a batch row with a group, b * HKV + group.
+"""
 
 # Kernels are typed by Triton, not by Python.
 # pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportReturnType=false
-# pyright: reportGeneralTypeIssues=false, reportPossiblyUnboundVariable=false, reportAssignmentType=false
-from __future__ import annotations
+# pyright: reportGeneralTypeIssues=false, reportPossiblyUnboundVariable=false
+# pyright: reportAssignmentType=false, reportOperatorIssue=false
+# Triton holds fields of aggregates against their annotations, which therefore may not be postponed.
+# Lists in kernels are added, not unpacked.
+# ruff: noqa: RUF005
 
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
-from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.language.core import _aggregate as aggregate  # public as gluon.aggregate from Triton 3.9 on
+
+from nsa.ops.triton.sm90 import make_barriers
 
 ROWS = gl.constexpr(64)  # rows of a tile; half as many beside keys of 192
 BLOCK = gl.constexpr(64)  # keys of a block
-WIDTH = gl.constexpr(64)  # columns of a panel
+WIDTH = gl.constexpr(64)  # columns of a panel: 128 bytes, the widest swizzle
+
+PANEL = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))  # a product of 64 columns
+COPY = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))  # 16 bytes a thread, a panel's row by 8 of them
+LINE = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))  # one number a row
+# Tiles whose entries are here at once: while those of the tile after next arrive, threads may lag a tile behind.
+ENTRY_TILES = gl.constexpr(4)
+
+
+@aggregate
+class Item:
+    """Rows that chose one block, `num_rows` of them; entries of the chunk's first token begin at `first_entry`."""
+
+    entries_ptr: gl.tensor
+    num_rows: gl.tensor
+    first_entry: gl.tensor
+    G: gl.constexpr
+    H: gl.constexpr
+    SLOTS: gl.constexpr
+
+    @gluon.constexpr_function
+    def __init__(self, entries_ptr, num_rows, first_entry, G, H, SLOTS):
+        self.entries_ptr, self.num_rows, self.first_entry = entries_ptr, num_rows, first_entry
+        self.G, self.H, self.SLOTS = gl.constexpr(G), gl.constexpr(H), gl.constexpr(SLOTS)
+
+    @gluon.jit
+    def rows(self, start, ROWS: gl.constexpr, LAYOUT: gl.constexpr):
+        """Numbers of a tile's rows; the item's last repeats."""
+        return gl.minimum(start + gl.arange(0, ROWS, LAYOUT), self.num_rows - 1).to(gl.uint32)
+
+    @gluon.jit
+    def copy_entries(self, tile, start):
+        """Begin to copy the entries of a tile's rows."""
+        row = self.rows(start, tile.shape[0], LINE)
+        async_copy.async_copy_global_to_shared(tile, self.entries_ptr + (row // self.G).to(gl.int32))
+
+    @gluon.jit
+    def local_entries(self, entries, LAYOUT: gl.constexpr):
+        """The entries of a tile's rows, which are here, counted from the chunk's first token on."""
+        return (entries.load(LAYOUT) - self.first_entry).to(gl.uint32)
+
+    @gluon.jit
+    def heads(self, entries, start, LAYOUT: gl.constexpr):
+        """Where a tile's rows lie in `[tokens, H]` from the chunk's first token and the group's first head on."""
+        token = self.local_entries(entries, LAYOUT) // self.SLOTS
+        return (token * self.H + self.rows(start, entries.shape[0], LAYOUT) % self.G).to(gl.int32)
+
+    @gluon.jit
+    def copy_panels(self, x_ptr, tiles, buffer, entries, start):
+        """Begin to copy a tile's rows of `[tokens, H, D]` into panels of `tiles`."""
+        D: gl.constexpr = len(tiles) * WIDTH
+        offsets = self.heads(entries, start, gl.SliceLayout(1, COPY))[:, None] * D
+        offsets += gl.arange(0, WIDTH, gl.SliceLayout(0, COPY))[None, :]
+        for panel in gl.static_range(len(tiles)):
+            async_copy.async_copy_global_to_shared(tiles[panel].index(buffer), x_ptr + panel * WIDTH + offsets)
+
+
+@aggregate
+class Block:
+    """Keys and values of an item's block, cut into panels, and the barrier that says that they are there."""
+
+    k: gl.shared_memory_descriptor
+    v: gl.shared_memory_descriptor
+    full: gl.shared_memory_descriptor
+    PANELS: gl.constexpr
+    VALUE_PANELS: gl.constexpr
+
+    @gluon.constexpr_function
+    def __init__(self, k, v, full, PANELS, VALUE_PANELS):
+        self.k, self.v, self.full = k, v, full
+        self.PANELS, self.VALUE_PANELS = gl.constexpr(PANELS), gl.constexpr(VALUE_PANELS)
+
+    @gluon.constexpr_function
+    def bytes(self):
+        """Bytes of all panels, of 16-bit numbers."""
+        return 2 * 64 * 64 * (self.PANELS + self.VALUE_PANELS)
+
+    @gluon.jit
+    def load(self, k_desc, v_desc, b, key_start, group):
+        """Begin to load all panels."""
+        mbarrier.expect(self.full.index(0), self.bytes())
+        for panel in gl.static_range(self.PANELS):
+            box = [b, key_start, group, panel * WIDTH]
+            tma.async_copy_global_to_shared(k_desc, box, self.full.index(0), self.k.index(panel))
+        for panel in gl.static_range(self.VALUE_PANELS):
+            box = [b, key_start, group, panel * WIDTH]
+            tma.async_copy_global_to_shared(v_desc, box, self.full.index(0), self.v.index(panel))
+
+    @gluon.jit
+    def wait(self):
+        """Wait until TMA has written all panels: the barrier's first phase, and its only one."""
+        mbarrier.wait(self.full.index(0), 0)
+
+    @gluon.jit
+    def keys(self, panel):
+        """A panel of the keys."""
+        return self.k.index(panel).reshape([BLOCK, WIDTH])
+
+    @gluon.jit
+    def values(self, panel):
+        """A panel of the values."""
+        return self.v.index(panel).reshape([BLOCK, WIDTH])
+
+    @gluon.jit
+    def close(self):
+        """End the barrier's use: the compiler gives its place to something else after its last mention."""
+        mbarrier.invalidate(self.full.index(0))
 
 
 @gluon.jit
-def rows_of_tile(start, num_rows, ROWS: gl.constexpr, LAYOUT: gl.constexpr):
-    """Numbers of a tile's rows; the item's last repeats."""
-    return gl.minimum(start + gl.arange(0, ROWS, LAYOUT), num_rows - 1).to(gl.uint32)
-
-
-@gluon.jit
-def copy_entries(entries_ptr, tile, start, num_rows, G: gl.constexpr, LINE: gl.constexpr):
-    """Begin to copy the entries of a tile's rows."""
-    row = rows_of_tile(start, num_rows, tile.shape[0], LINE)
-    async_copy.async_copy_global_to_shared(tile, entries_ptr + (row // G).to(gl.int32))
+def make_block(k_desc, v_desc, DK: gl.constexpr, DV: gl.constexpr):
+    """Room for a block's keys and values."""
+    k = gl.allocate_shared_memory(k_desc.dtype, [DK // WIDTH] + k_desc.block_shape, k_desc.layout)
+    v = gl.allocate_shared_memory(v_desc.dtype, [DV // WIDTH] + v_desc.block_shape, v_desc.layout)
+    full = make_barriers(1, 1)  # the program arrives once, with the bytes to come
+    return Block(k, v, full, DK // WIDTH, DV // WIDTH)
 
 
 @gluon.jit
@@ -44,81 +157,9 @@ def make_panels(dtype: gl.constexpr, ROWS: gl.constexpr, PANELS: gl.constexpr, B
 
 
 @gluon.jit
-def copy_panels(
-    x_ptr, tiles, buffer, entries, first_place, start, num_rows, G: gl.constexpr, H: gl.constexpr, D: gl.constexpr,
-    SLOTS: gl.constexpr, LAYOUT: gl.constexpr,
-):  # fmt: skip
-    """Begin to copy a tile's rows, whose entries are here, into panels of `tiles`."""
-    ROW: gl.constexpr = gl.SliceLayout(1, LAYOUT)
-    token = (entries.load(ROW) - first_place).to(gl.uint32) // SLOTS
-    offsets = (token * H + rows_of_tile(start, num_rows, entries.shape[0], ROW) % G).to(gl.int32)[:, None] * D
-    offsets += gl.arange(0, WIDTH, gl.SliceLayout(0, LAYOUT))[None, :]
-    for panel in gl.static_range(len(tiles)):
-        async_copy.async_copy_global_to_shared(tiles[panel].index(buffer), x_ptr + panel * WIDTH + offsets)
-
-
-@gluon.jit
-def _copy_lines(
-    lse_ptr, delta_ptr, entries, lse_tile, delta_tile, first_place, start, num_rows, G: gl.constexpr, H: gl.constexpr,
-    SLOTS: gl.constexpr, LINE: gl.constexpr,
-):  # fmt: skip
-    """Begin to copy the log-sum-exps and deltas of a tile's rows."""
-    token = (entries.load(LINE) - first_place).to(gl.uint32) // SLOTS
-    row = (token * H + rows_of_tile(start, num_rows, entries.shape[0], LINE) % G).to(gl.int32)
-    async_copy.async_copy_global_to_shared(lse_tile, lse_ptr + row)
-    async_copy.async_copy_global_to_shared(delta_tile, delta_ptr + row)
-
-
-@gluon.jit
-def _repeat(x, NUMBER: gl.constexpr):
-    values = ()
-    for _ in gl.static_range(NUMBER):
-        values += (x,)
-    return values
-
-
-@gluon.jit
-def _add_panels(operand, tiles, buffer, sums):
-    """Begin to add the products of `operand` and the panels of a tile."""
-    added = ()
-    for panel in gl.static_range(len(sums)):
-        added += (warpgroup_mma(operand, tiles[panel].index(buffer), sums[panel], is_async=True),)
-    return added
-
-
-@gluon.jit
-def _wait_panels(sums, LATER: gl.constexpr):
-    """These sums, after which `LATER` products were begun."""
-    done = ()
-    for panel in gl.static_range(len(sums)):
-        done += (warpgroup_mma_wait(LATER + len(sums) - 1 - panel, deps=[sums[panel]]),)
-    return done
-
-
-@gluon.jit
-def _transposed_panel(k_smem, panel, ds, none):
-    """Begin a panel of dQ, transposed."""
-    k = k_smem.index(panel).reshape([BLOCK, WIDTH])
-    return warpgroup_mma(k.permute([1, 0]), ds.permute([1, 0]), none, use_acc=False, is_async=True)
-
-
-@gluon.jit
-def _query_places(
-    entries, first_place, start, num_rows, G: gl.constexpr, D: gl.constexpr, LAYOUT: gl.constexpr
-):  # fmt: skip
-    """Where a tile's rows of dQ go in the scratch, and which rows there are."""
-    ROW: gl.constexpr = gl.SliceLayout(1, LAYOUT)
-    ROWS: gl.constexpr = entries.shape[0]
-    row = (entries.load(ROW) - first_place).to(gl.uint32) * G + rows_of_tile(start, num_rows, ROWS, ROW) % G
-    target = row.to(gl.int32)[:, None] * D + gl.arange(0, WIDTH, gl.SliceLayout(0, LAYOUT))[None, :]
-    return target, (start + gl.arange(0, ROWS, ROW) < num_rows)[:, None]
-
-
-@gluon.jit
-def _store_panel(x_ptr, x, item, panel, D: gl.constexpr, PANEL: gl.constexpr):
-    row = item.to(gl.int64) * BLOCK + gl.arange(0, BLOCK, gl.SliceLayout(1, PANEL))
-    column = panel * WIDTH + gl.arange(0, WIDTH, gl.SliceLayout(0, PANEL))
-    gl.store(x_ptr + row[:, None] * D + column[None, :], x)
+def make_lines(dtype: gl.constexpr, ROWS: gl.constexpr, BUFFERS: gl.constexpr):
+    """Room for one number a row."""
+    return gl.allocate_shared_memory(dtype, [BUFFERS, ROWS], gl.SwizzledSharedLayout(1, 1, 1, order=[0]))
 
 
 def describe_panels(x: Tensor) -> TensorDescriptor:

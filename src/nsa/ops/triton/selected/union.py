@@ -2,8 +2,8 @@
 
 Neighbours choose alike in trained models, and in short documents they choose from few blocks: then the union is hardly
 longer than one token's list, tiles are dense, and there is no scratch, inversion or reduction. Where tokens choose
-apart, `select_fwd` and `select_bwd` do less work; `union_pays` says which. Here are the output and dQ; dK and dV are
-`select_bwd`'s in both cases.
+apart, `forward.py` and `backward.py` do less work; `nsa.ops.triton.plan` says which. Here are the output and dQ; dK and
+dV are `backward.py`'s in both cases.
 
 Shapes: q `[B, T, H, Dk]`, k `[B, S, Hkv, Dk]`, v `[B, S, Hkv, Dv]`, block_indices `[B, T, Hkv, n]`. A tile holds the
 rows (token, head of a group) of TOKENS whole tokens.
@@ -22,25 +22,15 @@ import triton.language as tl
 from torch import Tensor
 
 from nsa.geometry import BlockGeometry
-from nsa.ops.triton.dense.backward import query_tile
-from nsa.ops.triton.dense.forward import forward_tile
 from nsa.ops.triton.dense.step import attend_tile, describe, describe_keys, query_step
-from nsa.ops.triton.gates import Gated, Rows, gated_sum
-from nsa.ops.triton.gpu import LN2, LOG2E, dot_precision, has_large_shared_memory, key_tail
-from nsa.ops.triton.layout import Layout
-from nsa.ops.triton.selected.union_dq_sm90 import hopper_union_query_backward, query_tile_tokens
-from nsa.ops.triton.selected.union_sm90 import hopper_union_forward, hopper_union_serves, tile_tokens
+from nsa.ops.triton.gates import Gated, Rows, gate_pointers, gated_sum
+from nsa.ops.triton.gpu import LN2, LOG2E, dot_precision, key_tail
+from nsa.ops.triton.layout import Layout, document_pointers
+from nsa.ops.triton.plan import Stage
+from nsa.ops.triton.selected.union_dq_sm90 import union_dq_sm90
+from nsa.ops.triton.selected.union_sm90 import union_forward_sm90
 
-MAX_TOKENS = 64  # of a tile: bits of a mask
-BLOCK_M = 64  # rows of a tile, about; what `union_pays` reckons with
 NOTHING = 2**31 - 1
-# Blocks of the unions over blocks of the lists, in full tiles of BLOCK_M rows: below these the union is faster (H200,
-# docs/kernels.md). Hopper's kernel shares loads among more tokens, the more so the fewer heads a group has.
-FORWARD_RATIO = 3.0
-HOPPER_RATIO = 3.1
-HOPPER_RATIO_OF_FEW_HEADS, FEW_HEADS = 3.6, 8
-BACKWARD_RATIO = 2.0
-HOPPER_BACKWARD_RATIO = 1.7  # of heads wider than 64; with those of 64 blocks by tokens are never slower
 
 
 class Unions(NamedTuple):
@@ -50,45 +40,11 @@ class Unions(NamedTuple):
         starts: int32 `[B*Hkv, tiles, width]`, first key of each block.
         masks: int64, likewise; bit i is set if the tile's i-th token chose it.
         counts: int32 `[B*Hkv, tiles]`.
-        tokens: of a tile.
     """
 
     starts: Tensor
     masks: Tensor
     counts: Tensor
-    tokens: int
-
-
-def union_pays(num_tokens: int, num_docs: int, group_size: int, geometry: BlockGeometry, ratio: float) -> bool:
-    """Whether the union of a tile's blocks is short, for documents of average length and independent choices.
-
-    Args:
-        ratio: see FORWARD_RATIO.
-    """
-    tokens = min(MAX_TOKENS, BLOCK_M // group_size)
-    blocks = max(1, num_tokens // max(1, num_docs) // geometry.select_block_size)
-    if tokens == 0 or blocks > 64 * geometry.num_selected_blocks:
-        return False
-    chosen = unions = 0.0
-    for seen in range(1, blocks + 1, max(1, blocks // 32)):  # as many tokens see each number of blocks; 32 of them do
-        listed = min(seen, geometry.num_selected_blocks)
-        chosen += listed
-        unions += seen * (1 - (1 - listed / seen) ** tokens)
-    return unions * BLOCK_M < ratio * chosen * tokens * group_size
-
-
-def forward_ratio(q: Tensor, v: Tensor, group_size: int, geometry: BlockGeometry) -> float:
-    """Below which ratio the union is the faster forward for these fitting tensors."""
-    if not hopper_union_serves(q, v, group_size, geometry):
-        return FORWARD_RATIO
-    return HOPPER_RATIO_OF_FEW_HEADS if group_size <= FEW_HEADS else HOPPER_RATIO
-
-
-def backward_ratio(q: Tensor, v: Tensor, group_size: int, geometry: BlockGeometry) -> float:
-    """Below which ratio the union is the faster way to dQ for these fitting tensors."""
-    if not hopper_union_serves(q, v, group_size, geometry):
-        return BACKWARD_RATIO
-    return HOPPER_BACKWARD_RATIO if q.shape[3] > 64 else 0.0
 
 
 @triton.jit(do_not_specialize=["T", "num_tiles"])
@@ -133,18 +89,11 @@ def make_unions(block_indices: Tensor, geometry: BlockGeometry, layout: Layout |
     masks = torch.zeros(starts.shape, dtype=torch.int64, device=device)
     counts = torch.empty(B * Hkv, tiles, dtype=torch.int32, device=device)
     union_kernel[(tiles, B * Hkv)](
-        block_indices, block_indices if layout is None else layout.doc_start, pairs, starts, masks, counts, T, tiles,
+        block_indices, *document_pointers(layout, block_indices, "doc_start"), pairs, starts, masks, counts, T, tiles,
         HKV=Hkv, COUNT=count, BLOCK=geometry.select_block_size, TOKENS=tokens, PACKED=layout is not None,
         PADDED=padded, SIZE=size, NOTHING=NOTHING, num_warps=1 if size <= 256 else 4,
     )  # fmt: skip
-    return Unions(starts, masks, counts, tokens)
-
-
-def fit_tile(tile: dict[str, int], group_size: int, geometry: BlockGeometry) -> dict[str, int]:
-    """A tile with room for a whole token, and no more keys a step than a block has."""
-    rows = max(tile["BLOCK_M"], triton.next_power_of_2(group_size))
-    keys = min(tile["BLOCK_N"], max(16, triton.next_power_of_2(geometry.select_block_size)))
-    return {**tile, "BLOCK_M": rows, "BLOCK_N": keys}
+    return Unions(starts, masks, counts)
 
 
 @triton.jit
@@ -208,7 +157,7 @@ def union_forward_kernel(
 
 def union_forward(
     q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, geometry: BlockGeometry, layout: Layout | None,
-    q_start: int, scale: float, gated: Gated | None = None, tile: dict[str, int] | None = None,
+    q_start: int, scale: float, stage: Stage, gated: Gated | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """What `select_forward` returns, for fitting tensors and group sizes up to the rows of a tile."""
     B, T, H, Dk = q.shape
@@ -216,24 +165,23 @@ def union_forward(
     out, lse = q.new_empty(B, T, H, Dv), q.new_empty(B, T, H, dtype=torch.float32)
     if out.numel() == 0:
         return out, lse
-    if tile is None and hopper_union_serves(q, v, H // Hkv, geometry):
-        unions = make_unions(block_indices, geometry, layout, tile_tokens(H // Hkv))
-        hopper_union_forward(q, k, v, out, lse, *unions[:3], geometry, q_start, scale, gated)
+    tile = stage.tile
+    unions = make_unions(block_indices, geometry, layout, tile["TOKENS"])
+    if stage.is_sm90:
+        union_forward_sm90(q, k, v, out, lse, *unions, geometry, q_start, scale, gated, tile["programs"])
         return out, lse
-    tile = fit_tile(tile or forward_tile(q, Dk, Dv, has_large_shared_memory(q)), H // Hkv, geometry)
-    unions = make_unions(block_indices, geometry, layout, min(MAX_TOKENS, tile["BLOCK_M"] // (H // Hkv)))
     union_forward_kernel[(unions.counts.shape[1], B * Hkv)](
-        q, *describe_keys(k, tile["BLOCK_N"]), describe(v, tile["BLOCK_N"]), out, lse, *(gated or (out, out, out, out)),
+        q, *describe_keys(k, tile["BLOCK_N"]), describe(v, tile["BLOCK_N"]), out, lse, *gate_pointers(gated, out),
         unions.starts, unions.masks, unions.counts, scale * LOG2E, T, S, q_start,
         H=H, HKV=Hkv, DK=Dk, TAIL=key_tail(Dk), DV=Dv, BLOCK=geometry.select_block_size,
-        COUNT=geometry.num_selected_blocks, TOKENS=unions.tokens, GATED=gated is not None, LN2=LN2,
+        COUNT=geometry.num_selected_blocks, GATED=gated is not None, LN2=LN2,
         PRECISION=dot_precision(q), **tile,
     )  # fmt: skip
     return out, lse
 
 
 @triton.jit(do_not_specialize=["T", "S", "q_start"])
-def union_query_kernel(
+def union_dq_kernel(
     q_ptr, k_desc, k_tail_desc, v_desc, dout_ptr, lse_ptr, delta_ptr, dq_ptr, start_ptr, mask_ptr, count_ptr,
     scale, scale_log2, log2e, T, S, q_start,
     H: tl.constexpr, HKV: tl.constexpr, DK: tl.constexpr, TAIL: tl.constexpr, DV: tl.constexpr, BLOCK: tl.constexpr,
@@ -275,9 +223,9 @@ def union_query_kernel(
         tl.store(dq_ptr + tail_offset, dq_tail.to(dq_ptr.dtype.element_ty), mask=live[:, None])
 
 
-def union_query_backward(
+def union_dq(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, rows: Rows, block_indices: Tensor, geometry: BlockGeometry,
-    layout: Layout | None, q_start: int, scale: float, dq: Tensor | None = None, tile: dict[str, int] | None = None,
+    layout: Layout | None, q_start: int, scale: float, stage: Stage, dq: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """dq of the selected branch for fitting tensors; a given `dq` is added to in place."""
     B, T, H, Dk = q.shape
@@ -286,16 +234,15 @@ def union_query_backward(
     dq = torch.empty_like(q) if dq is None else dq
     if q.numel() == 0:
         return dq
-    if tile is None and hopper_union_serves(q, v, H // Hkv, geometry):
-        unions = make_unions(block_indices, geometry, layout, query_tile_tokens(H // Hkv))
-        hopper_union_query_backward(dout, q, k, v, *rows, dq, *unions[:3], geometry, q_start, scale, add)
+    tile = stage.tile
+    unions = make_unions(block_indices, geometry, layout, tile["TOKENS"])
+    if stage.is_sm90:
+        union_dq_sm90(dout, q, k, v, *rows, dq, *unions, geometry, q_start, scale, add, tile["programs"])
         return dq
-    tile = fit_tile(tile or query_tile(q, Dk, Dv, has_large_shared_memory(q)), H // Hkv, geometry)
-    unions = make_unions(block_indices, geometry, layout, min(MAX_TOKENS, tile["BLOCK_M"] // (H // Hkv)))
-    union_query_kernel[(unions.counts.shape[1], B * Hkv)](
+    union_dq_kernel[(unions.counts.shape[1], B * Hkv)](
         q, *describe_keys(k, tile["BLOCK_N"]), describe(v, tile["BLOCK_N"]), dout, *rows, dq, unions.starts,
         unions.masks, unions.counts, scale, scale * LOG2E, LOG2E, T, S, q_start,
         H=H, HKV=Hkv, DK=Dk, TAIL=key_tail(Dk), DV=Dv, BLOCK=geometry.select_block_size,
-        COUNT=geometry.num_selected_blocks, TOKENS=unions.tokens, ADD=add, PRECISION=dot_precision(q), **tile,
+        COUNT=geometry.num_selected_blocks, ADD=add, PRECISION=dot_precision(q), **tile,
     )  # fmt: skip
     return dq

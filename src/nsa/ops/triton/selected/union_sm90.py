@@ -1,58 +1,34 @@
 """Forward of the selected branch over unions of blocks on Hopper, in Gluon: three groups of rows share every load.
 
-As in `hopper_fwd`, a program is persistent, one warp loads by TMA, and groups of four warps hold 64 rows (token, head)
-each: TOKENS whole tokens, so that a tile and its union have three times as many. A group skips the blocks that none of
-its own tokens chose; of the others each row takes those of its token. A block that all rows lie behind needs no mask by
-key.
+As in `dense/forward_sm90.py`, a program is persistent, one warp loads by TMA, and groups of four warps hold 64 rows
+(token, head) each: TOKENS whole tokens, so that a tile and its union have three times as many. A group skips the blocks
+that none of its own tokens chose; of the others each row takes those of its token. A block that all rows lie behind
+needs no mask by key.
 
-Shapes and unions are those of `select_union`; `hopper_union_serves` says which shapes come here.
+Shapes and unions are those of `union.py`; `nsa.ops.triton.plan` says which shapes come here.
 """
 
 # Kernels are typed by Triton, not by Python.
 # pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportReturnType=false
 # pyright: reportGeneralTypeIssues=false, reportPossiblyUnboundVariable=false
 # pyright: reportAssignmentType=false, reportOperatorIssue=false
-# Lists in kernels are added, not unpacked.
-# ruff: noqa: RUF005
-from __future__ import annotations
+# Triton holds fields of aggregates against their annotations, which therefore may not be postponed.
 
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    mbarrier,
-    tma,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma, warpgroup_mma, warpgroup_mma_wait
+from triton.language.core import _aggregate as aggregate  # public as gluon.aggregate from Triton 3.9 on
 
 from nsa.geometry import BlockGeometry
-from nsa.ops.triton.dense.forward_sm90 import GROUPS, STAGES, TAIL_STAGES, scores
-from nsa.ops.triton.gates import Gated, add_branches
-from nsa.ops.triton.gpu import LN2, LOG2E, hopper_serves, num_multiprocessors
-from nsa.ops.triton.sm90 import (
-    KEYS,
-    ROWS,
-    copy_queries,
-    describe_box,
-    describe_parts,
-    load_keys,
-    load_queries,
-    make_barriers,
-    num_rounds,
-    row_offsets,
-    tile_of_round,
-)
+from nsa.ops.triton.dense.forward_sm90 import GROUPS, STAGES, TAIL_STAGES
+from nsa.ops.triton.gates import Gated, add_branches, gate_pointers
+from nsa.ops.triton.gpu import LN2, LOG2E
+from nsa.ops.triton.selected.pipes_sm90 import Part, Shape, Unions, begin_scores, make_pipe, tokens_of_part
+from nsa.ops.triton.sm90 import KEYS, ROWS, describe_box, describe_parts
 
 MIN_HEADS = 3  # of a group: a tile's tokens are then no more than a mask has bits
-
-
-def hopper_union_serves(q: Tensor, v: Tensor, group_size: int, geometry: BlockGeometry) -> bool:
-    """Whether the kernel takes these fitting tensors: a block is one step, a group of warps holds whole tokens."""
-    fits = geometry.select_block_size == KEYS.value and MIN_HEADS <= group_size <= ROWS.value
-    return fits and hopper_serves(q, v)
 
 
 def tile_tokens(group_size: int) -> int:
@@ -60,92 +36,126 @@ def tile_tokens(group_size: int) -> int:
     return GROUPS.value * (ROWS.value // group_size)
 
 
-@gluon.jit
-def list_of_tile(
-    token, b, group, start_ptr, mask_ptr, count_ptr, num_tiles, HKV: gl.constexpr, TILE: gl.constexpr,
-    COUNT: gl.constexpr,
-):  # fmt: skip
-    """The blocks and masks of the tile that begins at a token, and how many there are."""
-    number = (b * HKV + group).to(gl.int64) * num_tiles + token // TILE
-    offset = number * (TILE * COUNT)
-    return start_ptr + offset, mask_ptr + offset, gl.load(count_ptr + number)
+@aggregate
+class Output:
+    """The branch's output and log-sum-exps."""
+
+    ptr: gl.tensor
+    desc: tma.tensor_descriptor
+    lse_ptr: gl.tensor
+
+    @gluon.constexpr_function
+    def __init__(self, ptr, desc, lse_ptr):
+        self.ptr, self.desc, self.lse_ptr = ptr, desc, lse_ptr
+
+
+@aggregate
+class GatedSum:
+    """The other branches, the gates, and where the gated sum goes; without GATED all of it stands for nothing."""
+
+    cmp_ptr: gl.tensor
+    win_ptr: gl.tensor
+    gate_ptr: gl.tensor
+    ptr: gl.tensor
+    desc: tma.tensor_descriptor
+    GATED: gl.constexpr
+
+    @gluon.constexpr_function
+    def __init__(self, cmp_ptr, win_ptr, gate_ptr, ptr, desc, GATED):
+        self.cmp_ptr, self.win_ptr, self.gate_ptr = cmp_ptr, win_ptr, gate_ptr
+        self.ptr, self.desc = ptr, desc
+        self.GATED = gl.constexpr(GATED)
+
+
+@aggregate
+class Softmax:
+    """Running maximum, in base 2, and sum of the rows' exponentials."""
+
+    row_max: gl.tensor
+    row_sum: gl.tensor
+
+    @gluon.constexpr_function
+    def __init__(self, row_max, row_sum):
+        self.row_max, self.row_sum = row_max, row_sum
+
+    @gluon.jit
+    def step(self, s, chosen, scale_log2):
+        """One step of the online softmax: itself, the exponentials, and alpha, by which earlier results fade."""
+        row_max = gl.where(chosen, gl.maximum(self.row_max, gl.max(s, 1) * scale_log2), self.row_max)
+        # Rows that have seen no key yet: -inf less -inf would be NaN.
+        safe = gl.where(row_max == float("-inf"), 0.0, row_max)
+        p = gl.exp2(s * scale_log2 - gl.where(chosen, safe, float("inf"))[:, None])
+        alpha = gl.exp2(self.row_max - safe)
+        return Softmax(row_max, self.row_sum * alpha + gl.sum(p, 1)), p, alpha
 
 
 @gluon.jit
-def _load_partition(
-    q_desc, q_tail_desc, k_desc, k_tail_desc, v_desc, q_smem, q_tail_smem, k_smem, k_tail_smem, v_smem, q_full, q_empty,
-    k_full, k_empty, v_full, v_empty, start_ptr, mask_ptr, count_ptr, num_tiles, heads,
-    G: gl.constexpr, HKV: gl.constexpr, D: gl.constexpr, TAIL: gl.constexpr, TOKENS: gl.constexpr, COUNT: gl.constexpr,
-    STAGES: gl.constexpr, BOXES: gl.constexpr,
-):  # fmt: skip
+def _load_partition(shape, unions, queries, keys, values):
+    """The warp that loads: a tile's queries, then the keys and values of every block of its union."""
     step = 0
-    for turn in range(num_rounds(num_tiles * heads)):
-        token, b, group = tile_of_round(turn, num_tiles, heads, HKV, GROUPS * TOKENS)
-        starts, _masks, count = list_of_tile(
-            token, b, group, start_ptr, mask_ptr, count_ptr, num_tiles, HKV, GROUPS * TOKENS, COUNT
-        )
+    for round in range(shape.num_rounds()):
+        token, b, group = shape.tile_of_round(round)
+        starts, _masks, count = unions.of_tile(shape, token, b, group)
         # Tiles without any block take one step, all of it masked.
         key_start = gl.where(count > 0, gl.load(starts), 0)
-        for part in gl.static_range(GROUPS if BOXES else 0):
-            box = [b, token + part * TOKENS, group * G, 0]
-            load_queries(
-                q_desc, q_tail_desc, q_smem, q_tail_smem, q_full, q_empty, turn % 2 * GROUPS + part,
-                (turn // 2 & 1) ^ 1, box, D, TAIL,
-            )  # fmt: skip
+        for part in gl.static_range(shape.PARTS if shape.BOXES else 0):
+            queries.load(round, [b, token + part * shape.TOKENS, group * shape.G, 0], part)
         for i in range(gl.maximum(count, 1)):
             next_start = gl.load(starts + gl.maximum(gl.minimum(i + 1, count - 1), 0))  # long before it is needed
-            load_keys(
-                k_desc, k_tail_desc, v_desc, k_smem, k_tail_smem, v_smem, k_full, k_empty, v_full, v_empty, step,
-                [b, key_start, group, 0], D, TAIL, STAGES,
-            )  # fmt: skip
+            box = [b, key_start, group, 0]
+            keys.load(step, box)
+            values.load(step, box)
             step += 1
             key_start = next_start
 
 
 @gluon.jit
-def _soften(s, best, total, chosen, key_start, end, plain_end, scale_log2, LAYOUT: gl.constexpr):
-    """One step of the online softmax, in base 2, and by how much the previous steps' results fade."""
+def _mask_keys(s, key_start, end, plain_end, LAYOUT: gl.constexpr):
+    """Scores without those of keys from each row's `end` on; blocks before `plain_end` have none."""
     if key_start + KEYS > plain_end:
         key = key_start + gl.arange(0, KEYS, gl.SliceLayout(0, LAYOUT))
         s = gl.where(key[None, :] < end[:, None], s, float("-inf"))
-    new_best = gl.where(chosen, gl.maximum(best, gl.max(s, 1) * scale_log2), best)
-    safe = gl.where(new_best == float("-inf"), 0.0, new_best)
-    p = gl.exp2(s * scale_log2 - gl.where(chosen, safe, float("inf"))[:, None])
-    decay = gl.exp2(best - safe)
-    return p, new_best, total * decay + gl.sum(p, 1), decay
+    return s
 
 
 @gluon.jit
-def tokens_of_part(mask, PART: gl.constexpr, TOKENS: gl.constexpr):
-    """Bits of the tokens that a group of warps holds."""
-    return ((mask >> (PART * TOKENS)) & ((1 << TOKENS) - 1)).to(gl.int32)
+def _add_values(p, values, step, acc):
+    """Begin to add a step's values, once they are there, weighted by p."""
+    values.wait(step)  # until TMA has written them
+    return warpgroup_mma(p, values.tile(step), acc, is_async=True)
 
 
 @gluon.jit
 def _attend(
-    q_tile, q_tail, k_smem, k_tail_smem, v_smem, k_full, k_empty, v_full, v_empty, step, starts, masks, count, bit,
-    end, plain_end, scale_log2, PART: gl.constexpr, D: gl.constexpr, TAIL: gl.constexpr, TOKENS: gl.constexpr,
-    S_LAYOUT: gl.constexpr, O_LAYOUT: gl.constexpr, STAGES: gl.constexpr,
+    q, q_tail, keys, values, step, starts, masks, count, part, scale_log2, PART: gl.constexpr, S_LAYOUT: gl.constexpr,
+    O_LAYOUT: gl.constexpr,
 ):  # fmt: skip
-    """Sum of values, running maximum and sum of a group's rows, and the number of the next step."""
+    """Sum of values and softmax of a part's rows over its tile's blocks, and the number of the next step.
+
+    The values of a step are multiplied beside the scores of the next one that the part takes.
+    """
+    D: gl.constexpr = part.shape.D
+    TAIL: gl.constexpr = part.shape.TAIL
+    TOKENS: gl.constexpr = part.shape.TOKENS
+    ROW: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
     P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, O_LAYOUT, 2)
-    dtype: gl.constexpr = q_tile.dtype
+    dtype: gl.constexpr = q.dtype
+    bit = part.bits(ROW)
+    end = part.token + bit + part.shape.q_start + 1
+    plain_end = part.token + part.shape.q_start + 1
     none = gl.zeros([ROWS, KEYS], gl.float32, S_LAYOUT)
     acc = gl.zeros([ROWS, D], gl.float32, O_LAYOUT)
-    best = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, S_LAYOUT))
-    total = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, S_LAYOUT))
+    softmax = Softmax(gl.full([ROWS], float("-inf"), gl.float32, ROW), gl.zeros([ROWS], gl.float32, ROW))
     key_start = gl.where(count > 0, gl.load(starts), 0)
     mine = tokens_of_part(gl.load(masks), PART, TOKENS)
     next_start, next_mask = gl.load(starts + 1), gl.load(masks + 1)  # long before they are needed
     held = step  # the step whose values are still to be multiplied
-    slot = step % STAGES
-    mbarrier.wait(k_full.index(slot), step // STAGES & 1)
-    s = scores(q_tile, q_tail, k_smem, k_tail_smem, slot, none, D, TAIL)
+    keys.wait(step)  # until TMA has written them
+    s = begin_scores(q, q_tail, keys.tile(step), keys.tail_tile(step), none, TAIL)
     s = warpgroup_mma_wait(0, deps=[s])
-    mbarrier.arrive(k_empty.index(slot), count=1)
-    p, best, total, _fading = _soften(
-        s, best, total, (mine >> bit & 1) != 0, key_start, end, plain_end, scale_log2, S_LAYOUT
-    )
+    keys.release(step)  # the product has read them: the loading warp may go on
+    s = _mask_keys(s, key_start, end, plain_end, S_LAYOUT)
+    softmax, p, _alpha = softmax.step(s, (mine >> bit & 1) != 0, scale_log2)
     p = gl.convert_layout(p.to(dtype), P_LAYOUT)
     for i in range(1, count):
         key_start = next_start
@@ -153,174 +163,141 @@ def _attend(
         ahead = gl.minimum(i + 1, count - 1)
         next_start, next_mask = gl.load(starts + ahead), gl.load(masks + ahead)
         step += 1
-        slot = step % STAGES
-        phase = step // STAGES & 1
-        mbarrier.wait(k_full.index(slot), phase)
-        # Held values keep their slot: the loads come no further than to this step.
-        if (mine != 0) | (step - held == STAGES):
-            old_slot = held % STAGES
-            s = scores(q_tile, q_tail, k_smem, k_tail_smem, slot, none, D, TAIL)
-            mbarrier.wait(v_full.index(old_slot), held // STAGES & 1)
-            acc = warpgroup_mma(p, v_smem.index(old_slot).reshape([KEYS, D]), acc, is_async=True)
-            s = warpgroup_mma_wait(1, deps=[s])
-            mbarrier.arrive(k_empty.index(slot), count=1)
-            fresh, best, total, decay = _soften(
-                s, best, total, (mine >> bit & 1) != 0, key_start, end, plain_end, scale_log2, S_LAYOUT
-            )
+        keys.wait(step)  # until TMA has written them
+        # Held values keep their stage: the loads come no further than to this step.
+        if (mine != 0) | (step - held == keys.STAGES):
+            s = begin_scores(q, q_tail, keys.tile(step), keys.tail_tile(step), none, TAIL)
+            acc = _add_values(p, values, held, acc)
+            s = warpgroup_mma_wait(1, deps=[s])  # the scores alone: the values' product was begun after them
+            keys.release(step)  # the product has read them
+            s = _mask_keys(s, key_start, end, plain_end, S_LAYOUT)
+            softmax, fresh, alpha = softmax.step(s, (mine >> bit & 1) != 0, scale_log2)
             acc = warpgroup_mma_wait(0, deps=[acc])
-            mbarrier.arrive(v_empty.index(old_slot), count=1)
-            acc = acc * gl.convert_layout(decay, gl.SliceLayout(1, O_LAYOUT))[:, None]
+            values.release(held)  # the product has read them
+            acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, O_LAYOUT))[:, None]
             p = gl.convert_layout(fresh.to(dtype), P_LAYOUT)
             held = step
         else:
-            mbarrier.wait(v_full.index(slot), phase)  # else this might count for the slot's step before
-            mbarrier.arrive(k_empty.index(slot), count=1)
-            mbarrier.arrive(v_empty.index(slot), count=1)
-    slot = held % STAGES
-    mbarrier.wait(v_full.index(slot), held // STAGES & 1)
-    acc = warpgroup_mma(p, v_smem.index(slot).reshape([KEYS, D]), acc, is_async=True)
+            values.wait(step)  # else this arrival might count for the stage's round before
+            keys.release(step)  # none of the part's tokens chose the block
+            values.release(step)
+    acc = _add_values(p, values, held, acc)
     acc = warpgroup_mma_wait(0, deps=[acc])
-    mbarrier.arrive(v_empty.index(slot), count=1)
-    return acc, best, total, step + 1
+    values.release(held)  # the product has read them
+    return acc, softmax, step + 1
+
+
+@gluon.jit
+def _send(x, desc, ptr, queries, round, part, PART: gl.constexpr):
+    """Write a part's results by way of its queries' buffer, as these are done with; TMA is not waited for."""
+    D: gl.constexpr = part.shape.D
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
+    tile = queries.tile(round, PART)
+    tile.store(x.to(tile.dtype))
+    if part.shape.BOXES:
+        fence_async_shared()  # threads wrote what TMA reads
+        tma.async_copy_shared_to_global(desc, part.box(), queries.smem.index(queries.buffer(round, PART)))
+    else:
+        offsets, live = part.offsets(D, D, LAYOUT)
+        gl.store(ptr + offsets, tile.load(LAYOUT), mask=live)
+
+
+@gluon.jit
+def _write_results(
+    acc, softmax, queries, output, gated, round, part, PART: gl.constexpr, LN2: gl.constexpr, O_LAYOUT: gl.constexpr
+):
+    """Write a part's log-sum-exps, output and gated sum."""
+    BOXES: gl.constexpr = part.shape.BOXES
+    D: gl.constexpr = part.shape.D
+    ROW: gl.constexpr = softmax.row_sum.type.layout
+    row_sum = softmax.row_sum
+    # Rows that saw no key have output 0 and log-sum-exp -inf.
+    share = 1.0 / gl.where(row_sum == 0.0, 1.0, row_sum)
+    lse = gl.where(row_sum == 0.0, float("-inf"), (softmax.row_max + gl.log2(row_sum)) * LN2)
+    row, live = part.rows(ROW)
+    gl.store(output.lse_ptr + row, lse, mask=live)
+    acc = acc * gl.convert_layout(share, gl.SliceLayout(1, O_LAYOUT))[:, None]
+    _send(acc, output.desc, output.ptr, queries, round, part, PART)
+    if gated.GATED:
+        row = gl.convert_layout(row, gl.SliceLayout(1, O_LAYOUT))
+        live = gl.convert_layout(live, gl.SliceLayout(1, O_LAYOUT))
+        column = row[:, None] * D + gl.arange(0, D, gl.SliceLayout(0, O_LAYOUT))[None, :]
+        acc = add_branches(acc, gated.cmp_ptr, gated.win_ptr, gated.gate_ptr, row, column, live)
+        if BOXES:
+            tma.store_wait(0)  # TMA has read the output: the sum may take its place
+        _send(acc, gated.desc, gated.ptr, queries, round, part, PART)
+    if BOXES:
+        tma.store_wait(0)  # TMA has read the buffer
+        queries.release(round, PART)  # and the loading warp may fill it
 
 
 @gluon.jit
 def _row_partition(
-    PART: gl.constexpr, q_ptr, out_ptr, out_desc, sum_desc, lse_ptr, cmp_ptr, win_ptr, gate_ptr, sum_ptr, q_smem,
-    q_tail_smem, k_smem, k_tail_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty, start_ptr, mask_ptr,
-    count_ptr, scale_log2, T, q_start, num_tiles, heads,
-    G: gl.constexpr, HKV: gl.constexpr, D: gl.constexpr, TAIL: gl.constexpr, TOKENS: gl.constexpr, COUNT: gl.constexpr,
-    GATED: gl.constexpr, LN2: gl.constexpr, STAGES: gl.constexpr, BOXES: gl.constexpr,
-):  # fmt: skip
+    PART: gl.constexpr, shape, unions, queries, keys, values, q_ptr, output, gated, scale_log2, LN2: gl.constexpr
+):
+    """Four warps with a part of every tile."""
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
-    O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
-    ROW_LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
-    TILE: gl.constexpr = GROUPS * TOKENS
+    O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, shape.D, 16])
     step = 0
-    rounds = num_rounds(num_tiles * heads)
-    if not BOXES:
-        first, first_b, first_group = tile_of_round(0, num_tiles, heads, HKV, TILE)
-        first_row = (first + PART * TOKENS) * G
-        copy_queries(q_ptr, q_smem, q_tail_smem, PART, first_row, first_b, first_group, T, G, HKV, D, TAIL)
-    for turn in range(rounds):
-        tile, b, group = tile_of_round(turn, num_tiles, heads, HKV, TILE)
-        starts, masks, count = list_of_tile(
-            tile, b, group, start_ptr, mask_ptr, count_ptr, num_tiles, HKV, TILE, COUNT
-        )  # fmt: skip
-        low = tile + PART * TOKENS
-        row = gl.arange(0, ROWS, gl.SliceLayout(1, S_LAYOUT))
-        bit = row // G
-        place = turn % 2 * GROUPS + PART
-        q = q_smem.index(place).reshape([ROWS, D])
-        q_tail = q
-        if TAIL > 0:
-            q_tail = q_tail_smem.index(place).reshape([ROWS, TAIL])
-        if BOXES:
-            mbarrier.wait(q_full.index(place), turn // 2 & 1)
+    num_rounds = shape.num_rounds()
+    if not shape.BOXES:
+        shape.part_of_round(0, PART).copy(q_ptr, queries, 0, PART)
+        async_copy.commit_group()
+    for round in range(num_rounds):
+        token, b, group = shape.tile_of_round(round)
+        starts, masks, count = unions.of_tile(shape, token, b, group)
+        part = Part(shape, token + PART * shape.TOKENS, b, group)
+        if shape.BOXES:
+            queries.wait(round, PART)  # until TMA has written them
         else:
             async_copy.wait_group(0)
-            fence_async_shared()  # rows were written by threads, the products read them as TMA does
-            if turn + 1 < rounds:
-                next_tile, next_b, next_group = tile_of_round(turn + 1, num_tiles, heads, HKV, TILE)
-                next_place = (turn + 1) % 2 * GROUPS + PART
-                next_row = (next_tile + PART * TOKENS) * G
-                copy_queries(q_ptr, q_smem, q_tail_smem, next_place, next_row, next_b, next_group, T, G, HKV, D, TAIL)
-        acc, best, total, step = _attend(
-            q, q_tail, k_smem, k_tail_smem, v_smem, k_full, k_empty, v_full, v_empty, step, starts, masks, count, bit,
-            low + bit + q_start + 1, low + q_start + 1, scale_log2, PART, D, TAIL, TOKENS, S_LAYOUT, O_LAYOUT, STAGES,
-        )  # fmt: skip
-
-        share = 1.0 / gl.where(total == 0.0, 1.0, total)
-        lse = gl.where(total == 0.0, float("-inf"), (best + gl.log2(total)) * LN2)
-        live = (bit < TOKENS) & (low + bit < T)
-        row_64 = (b.to(gl.int64) * T + gl.minimum(low + bit, T - 1)) * (G * HKV) + group * G + row % G
-        gl.store(lse_ptr + row_64, lse, mask=live)
-        acc = acc * gl.convert_layout(share, gl.SliceLayout(1, O_LAYOUT))[:, None]
-        # The queries are done with: their place holds the result until it is written.
-        q.store(acc.to(q.dtype))
-        offsets, live_row = row_offsets(low * G, b, group, T, G, HKV, D, D, ROWS, ROW_LAYOUT)
-        live_row = live_row & (gl.arange(0, ROWS, gl.SliceLayout(1, ROW_LAYOUT)) < TOKENS * G)[:, None]
-        if BOXES:
-            fence_async_shared()
-            tma.async_copy_shared_to_global(out_desc, [b, low, group * G, 0], q_smem.index(place))
-        else:
-            gl.store(out_ptr + offsets, q.load(ROW_LAYOUT), mask=live_row)
-        if GATED:
-            row_64 = gl.convert_layout(row_64, gl.SliceLayout(1, O_LAYOUT))
-            live = gl.convert_layout(live, gl.SliceLayout(1, O_LAYOUT))
-            column = row_64[:, None] * D + gl.arange(0, D, gl.SliceLayout(0, O_LAYOUT))[None, :]
-            acc = add_branches(acc, cmp_ptr, win_ptr, gate_ptr, row_64, column, live)
-            if BOXES:
-                tma.store_wait(0)
-            q.store(acc.to(q.dtype))
-            if BOXES:
-                fence_async_shared()
-                tma.async_copy_shared_to_global(sum_desc, [b, low, group * G, 0], q_smem.index(place))
-            else:
-                gl.store(sum_ptr + offsets, q.load(ROW_LAYOUT), mask=live_row)
-        if BOXES:
-            tma.store_wait(0)
-            mbarrier.arrive(q_empty.index(place), count=1)
+            fence_async_shared()  # threads wrote what products read
+            if round + 1 < num_rounds:
+                shape.part_of_round(round + 1, PART).copy(q_ptr, queries, round + 1, PART)
+                async_copy.commit_group()
+        q, q_tail = queries.tile(round, PART), queries.tail_tile(round, PART)
+        acc, softmax, step = _attend(
+            q, q_tail, keys, values, step, starts, masks, count, part, scale_log2, PART, S_LAYOUT, O_LAYOUT
+        )
+        _write_results(acc, softmax, queries, output, gated, round, part, PART, LN2, O_LAYOUT)
 
 
-@gluon.jit(do_not_specialize=["T", "q_start", "num_tiles", "heads"])
-def hopper_union_forward_kernel(
+@gluon.jit(do_not_specialize=["T", "q_start", "num_tiles", "num_pairs"])
+def union_forward_sm90_kernel(
     q_desc, q_tail_desc, k_desc, k_tail_desc, v_desc, out_desc, sum_desc, q_ptr, out_ptr, lse_ptr, cmp_ptr, win_ptr,
-    gate_ptr, sum_ptr, start_ptr, mask_ptr, count_ptr, scale_log2, T, q_start, num_tiles, heads,
+    gate_ptr, sum_ptr, start_ptr, mask_ptr, count_ptr, scale_log2, T, q_start, num_tiles, num_pairs,
     G: gl.constexpr, HKV: gl.constexpr, D: gl.constexpr, TAIL: gl.constexpr, TOKENS: gl.constexpr, COUNT: gl.constexpr,
     GATED: gl.constexpr, LN2: gl.constexpr, STAGES: gl.constexpr, BOXES: gl.constexpr,
 ):  # fmt: skip
-    q_smem = gl.allocate_shared_memory(q_desc.dtype, [2 * GROUPS] + q_desc.block_shape, q_desc.layout)
-    k_smem = gl.allocate_shared_memory(k_desc.dtype, [STAGES] + k_desc.block_shape, k_desc.layout)
-    v_smem = gl.allocate_shared_memory(v_desc.dtype, [STAGES] + v_desc.block_shape, v_desc.layout)
-    q_tail_smem, k_tail_smem = q_smem, k_smem
-    if TAIL > 0:
-        q_box: gl.constexpr = [2 * GROUPS] + q_tail_desc.block_shape
-        k_box: gl.constexpr = [STAGES] + k_tail_desc.block_shape
-        q_tail_smem = gl.allocate_shared_memory(q_desc.dtype, q_box, q_tail_desc.layout)
-        k_tail_smem = gl.allocate_shared_memory(k_desc.dtype, k_box, k_tail_desc.layout)
-    q_full = make_barriers(2 * GROUPS, 1)
-    q_empty = make_barriers(2 * GROUPS, 1)
-    k_full = make_barriers(STAGES, 1)
-    k_empty = make_barriers(STAGES, GROUPS)
-    v_full = make_barriers(STAGES, 1)
-    v_empty = make_barriers(STAGES, GROUPS)
-    fence_async_shared()
+    """Output and log-sum-exps of the selected branch, and with GATED the gated sum of the branches."""
+    shape = Shape(T, q_start, num_tiles, num_pairs, G, HKV, D, TAIL, TOKENS, GROUPS, BOXES)
+    unions = Unions(start_ptr, mask_ptr, count_ptr, COUNT)
+    keys = make_pipe(k_desc, k_tail_desc, STAGES, 1, GROUPS, D, TAIL)
+    values = make_pipe(v_desc, v_desc, STAGES, 1, GROUPS, D, 0)
+    # Two stages: the next tile's queries arrive under the present one. The last pipe, as without BOXES nobody uses its
+    # barriers, whose place goes to what is allocated later.
+    queries = make_pipe(q_desc, q_tail_desc, 2, GROUPS, 1, D, TAIL)
+    output = Output(out_ptr, out_desc, lse_ptr)
+    gated = GatedSum(cmp_ptr, win_ptr, gate_ptr, sum_ptr, sum_desc, GATED)
+    fence_async_shared()  # TMA sees the barriers
+    # Registers a thread, of 65,536 / 128 in four groups of warps: the loading warp leaves its own to the rows.
     gl.warp_specialize([
-        (_row_partition, (
-            0, q_ptr, out_ptr, out_desc, sum_desc, lse_ptr, cmp_ptr, win_ptr, gate_ptr, sum_ptr, q_smem, q_tail_smem,
-            k_smem, k_tail_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty, start_ptr, mask_ptr,
-            count_ptr, scale_log2, T, q_start, num_tiles, heads, G, HKV, D, TAIL, TOKENS, COUNT, GATED, LN2, STAGES,
-            BOXES,
-        )),
-        (_row_partition, (
-            1, q_ptr, out_ptr, out_desc, sum_desc, lse_ptr, cmp_ptr, win_ptr, gate_ptr, sum_ptr, q_smem, q_tail_smem,
-            k_smem, k_tail_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty, start_ptr, mask_ptr,
-            count_ptr, scale_log2, T, q_start, num_tiles, heads, G, HKV, D, TAIL, TOKENS, COUNT, GATED, LN2, STAGES,
-            BOXES,
-        )),
-        (_row_partition, (
-            2, q_ptr, out_ptr, out_desc, sum_desc, lse_ptr, cmp_ptr, win_ptr, gate_ptr, sum_ptr, q_smem, q_tail_smem,
-            k_smem, k_tail_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty, start_ptr, mask_ptr,
-            count_ptr, scale_log2, T, q_start, num_tiles, heads, G, HKV, D, TAIL, TOKENS, COUNT, GATED, LN2, STAGES,
-            BOXES,
-        )),
-        (_load_partition, (
-            q_desc, q_tail_desc, k_desc, k_tail_desc, v_desc, q_smem, q_tail_smem, k_smem, k_tail_smem, v_smem,
-            q_full, q_empty, k_full, k_empty, v_full, v_empty, start_ptr, mask_ptr, count_ptr, num_tiles, heads,
-            G, HKV, D, TAIL, TOKENS, COUNT, STAGES, BOXES,
-        )),
+        (_row_partition, (0, shape, unions, queries, keys, values, q_ptr, output, gated, scale_log2, LN2)),
+        (_row_partition, (1, shape, unions, queries, keys, values, q_ptr, output, gated, scale_log2, LN2)),
+        (_row_partition, (2, shape, unions, queries, keys, values, q_ptr, output, gated, scale_log2, LN2)),
+        (_load_partition, (shape, unions, queries, keys, values)),
     ], [4, 4, 1], [160, 160, 24])  # fmt: skip
 
 
-def hopper_union_forward(
+def union_forward_sm90(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, starts: Tensor, masks: Tensor, counts: Tensor,
-    geometry: BlockGeometry, q_start: int, scale: float, gated: Gated | None,
+    geometry: BlockGeometry, q_start: int, scale: float, gated: Gated | None, programs: int,
 ) -> None:  # fmt: skip
-    """Write what `union_forward` gives for tensors that `hopper_union_serves` takes, and the gated sum.
+    """Write what `union_forward` gives, and the gated sum.
 
     Args:
         starts, masks, counts: `Unions` of `tile_tokens` tokens.
+        programs: at most, one for each multiprocessor.
     """
     B, T, H, Dk = q.shape
     Hkv, D = k.shape[2], v.shape[3]
@@ -328,8 +305,8 @@ def hopper_union_forward(
     boxes = ROWS.value % G == 0
     box = (ROWS.value // G, G) if boxes else (ROWS.value, 1)
     num_tiles = counts.shape[1]
-    branches = gated or Gated(out, out, out, out)
-    hopper_union_forward_kernel[(min(num_multiprocessors(q), num_tiles * B * Hkv),)](
+    branches = gate_pointers(gated, out)
+    union_forward_sm90_kernel[(min(programs, num_tiles * B * Hkv),)](
         *describe_parts(q, D, *box), *describe_parts(k, D, KEYS.value, 1), describe_box(v, KEYS.value, 1),
         describe_box(out, *box), describe_box(branches.out, *box), q, out, lse, *branches, starts, masks, counts,
         scale * LOG2E, T, q_start, num_tiles, B * Hkv,

@@ -2,7 +2,7 @@
 
 The score kernel holds the queries of TOKENS tokens as columns, head-major (column = head * TOKENS + token), so that the
 sum over the heads of a group stays within a thread. For each compressed key it multiplies again, takes the probability
-from the final log-sum-exp, and stores the group's sums: fp32 `[heads, tokens, width]` of a chunk, about SCRATCH_BYTES.
+from the final log-sum-exp, and stores the group's sums: fp32 `[heads, tokens, width]` of a chunk, about 2 GiB.
 A row holds, where a block's keys fill part of a tile (POOLED), what each block's keys give to its own importance, and
 then what they give to the next block's; in other geometries the sum of every key.
 The choice kernel has one warp for each token and group. It adds these up to the blocks' importance (Eq. 9) and finds
@@ -27,14 +27,11 @@ import triton.language as tl
 from torch import Tensor
 
 from nsa.geometry import BlockGeometry
-from nsa.ops.triton.dense.step import describe_keys
-from nsa.ops.triton.gpu import LOG2E, dot_precision, has_large_shared_memory, key_tail, scratch_of
-from nsa.ops.triton.layout import Layout
-from nsa.ops.triton.selected.invert import Chunk, cut_chunks
-from nsa.ops.triton.topk.scores import hopper_scores, score_kernel, score_tile
-from nsa.ops.triton.topk.scores_sm90 import hopper_score, tile_tokens
-
-SCRATCH_BYTES = 2**31
+from nsa.ops.triton.layout import Layout, document_pointers
+from nsa.ops.triton.plan import TopK
+from nsa.ops.triton.selected.invert import cut_chunks
+from nsa.ops.triton.topk.scores import Scores, plain_scores, row_width
+from nsa.ops.triton.topk.scores_sm90 import scores_sm90
 
 
 @triton.jit
@@ -251,85 +248,30 @@ def choice_kernel(
     tl.store(out_ptr + o, block, mask=(o < COUNT) & ((o < INIT) | (o >= INIT + num_best)))
 
 
-def choice_tile(
-    geometry: BlockGeometry, num_blocks: int, max_chunk: int = 256, whole: int = 256, slack: int = 2,
-    registers: int | None = None,
-) -> dict[str, int]:  # fmt: skip
-    """Candidates a step (CHUNK) and quads of the list of a row of `num_blocks`: 0 up to `whole`, taken in one step.
-
-    A bound that `slack` more candidates reach than are wanted is near enough. With 64 registers a thread 32 warps, as
-    many as there may be of one warp each, fit a multiprocessor; long lists need more.
-    """
-    free = geometry.num_selected_blocks - geometry.num_init_blocks - geometry.num_local_blocks
-    # Room for the best of the list and of a chunk, each in a quad of its own, the initial quads and the last.
-    quads = triton.next_power_of_2(triton.cdiv(geometry.num_init_blocks, 4) + 2 * free + 1)
-    chunk = max(128, triton.next_power_of_2(num_blocks))
-    return {
-        "CHUNK": chunk if chunk <= whole else min(chunk, max_chunk),
-        "QUADS": 0 if chunk <= whole else max(32, quads),
-        "SLACK": slack,
-        "PADDED": triton.next_power_of_2(geometry.num_selected_blocks),
-        "num_warps": 1,
-        "maxnreg": registers or (64 if quads <= 64 else 96),
-    }
-
-
 def select_blocks(
     q: Tensor, k_cmp: Tensor, lse: Tensor, geometry: BlockGeometry, layout: Layout | None, q_start: int, scale: float,
-    tile: dict[str, int] | None = None, scratch_bytes: int = SCRATCH_BYTES,
-    choice: dict[str, int] | None = None,
+    plan: TopK,
 ) -> Tensor:  # fmt: skip
     """int32 `[B, T, Hkv, n]`, ascending, padded with -1 (Eq. 8-12), for fitting tensors."""
-    B, T, H, Dk = q.shape
-    N, Hkv, count = k_cmp.shape[1], k_cmp.shape[2], geometry.num_selected_blocks
+    B, T = q.shape[:2]
+    N, Hkv, count, tile = k_cmp.shape[1], k_cmp.shape[2], geometry.num_selected_blocks, plan.choice.tile
     out = torch.empty(B, T, Hkv, count, dtype=torch.int32, device=q.device)
     if out.numel() == 0:
         return out
-    hopper = tile is None and hopper_scores(q, H // Hkv)
-    tile = tile or score_tile(q, H // Hkv, N, has_large_shared_memory(q))
-    tile_of_tokens = tile_tokens(H // Hkv) if hopper else tile["TOKENS"]
-    span, reach = (
-        geometry.select_block_size // geometry.compress_stride,
-        geometry.compress_block_size // geometry.compress_stride,
-    )
-    pooled = tile["BLOCK_N"] % span == 0 and span & (span - 1) == 0 and reach <= span + 1
-    width = triton.cdiv(max(N, 1), 128) * 128
-    if pooled:
-        width = width // span * (1 if reach == 1 else 2)
-    # Keys' sums, many for a block, leave no registers for large steps.
-    choice = choice or choice_tile(geometry, geometry.num_select_blocks(q_start + T), max_chunk=256 if pooled else 128)
-    chunks = cut_chunks(B * Hkv, T, (width + choice["QUADS"]) * 4, 128, scratch_of(q, scratch_bytes))
-    rows = max((c.head_end - c.head) * (c.token_end - c.token) for c in chunks)
+    width = row_width(N, geometry, plan.pooled)
+    chunks = cut_chunks(B * Hkv, T, (width + tile["QUADS"]) * 4, 128, plan.choice.scratch_bytes)
+    rows = max(chunk.num_heads * chunk.num_tokens for chunk in chunks)
     mass = torch.empty(rows * width + 4, dtype=torch.float32, device=q.device)  # the choice reads in fours
-    lists = torch.empty(rows * choice["QUADS"] + 1, dtype=torch.int32, device=q.device)
+    lists = torch.empty(rows * tile["QUADS"] + 1, dtype=torch.int32, device=q.device)
+    scores, write_scores = Scores(mass, width, plan.pooled), scores_sm90 if plan.scores.is_sm90 else plain_scores
     lse = lse.float().contiguous()
-    shape = {"HKV": Hkv, "SIZE": geometry.compress_block_size, "STRIDE": geometry.compress_stride,
-             "BLOCK": geometry.select_block_size, "POOLED": pooled, "PACKED": layout is not None}  # fmt: skip
-    bounds = (lists, lists) if layout is None else (layout.cu_seqlens, layout.cu_compressed)
-    doc_start = lists if layout is None else layout.doc_start
-    num_docs = 0 if layout is None else layout.cu_seqlens.numel() - 1
     for chunk in chunks:
-        heads, tokens = chunk.head_end - chunk.head, chunk.token_end - chunk.token
-        first_tile, num_tiles = _tiles(chunk, tile_of_tokens, num_docs)
-        if N and hopper:
-            hopper_score(
-                q, k_cmp, lse, mass, bounds, geometry, chunk, first_tile, num_tiles, num_docs, q_start, scale, width,
-                layout is not None, pooled,
-            )  # fmt: skip
-        elif N:
-            score_kernel[(num_tiles, heads)](
-                q, *describe_keys(k_cmp, tile["BLOCK_N"]), lse, mass, *bounds, scale * LOG2E, LOG2E, T, N, q_start,
-                num_docs, (num_docs + 1).bit_length(), chunk.head, chunk.token, chunk.token_end, first_tile, width,
-                H=H, DK=Dk, TAIL=key_tail(Dk), PRECISION=dot_precision(q), **shape, **tile,
-            )  # fmt: skip
-        choice_kernel[(tokens, heads)](
-            mass, lists, out, doc_start, T, q_start, chunk.head, chunk.token, tokens, width,
-            COUNT=count, INIT=geometry.num_init_blocks, LOCAL=geometry.num_local_blocks, **shape, **choice,
+        if N:
+            write_scores(q, k_cmp, lse, scores, geometry, layout, chunk, q_start, scale, plan.scores.tile)
+        choice_kernel[(chunk.num_tokens, chunk.num_heads)](
+            mass, lists, out, *document_pointers(layout, lists, "doc_start"), T, q_start, chunk.head, chunk.token,
+            chunk.num_tokens, width, HKV=Hkv, SIZE=geometry.compress_block_size, STRIDE=geometry.compress_stride,
+            BLOCK=geometry.select_block_size, POOLED=plan.pooled, PACKED=layout is not None, COUNT=count,
+            INIT=geometry.num_init_blocks, LOCAL=geometry.num_local_blocks, **tile,
         )  # fmt: skip
     return out
-
-
-def _tiles(chunk: Chunk, tokens: int, num_docs: int) -> tuple[int, int]:
-    """First number and count of the tiles that may hold tokens of a chunk; each document before one shifts them."""
-    first = chunk.token // tokens
-    return first, triton.cdiv(chunk.token_end, tokens) - first + num_docs

@@ -8,29 +8,47 @@ Shapes and scratch are those of `topk/choice.py`, which chooses from them.
 # pyright: reportGeneralTypeIssues=false, reportPossiblyUnboundVariable=false, reportAssignmentType=false
 from __future__ import annotations
 
-import torch
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from nsa.ops.triton.gpu import hopper_serves
-from nsa.ops.triton.layout import place_of_tile
+from nsa.geometry import BlockGeometry
+from nsa.ops.triton.dense.step import describe_keys
+from nsa.ops.triton.gpu import LOG2E, dot_precision, key_tail
+from nsa.ops.triton.layout import Layout, document_pointers, num_documents, place_of_tile
+from nsa.ops.triton.selected.invert import Chunk
+from nsa.ops.triton.tiles import Tile
 
 
-def score_tile(q: Tensor, group_size: int, num_keys: int, large: bool) -> dict[str, int]:
-    """Tile sizes: HEADS heads (a power of two) by TOKENS tokens of columns, BLOCK_N of `num_keys` keys a step."""
-    heads = triton.next_power_of_2(group_size)
-    if q.dtype == torch.float32:
-        return {"HEADS": heads, "TOKENS": max(2, 32 // heads), "BLOCK_N": 16, "num_warps": 4, "num_stages": 1}
-    if not large or q.shape[3] > 128:
-        return {"HEADS": heads, "TOKENS": max(4, 64 // heads), "BLOCK_N": 64, "num_warps": 4, "num_stages": 1}
-    stages = 2 if num_keys <= 4096 else 3  # three programs a multiprocessor, or deeper reads once L2 is short of room
-    return {"HEADS": heads, "TOKENS": max(4, 128 // heads), "BLOCK_N": 64, "num_warps": 4, "num_stages": stages}
+class Scores(NamedTuple):
+    """The scratch between scores and choice, of one chunk after another.
+
+    Attributes:
+        mass: fp32, flat: a row of `width` for each head (batch row and group) and token of the chunk.
+        width: of a row.
+        pooled: a row holds what each block's keys give to its own importance and to the next block's; else key by key.
+    """
+
+    mass: Tensor
+    width: int
+    pooled: bool
 
 
-def hopper_scores(q: Tensor, group_size: int) -> bool:
-    """Whether Hopper's own kernel scores these fitting queries; one head a group wider than 64 leaves it no room."""
-    return hopper_serves(q, q[..., :128]) and (2 if q.shape[3] > 64 else 1) <= group_size <= 32
+def row_width(num_keys: int, geometry: BlockGeometry, pooled: bool) -> int:
+    """`Scores.width` for `num_keys` compressed keys."""
+    width = triton.cdiv(max(num_keys, 1), 128) * 128
+    if not pooled:
+        return width
+    parts = 1 if geometry.compress_block_size == geometry.compress_stride else 2
+    return width // geometry.strides_per_select * parts
+
+
+def tiles_of_chunk(chunk: Chunk, tokens: int, num_docs: int) -> tuple[int, int]:
+    """First number and count of the tiles that may hold tokens of a chunk; each document before one shifts them."""
+    first = chunk.token // tokens
+    return first, triton.cdiv(chunk.token_end, tokens) - first + num_docs
 
 
 @triton.jit
@@ -68,7 +86,7 @@ def _score_step(
 @triton.jit(
     do_not_specialize=["T", "N", "q_start", "num_docs", "steps", "head_start", "token_start", "token_end", "first_tile"]
 )
-def score_kernel(
+def scores_kernel(
     q_ptr, k_desc, k_tail_desc, lse_ptr, mass_ptr, cu_ptr, cu_cmp_ptr, scale_log2, log2e,
     T, N, q_start, num_docs, steps, head_start, token_start, token_end, first_tile, width,
     H: tl.constexpr, HKV: tl.constexpr, DK: tl.constexpr, TAIL: tl.constexpr, SIZE: tl.constexpr,
@@ -119,3 +137,21 @@ def score_kernel(
                 scale_log2, token_row, live_token, width,
                 TAIL, MAIN, True, HEADS, TOKENS, BLOCK_N, SPAN, REACH, POOLED, PRECISION,
             )  # fmt: skip
+
+
+def plain_scores(
+    q: Tensor, k_cmp: Tensor, lse: Tensor, scores: Scores, geometry: BlockGeometry, layout: Layout | None,
+    chunk: Chunk, q_start: int, scale: float, tile: Tile,
+) -> None:  # fmt: skip
+    """Write the scores of a chunk, from fitting queries and keys and fp32 log-sum-exps."""
+    T, H, Dk = q.shape[1:]
+    N, Hkv, num_docs = k_cmp.shape[1], k_cmp.shape[2], num_documents(layout)
+    first_tile, num_tiles = tiles_of_chunk(chunk, tile["TOKENS"], num_docs)
+    scores_kernel[(num_tiles, chunk.num_heads)](
+        q, *describe_keys(k_cmp, tile["BLOCK_N"]), lse, scores.mass,
+        *document_pointers(layout, scores.mass, "cu_seqlens", "cu_compressed"), scale * LOG2E, LOG2E, T, N, q_start,
+        num_docs, (num_docs + 1).bit_length(), chunk.head, chunk.token, chunk.token_end, first_tile, scores.width,
+        H=H, HKV=Hkv, DK=Dk, TAIL=key_tail(Dk), SIZE=geometry.compress_block_size, STRIDE=geometry.compress_stride,
+        BLOCK=geometry.select_block_size, PACKED=layout is not None, POOLED=scores.pooled, PRECISION=dot_precision(q),
+        **tile,
+    )  # fmt: skip

@@ -27,8 +27,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.language.core import _aggregate as aggregate  # public as gluon.aggregate from Triton 3.9 on
 
 from nsa.geometry import BlockGeometry
-from nsa.ops.triton.gpu import LOG2E, num_multiprocessors
-from nsa.ops.triton.layout import place_of_tile
+from nsa.ops.triton.gpu import LOG2E
+from nsa.ops.triton.layout import Layout, document_pointers, num_documents, place_of_tile
 from nsa.ops.triton.selected.invert import Chunk
 from nsa.ops.triton.sm90 import (
     KEYS,
@@ -41,6 +41,8 @@ from nsa.ops.triton.sm90 import (
     make_pipe,
     wgmma_layout,
 )
+from nsa.ops.triton.tiles import Tile
+from nsa.ops.triton.topk.scores import Scores, tiles_of_chunk
 
 COLUMNS = gl.constexpr(128)  # (head, token) of a tile: scores with 64 keys take 64 registers of a thread
 GROUPS = gl.constexpr(3)  # groups of four warps: two take exponentials and store while one multiplies
@@ -315,7 +317,7 @@ def _make_queries(dtype: gl.constexpr, D: gl.constexpr, TAIL: gl.constexpr):
         "num_pairs",
     ]
 )  # fmt: skip
-def hopper_score_kernel(
+def scores_sm90_kernel(
     q_ptr, k_desc, k_tail_desc, lse_ptr, score_ptr, cu_ptr, cu_cmp_ptr, scale_log2, log2e,
     T, N, q_start, num_docs, steps, pair_start, token_start, token_end, first_tile, num_tiles, num_pairs, width,
     G: gl.constexpr, HKV: gl.constexpr, D: gl.constexpr, TAIL: gl.constexpr, SIZE: gl.constexpr, STRIDE: gl.constexpr,
@@ -355,19 +357,20 @@ def tile_tokens(group_size: int) -> int:
     return COLUMNS.value // triton.next_power_of_2(group_size)
 
 
-def hopper_score(
-    q: Tensor, k_cmp: Tensor, lse: Tensor, mass: Tensor, bounds: tuple[Tensor, Tensor], geometry: BlockGeometry,
-    chunk: Chunk, first_tile: int, num_tiles: int, num_docs: int, q_start: int, scale: float, width: int, packed: bool,
-    pooled: bool,
+def scores_sm90(
+    q: Tensor, k_cmp: Tensor, lse: Tensor, scores: Scores, geometry: BlockGeometry, layout: Layout | None,
+    chunk: Chunk, q_start: int, scale: float, tile: Tile,
 ) -> None:  # fmt: skip
-    """Write what `score_kernel` gives for a chunk of tensors that `hopper_serves` takes, tiles of `tile_tokens`."""
+    """Write what `plain_scores` gives; `tile` has the tokens of a tile and the most programs."""
     T, H, Dk = q.shape[1:]
-    N, Hkv = k_cmp.shape[1:3]
-    heads, D = chunk.head_end - chunk.head, min(Dk, 128)
-    hopper_score_kernel[(min(num_multiprocessors(q), num_tiles * heads),)](
-        q, *describe_parts(k_cmp, D, KEYS.value, 1), lse, mass, *bounds, scale * LOG2E, LOG2E,
+    N, Hkv, num_docs = k_cmp.shape[1], k_cmp.shape[2], num_documents(layout)
+    D, heads = min(Dk, 128), chunk.num_heads
+    first_tile, num_tiles = tiles_of_chunk(chunk, tile["TOKENS"], num_docs)
+    scores_sm90_kernel[(min(tile["programs"], num_tiles * heads),)](
+        q, *describe_parts(k_cmp, D, KEYS.value, 1), lse, scores.mass,
+        *document_pointers(layout, scores.mass, "cu_seqlens", "cu_compressed"), scale * LOG2E, LOG2E,
         T, N, q_start, num_docs, (num_docs + 1).bit_length(), chunk.head, chunk.token, chunk.token_end, first_tile,
-        num_tiles, heads, width, G=H // Hkv, HKV=Hkv, D=D, TAIL=Dk - D, SIZE=geometry.compress_block_size,
-        STRIDE=geometry.compress_stride, BLOCK=geometry.select_block_size, PACKED=packed, POOLED=pooled,
-        TOKENS=tile_tokens(H // Hkv), STAGES=TAIL_STAGES if Dk > D else STAGES, num_warps=4,
+        num_tiles, heads, scores.width, G=H // Hkv, HKV=Hkv, D=D, TAIL=Dk - D, SIZE=geometry.compress_block_size,
+        STRIDE=geometry.compress_stride, BLOCK=geometry.select_block_size, PACKED=layout is not None,
+        POOLED=scores.pooled, TOKENS=tile["TOKENS"], STAGES=TAIL_STAGES if Dk > D else STAGES, num_warps=4,
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""The stream of a source that is read by blocks keeps the promises of the one in memory."""
+"""The stream of a source that is read by chunks keeps the promises of the one in memory."""
 
 from __future__ import annotations
 
@@ -10,40 +10,39 @@ from dataclasses import fields
 import pytest
 import torch
 
-from nsa.data import Batch, TrainLoader
+from nsa.data import Batch, Document, TrainingDocuments, TrainLoader
 from nsa.data.heldout import heldout_rule, name_hash
-from nsa.data.sources.chunked import Block, FileBlocks
-from nsa.data.stream.shuffle import BlocksToTrainOn
+from nsa.data.sources.chunked import FileChunks
 
 LENGTHS = [1, 45, 2, 7, 130, 8, 16, 0, 61, 3, 24, 33, 5, 9, 200, 12] * 4
-BLOCK_SIZES = [5, 1, 9, 3, 7, 2, 12, 4, 8, 6, 7]
+CHUNK_SIZES = [5, 1, 9, 3, 7, 2, 12, 4, 8, 6, 7]
 SIZES = {"sequence_length": 8, "rows_per_batch": 2, "seed": 3}
 
 
-class CountingBlocks(FileBlocks):
-    """Documents of `CountingTokenizer` in blocks, and which blocks were read."""
+class CountingChunks(FileChunks):
+    """Documents of `CountingTokenizer` in chunks, and which chunks were read."""
 
     def __init__(self, lengths: list[int], sizes: list[int]) -> None:
         assert sum(sizes) == len(lengths)
         super().__init__(repr((lengths, sizes)), [], sizes)
-        self.lengths, self.read = lengths, []
+        self.lengths, self.sizes, self.was_read = lengths, sizes, []
 
-    def read_block(self, block: int) -> Block:
-        self.read.append(block)
-        documents = range(int(self.bounds[block]), int(self.bounds[block + 1]))
-        texts = [f"{document} {self.lengths[document]}" for document in documents]
-        return Block(documents.start, [f"doc{document}" for document in documents], texts)
-
-
-@pytest.fixture
-def source() -> CountingBlocks:
-    return CountingBlocks(LENGTHS, BLOCK_SIZES)
+    def read(self, chunk: int) -> list[Document]:
+        self.was_read.append(chunk)
+        numbers = range(sum(self.sizes[:chunk]), sum(self.sizes[: chunk + 1]))
+        texts = [f"{number} {self.lengths[number]}" for number in numbers]
+        return self.numbered(chunk, [f"doc{number}" for number in numbers], texts)
 
 
 @pytest.fixture
-def make_loader(source: CountingBlocks, counting_tokenizer) -> Callable[..., TrainLoader]:
-    def build(blocks=source, heldout=0.0, **options) -> TrainLoader:
-        documents = BlocksToTrainOn(blocks, heldout_rule(blocks, heldout), heldout)
+def source() -> CountingChunks:
+    return CountingChunks(LENGTHS, CHUNK_SIZES)
+
+
+@pytest.fixture
+def make_loader(source: CountingChunks, counting_tokenizer) -> Callable[..., TrainLoader]:
+    def build(chunks=source, heldout=0.0, **options) -> TrainLoader:
+        documents = TrainingDocuments(chunks, heldout_rule(chunks, heldout), heldout)
         return TrainLoader(documents, tokenizer=counting_tokenizer, **{"window_tokens": 100, **SIZES, **options})
 
     return build
@@ -94,19 +93,17 @@ def test_resume_continues_exactly(make_loader, num_batches: int, read_ahead: boo
     take(loader, num_batches)
     state = json.loads(json.dumps(loader.state_dict()))
     expected = take(loader, 90)
-    resumed = make_loader(read_ahead=not read_ahead)
-    take(resumed, 5)
-    resumed.load_state_dict(state)
+    resumed = make_loader(read_ahead=not read_ahead, start=state)
     assert_equal(take(resumed, 90), expected)
     assert resumed.state_dict() == loader.state_dict()
 
 
-def test_each_epoch_draws_blocks_and_the_documents_of_a_window(make_loader, source: CountingBlocks) -> None:
+def test_each_epoch_draws_chunks_and_the_documents_of_a_window(make_loader, source: CountingChunks) -> None:
     """One row for each document shows the order in which documents are taken."""
     lengths = [8] * 64
     orders = []
     for seed in (3, 4):
-        loader = make_loader(CountingBlocks(lengths, [4] * 16), rows_per_batch=8, window_tokens=64, seed=seed)
+        loader = make_loader(CountingChunks(lengths, [4] * 16), rows_per_batch=8, window_tokens=64, seed=seed)
         windows = [batch.document_ids[:, 0].tolist() for batch in take(loader, 16)]
         for half in (windows[:8], windows[8:]):
             assert sorted(document for window in half for document in window) == list(range(64))
@@ -114,24 +111,24 @@ def test_each_epoch_draws_blocks_and_the_documents_of_a_window(make_loader, sour
             [sorted({document // 4 for document in window}) for window in half] for half in (windows[:8], windows[8:])
         ]
     assert len({str(order) for order in orders}) == 4
-    assert all(len(blocks) == 2 for order in orders for blocks in order), "a window takes whole blocks"
+    assert all(len(chunks) == 2 for order in orders for chunks in order), "a window takes whole chunks"
 
 
 def test_documents_of_a_window_are_packed_in_drawn_order(make_loader) -> None:
     """Two documents share a row; in the order of the file they would always be neighbours."""
-    loader = make_loader(CountingBlocks([4] * 64, [64]), rows_per_batch=32, window_tokens=10**6)
+    loader = make_loader(CountingChunks([4] * 64, [64]), rows_per_batch=32, window_tokens=10**6)
     pairs = next(loader).document_ids[:, [0, 7]].tolist()
     assert sum(abs(first - last) == 1 for first, last in pairs) < 8
 
 
-def test_a_block_is_read_once_an_epoch(make_loader, source: CountingBlocks) -> None:
+def test_a_chunk_is_read_once_an_epoch(make_loader, source: CountingChunks) -> None:
     loader = make_loader()
     while loader.epoch == 0:
         next(loader)
-    this, following = source.read[: len(BLOCK_SIZES)], source.read[len(BLOCK_SIZES) :]
-    assert sorted(this) == list(range(len(BLOCK_SIZES)))
+    this, following = source.was_read[: len(CHUNK_SIZES)], source.was_read[len(CHUNK_SIZES) :]
+    assert sorted(this) == list(range(len(CHUNK_SIZES)))
     assert this != sorted(this)
-    assert 0 < len(following) == len(set(following)) < len(BLOCK_SIZES), "the first window of the next epoch"
+    assert 0 < len(following) == len(set(following)) < len(CHUNK_SIZES), "the first window of the next epoch"
 
 
 @pytest.mark.parametrize("heldout", [0.3, ("doc7", "doc1?")])
@@ -149,8 +146,9 @@ def test_held_out_documents_are_never_trained_on(make_loader, heldout) -> None:
     assert set(range(64)) - held - empty <= seen <= set(range(64)) - held
 
 
-def test_a_state_of_other_blocks_or_held_out_documents_is_refused(make_loader) -> None:
+def test_a_state_of_other_chunks_or_held_out_documents_is_refused(make_loader) -> None:
     state = make_loader().state_dict()
-    for other in (make_loader(CountingBlocks([9, *LENGTHS[1:]], BLOCK_SIZES)), make_loader(heldout=0.1)):
-        with pytest.raises(ValueError, match="must be the same to resume"):
-            other.load_state_dict(state)
+    with pytest.raises(ValueError, match="must be the same to resume"):
+        make_loader(CountingChunks([9, *LENGTHS[1:]], CHUNK_SIZES), start=state)
+    with pytest.raises(ValueError, match="must be the same to resume"):
+        make_loader(heldout=0.1, start=state)
