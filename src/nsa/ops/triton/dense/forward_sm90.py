@@ -228,16 +228,6 @@ def dense_forward_sm90_kernel(
     ], [4, 4, 1], [160, 160, 24])  # fmt: skip
 
 
-@gluon.jit
-def scores(q_tile, q_tail, k_smem, k_tail_smem, slot, none, D: gl.constexpr, TAIL: gl.constexpr):
-    s = warpgroup_mma(
-        q_tile, k_smem.index(slot).reshape([KEYS, D]).permute([1, 0]), none, use_acc=False, is_async=True
-    )  # fmt: skip
-    if TAIL > 0:
-        s = warpgroup_mma(q_tail, k_tail_smem.index(slot).reshape([KEYS, TAIL]).permute([1, 0]), s, is_async=True)
-    return s
-
-
 def dense_forward_sm90(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, geometry: BlockGeometry, layout: Layout | None,
     window: int, q_start: int, k_start: int, scale: float, programs: int, forced: bool = False,
