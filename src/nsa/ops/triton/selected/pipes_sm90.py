@@ -15,18 +15,19 @@ round. A step is one block of keys.
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma
 from triton.language.core import _aggregate as aggregate  # public as gluon.aggregate from Triton 3.9 on
 
-from nsa.ops.triton.sm90 import ROWS, copy_rows, make_barriers, num_rounds, row_offsets, tile_of_round
+from nsa.ops.triton.sm90 import ROWS, make_barriers, num_rounds, tile_of_round
 
 
 @aggregate
 class Pipe:
-    """Tiles that one warp loads by TMA and others read, STAGES of them in turn, each in PARTS boxes of 64 rows.
+    """Tiles of 64 rows that one warp loads by TMA and others read, STAGES of them in turn, each in PARTS boxes.
 
-    Number `step` lies in stage `step % STAGES`, in round `step // STAGES` of it; each box of a stage has its buffer.
-    Columns after the first D (192 = 128 + 64) lie in `tail`, which is `smem` again where there are none.
+    Number `step` lies in stage `step % STAGES`, in round `step // STAGES` of it, whose parity is the phase of its
+    barriers. Columns after the first (192 = 128 + 64) lie in `tail`, which is `smem` again where there are none.
     """
 
     desc: tma.tensor_descriptor
@@ -37,99 +38,103 @@ class Pipe:
     empty: gl.shared_memory_descriptor
     STAGES: gl.constexpr
     PARTS: gl.constexpr
-    D: gl.constexpr
     TAIL: gl.constexpr
 
     @gluon.constexpr_function
-    def __init__(self, desc, tail_desc, smem, tail, full, empty, STAGES, PARTS, D, TAIL):
+    def __init__(self, desc, tail_desc, smem, tail, full, empty, STAGES, PARTS, TAIL):
         self.desc, self.tail_desc = desc, tail_desc
         self.smem, self.tail = smem, tail
         self.full, self.empty = full, empty
-        self.STAGES, self.PARTS = gl.constexpr(STAGES), gl.constexpr(PARTS)
-        self.D, self.TAIL = gl.constexpr(D), gl.constexpr(TAIL)
+        self.STAGES, self.PARTS, self.TAIL = gl.constexpr(STAGES), gl.constexpr(PARTS), gl.constexpr(TAIL)
 
     @gluon.constexpr_function
-    def box_bytes(self):
+    def tile_bytes(self):
         """Bytes of a box of 16-bit numbers."""
-        return 2 * 64 * (self.D + self.TAIL)
+        return 2 * 64 * (self.smem.shape[-1] + self.TAIL)
 
     @gluon.jit
-    def buffer(self, step, part=0):
-        """Where a box of a step lies."""
-        return step % self.STAGES * self.PARTS + part
+    def buffer(self, step, PART: gl.constexpr = 0):
+        """Where a box of a step lies, and its barriers."""
+        return step % self.STAGES * self.PARTS + PART
 
     @gluon.jit
-    def phase(self, step):
-        """Parity of the round, for which `full` is waited for."""
-        return step // self.STAGES & 1
+    def tile(self, step, PART: gl.constexpr = 0):
+        """The first columns of a step's box."""
+        SHAPE: gl.constexpr = matrix_shape(self.smem.shape)
+        return self.smem.index(self.buffer(step, PART)).reshape(SHAPE)
 
     @gluon.jit
-    def claim(self, step, part, BYTES: gl.constexpr):
-        """A buffer for a box, once it is free, whose `full` then waits for so many bytes."""
-        buffer = self.buffer(step, part)
-        # Readers of the round before have left; before the first round, the parity of the one before has passed.
-        mbarrier.wait(self.empty.index(buffer), self.phase(step) ^ 1)
+    def tail_tile(self, step, PART: gl.constexpr = 0):
+        """The columns after the first; without any, the first ones again."""
+        SHAPE: gl.constexpr = matrix_shape(self.tail.shape)
+        return self.tail.index(self.buffer(step, PART)).reshape(SHAPE)
+
+    @gluon.jit
+    def producer_acquire(self, step, BYTES: gl.constexpr, PART: gl.constexpr = 0):
+        """Wait until there is room for a box, whose `full` then waits for so many bytes."""
+        buffer = self.buffer(step, PART)
+        # Readers of the round before have left; before the first round, the phase of the one before has passed.
+        mbarrier.wait(self.empty.index(buffer), (step // self.STAGES & 1) ^ 1)
         mbarrier.expect(self.full.index(buffer), BYTES)
-        return buffer
 
     @gluon.jit
-    def copy(self, buffer, box):
-        """Begin to copy a box to a buffer that was claimed."""
-        tma.async_copy_global_to_shared(self.desc, box, self.full.index(buffer), self.smem.index(buffer))
+    def copy(self, step, coordinates, PART: gl.constexpr = 0):
+        """Begin to copy a box to where there is room."""
+        buffer = self.buffer(step, PART)
+        full = self.full.index(buffer)
+        tma.async_copy_global_to_shared(self.desc, coordinates, full, self.smem.index(buffer))
         if self.TAIL > 0:
-            tma.async_copy_global_to_shared(self.tail_desc, box, self.full.index(buffer), self.tail.index(buffer))
+            tma.async_copy_global_to_shared(self.tail_desc, coordinates, full, self.tail.index(buffer))
 
     @gluon.jit
-    def load(self, step, box, part=0):
+    def load(self, step, coordinates, PART: gl.constexpr = 0):
         """Begin to copy a box once there is room."""
-        self.copy(self.claim(step, part, self.box_bytes()), box)
+        self.producer_acquire(step, self.tile_bytes(), PART)
+        self.copy(step, coordinates, PART)
 
     @gluon.jit
-    def wait(self, step, part=0):
+    def consumer_wait(self, step, PART: gl.constexpr = 0):
         """Wait until TMA has written a step's box."""
-        mbarrier.wait(self.full.index(self.buffer(step, part)), self.phase(step))
+        mbarrier.wait(self.full.index(self.buffer(step, PART)), step // self.STAGES & 1)
 
     @gluon.jit
-    def release(self, step, part=0):
+    def consumer_release(self, step, PART: gl.constexpr = 0):
         """Tell the loading warp that this group of warps has read a step's box."""
-        mbarrier.arrive(self.empty.index(self.buffer(step, part)), count=1)
+        mbarrier.arrive(self.empty.index(self.buffer(step, PART)), count=1)
 
-    @gluon.jit
-    def tile(self, step, part=0):
-        """The first D columns of a step's box."""
-        return self.smem.index(self.buffer(step, part)).reshape([ROWS, self.D])
 
-    @gluon.jit
-    def tail_tile(self, step, part=0):
-        """The columns after the first D; without any, the first ones again."""
-        if self.TAIL > 0:
-            tile = self.tail.index(self.buffer(step, part)).reshape([ROWS, self.TAIL])
-        else:
-            tile = self.tile(step, part)
-        return tile
+@gluon.constexpr_function
+def line_layout(COLUMNS):
+    """Rows over four warps, 16 bytes a thread: neighbours read and write whole lines of memory."""
+    return gl.BlockedLayout([1, 8], [256 // COLUMNS, COLUMNS // 8], [4, 1], [1, 0])
+
+
+@gluon.constexpr_function
+def matrix_shape(shape):
+    """Rows and columns of boxes `[buffers, 1, tokens, heads, columns]`."""
+    return [64, shape[-1]]
 
 
 @gluon.jit
 def make_pipe(
-    desc, tail_desc, STAGES: gl.constexpr, PARTS: gl.constexpr, READERS: gl.constexpr, D: gl.constexpr,
-    TAIL: gl.constexpr,
+    desc, tail_desc, STAGES: gl.constexpr, PARTS: gl.constexpr, TAIL: gl.constexpr, CONSUMERS: gl.constexpr
 ):  # fmt: skip
-    """A pipe each of whose boxes READERS groups of warps read."""
+    """A pipe each of whose boxes CONSUMERS groups of warps read."""
     smem = gl.allocate_shared_memory(desc.dtype, [STAGES * PARTS] + desc.block_shape, desc.layout)
     tail = smem
     if TAIL > 0:
         tail = gl.allocate_shared_memory(desc.dtype, [STAGES * PARTS] + tail_desc.block_shape, tail_desc.layout)
     full = make_barriers(STAGES * PARTS, 1)  # the loading warp arrives, with the bytes to come
-    empty = make_barriers(STAGES * PARTS, READERS)
-    return Pipe(desc, tail_desc, smem, tail, full, empty, STAGES, PARTS, D, TAIL)
+    empty = make_barriers(STAGES * PARTS, CONSUMERS)
+    return Pipe(desc, tail_desc, smem, tail, full, empty, STAGES, PARTS, TAIL)
 
 
 @gluon.jit
-def begin_scores(q, q_tail, k, k_tail, none, TAIL: gl.constexpr):
-    """Begin the products of a tile's queries with a block's keys."""
-    s = warpgroup_mma(q, k.permute([1, 0]), none, use_acc=False, is_async=True)
-    if TAIL > 0:
-        s = warpgroup_mma(q_tail, k_tail.permute([1, 0]), s, is_async=True)
+def begin_scores(x, x_tail, pipe, step, none):
+    """Begin the products of a tile's queries with a step's keys."""
+    s = warpgroup_mma(x, pipe.tile(step).permute([1, 0]), none, use_acc=False, is_async=True)
+    if pipe.TAIL > 0:
+        s = warpgroup_mma(x_tail, pipe.tail_tile(step).permute([1, 0]), s, is_async=True)
     return s
 
 
@@ -200,23 +205,15 @@ class Part:
         return [self.b, self.token, self.group * self.shape.G, 0]
 
     @gluon.jit
-    def first_row(self):
-        """The first row, among the rows of a pair."""
-        return self.token * self.shape.G
-
-    @gluon.jit
-    def copy(self, x_ptr, pipe, round, PART: gl.constexpr):
+    def copy_rows(self, x_ptr, pipe, round, PART: gl.constexpr):
         """Begin to copy the rows of `[B, T, H, D + TAIL]` to their buffer, for tiles that TMA does not move."""
-        shape = self.shape
-        row, buffer = self.first_row(), pipe.buffer(round, PART)
-        D: gl.constexpr = pipe.D
-        WIDTH: gl.constexpr = pipe.D + pipe.TAIL
-        G: gl.constexpr = shape.G
-        HKV: gl.constexpr = shape.HKV
-        copy_rows(x_ptr, pipe.smem.index(buffer), row, self.b, self.group, shape.T, G, HKV, D, WIDTH, ROWS)
+        D: gl.constexpr = self.shape.D
+        WIDTH: gl.constexpr = D + pipe.TAIL
+        offsets, _live = self.row_offsets(D, WIDTH, line_layout(D))
+        async_copy.async_copy_global_to_shared(pipe.tile(round, PART), x_ptr + offsets)
         if pipe.TAIL > 0:
-            tile = pipe.tail.index(buffer)
-            copy_rows(x_ptr + D, tile, row, self.b, self.group, shape.T, G, HKV, pipe.TAIL, WIDTH, ROWS)
+            offsets, _live = self.row_offsets(pipe.TAIL, WIDTH, line_layout(pipe.TAIL))
+            async_copy.async_copy_global_to_shared(pipe.tail_tile(round, PART), x_ptr + D + offsets)
 
     @gluon.jit
     def bits(self, ROW: gl.constexpr):
@@ -234,13 +231,23 @@ class Part:
         return token * (shape.G * shape.HKV) + self.group * shape.G + row % shape.G, live
 
     @gluon.jit
+    def row_offsets(self, D: gl.constexpr, WIDTH: gl.constexpr, LAYOUT: gl.constexpr):
+        """Where D columns of 64 rows from the part's first on lie in `[B, T, H, WIDTH]`, and which rows exist.
+
+        Rows that do not are the last token's.
+        """
+        shape = self.shape
+        row = self.token * shape.G + gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT))
+        token = self.b.to(gl.int64) * shape.T + gl.minimum(row // shape.G, shape.T - 1)
+        index = token * (shape.G * shape.HKV) + self.group * shape.G + row % shape.G
+        column = gl.arange(0, D, gl.SliceLayout(0, LAYOUT))
+        return index[:, None] * WIDTH + column[None, :], (row < shape.T * shape.G)[:, None]
+
+    @gluon.jit
     def offsets(self, D: gl.constexpr, WIDTH: gl.constexpr, LAYOUT: gl.constexpr):
         """Where D columns of the rows lie in `[B, T, H, WIDTH]`, and which rows are this part's."""
-        shape = self.shape
-        offsets, live = row_offsets(
-            self.first_row(), self.b, self.group, shape.T, shape.G, shape.HKV, D, WIDTH, ROWS, LAYOUT
-        )  # fmt: skip
-        whole = gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT)) < shape.TOKENS * shape.G
+        offsets, live = self.row_offsets(D, WIDTH, LAYOUT)
+        whole = gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT)) < self.shape.TOKENS * self.shape.G
         return offsets, live & whole[:, None]
 
 

@@ -21,7 +21,16 @@ from triton.language.core import _aggregate as aggregate  # public as gluon.aggr
 
 from nsa.geometry import BlockGeometry
 from nsa.ops.triton.gpu import LOG2E
-from nsa.ops.triton.selected.pipes_sm90 import Part, Pipe, Shape, Unions, begin_scores, make_pipe, tokens_of_part
+from nsa.ops.triton.selected.pipes_sm90 import (
+    Part,
+    Pipe,
+    Shape,
+    Unions,
+    begin_scores,
+    line_layout,
+    make_pipe,
+    tokens_of_part,
+)
 from nsa.ops.triton.sm90 import KEYS, ROWS, describe_box, describe_parts
 
 GROUPS = gl.constexpr(2)  # groups of four warps: beside dQ, scores and dP, registers have no room for a third
@@ -93,9 +102,9 @@ def _load_partition(shape, unions, queries, douts, keys, values):
         key_start = gl.load(starts)
         for part in gl.static_range(shape.PARTS if shape.BOXES else 0):
             box = [b, token + part * shape.TOKENS, group * shape.G, 0]
-            buffer = queries.claim(round, part, queries.box_bytes() + douts.box_bytes())
-            queries.copy(buffer, box)
-            douts.copy(buffer, box)
+            queries.producer_acquire(round, queries.tile_bytes() + douts.tile_bytes(), part)
+            queries.copy(round, box, part)
+            douts.copy(round, box, part)
         for i in range(count):
             next_start = gl.load(starts + gl.minimum(i + 1, count - 1))  # long before it is needed
             box = [b, key_start, group, 0]
@@ -108,8 +117,8 @@ def _load_partition(shape, unions, queries, douts, keys, values):
 @gluon.jit
 def _copy_part(inputs, queries, douts, round, part, PART: gl.constexpr):
     """Begin to copy a part's queries and output gradients row by row."""
-    part.copy(inputs.q_ptr, queries, round, PART)
-    part.copy(inputs.dout_ptr, douts, round, PART)
+    part.copy_rows(inputs.q_ptr, queries, round, PART)
+    part.copy_rows(inputs.dout_ptr, douts, round, PART)
     async_copy.commit_group()
 
 
@@ -139,13 +148,13 @@ def _add_block(
     """dQ of a part's rows, in its two parts of columns, with what a block adds."""
     TAIL: gl.constexpr = keys.TAIL
     k, k_tail, v = keys.tile(step), keys.tail_tile(step), values.tile(step)
-    s = begin_scores(rows.q, rows.q_tail, k, k_tail, none, TAIL)
-    values.wait(step)  # until TMA has written them
+    s = begin_scores(rows.q, rows.q_tail, keys, step, none)
+    values.consumer_wait(step)  # until TMA has written them
     dp = warpgroup_mma(rows.dout, v.permute([1, 0]), none, use_acc=False, is_async=True)
     s = warpgroup_mma_wait(1, deps=[s])  # the scores alone: dP was begun after them
     p = _probabilities(s, rows, mine, key_start, scale_log2, S_LAYOUT)
     dp = warpgroup_mma_wait(0, deps=[dp])
-    values.release(step)  # the product has read them: the loading warp may go on
+    values.consumer_release(step)  # the product has read them: the loading warp may go on
     ds = (p * (dp - rows.delta[:, None])).to(rows.q.dtype)
     dq = warpgroup_mma(gl.convert_layout(ds, gl.DotOperandLayout(0, Q_LAYOUT, 2)), k, dq, is_async=True)
     if TAIL > 0:
@@ -163,10 +172,9 @@ def _write_gradient(
     dq, dq_tail, before, before_tail, scale, queries, gradient, round, part, PART: gl.constexpr
 ):  # fmt: skip
     """Write a part's dQ, on top of what was there before, by way of its queries' buffer, as these are done with."""
-    D: gl.constexpr = queries.D
-    TAIL: gl.constexpr = queries.TAIL
-    ROW_LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
-    TAIL_LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    D: gl.constexpr = part.shape.D
+    TAIL: gl.constexpr = part.shape.TAIL
+    LAYOUT: gl.constexpr = line_layout(D)
     tile, tail_tile = queries.tile(round, PART), queries.tail_tile(round, PART)
     tile.store((dq * scale + before.to(gl.float32)).to(tile.dtype))
     if TAIL > 0:
@@ -178,11 +186,12 @@ def _write_gradient(
         if TAIL > 0:
             tma.async_copy_shared_to_global(gradient.tail_desc, part.box(), queries.tail.index(buffer))
         tma.store_wait(0)  # TMA has read the buffer
-        queries.release(round, PART)  # and the loading warp may fill it
+        queries.consumer_release(round, PART)  # and the loading warp may fill it
     else:
-        offsets, live = part.offsets(D, D + TAIL, ROW_LAYOUT)
-        gl.store(gradient.ptr + offsets, tile.load(ROW_LAYOUT), mask=live)
+        offsets, live = part.offsets(D, D + TAIL, LAYOUT)
+        gl.store(gradient.ptr + offsets, tile.load(LAYOUT), mask=live)
         if TAIL > 0:
+            TAIL_LAYOUT: gl.constexpr = line_layout(TAIL)
             offsets, live = part.offsets(TAIL, D + TAIL, TAIL_LAYOUT)
             gl.store(gradient.ptr + D + offsets, tail_tile.load(TAIL_LAYOUT), mask=live)
 
@@ -226,7 +235,7 @@ def _row_partition(
             if TAIL > 0:
                 before_tail = _load_rows(gradient.ptr + D, row, live, TAIL, D + TAIL, S_LAYOUT)
         if shape.BOXES:
-            queries.wait(round, PART)  # until TMA has written them and the output gradients
+            queries.consumer_wait(round, PART)  # until TMA has written them and the output gradients
         else:
             if queries.STAGES == 1:
                 _copy_part(inputs, queries, douts, round, part, PART)
@@ -239,14 +248,14 @@ def _row_partition(
             mine = tokens_of_part(next_mask, PART, TOKENS)
             ahead = gl.minimum(i + 1, count - 1)
             next_start, next_mask = gl.load(starts + ahead), gl.load(masks + ahead)
-            keys.wait(step)  # until TMA has written them
+            keys.consumer_wait(step)  # until TMA has written them
             if mine != 0:
                 dq, dq_tail = _add_block(
                     dq, dq_tail, rows, keys, values, step, mine, key_start, none, scale_log2, S_LAYOUT, Q_LAYOUT
                 )
             else:  # the other group chose the block, and waits for its values before the stage is filled again
-                values.release(step)
-            keys.release(step)  # the products have read them
+                values.consumer_release(step)
+            keys.consumer_release(step)  # the products have read them
             step += 1
         _write_gradient(dq, dq_tail, before, before_tail, scale, queries, gradient, round, part, PART)
 
@@ -261,15 +270,15 @@ def union_dq_sm90_kernel(
     """dQ of the selected branch; ADD puts it on top of what `dq_ptr` holds."""
     shape = Shape(T, q_start, num_tiles, num_pairs, G, HKV, D, TAIL, TOKENS, GROUPS, BOXES)
     unions = Unions(start_ptr, mask_ptr, count_ptr, COUNT)
-    keys = make_pipe(k_desc, k_tail_desc, STAGES, 1, GROUPS, D, TAIL)
-    values = make_pipe(v_desc, v_desc, STAGES, 1, GROUPS, D, 0)
+    keys = make_pipe(k_desc, k_tail_desc, STAGES, 1, TAIL, GROUPS)
+    values = make_pipe(v_desc, v_desc, STAGES, 1, 0, GROUPS)
     dout_smem = gl.allocate_shared_memory(
         dout_desc.dtype, [BUFFERS * GROUPS] + dout_desc.block_shape, dout_desc.layout
     )  # fmt: skip
     # The last pipe: without BOXES nobody uses its barriers, whose place goes to what is allocated later.
-    queries = make_pipe(q_desc, q_tail_desc, BUFFERS, GROUPS, 1, D, TAIL)
+    queries = make_pipe(q_desc, q_tail_desc, BUFFERS, GROUPS, TAIL, 1)
     # Output gradients come and go with the queries, and share their barriers.
-    douts = Pipe(dout_desc, dout_desc, dout_smem, dout_smem, queries.full, queries.empty, BUFFERS, GROUPS, D, 0)
+    douts = Pipe(dout_desc, dout_desc, dout_smem, dout_smem, queries.full, queries.empty, BUFFERS, GROUPS, 0)
     inputs = Inputs(q_ptr, dout_ptr, lse_ptr, delta_ptr)
     gradient = Gradient(dq_ptr, dq_desc, dq_tail_desc, ADD)
     fence_async_shared()  # TMA sees the barriers

@@ -25,7 +25,15 @@ from nsa.geometry import BlockGeometry
 from nsa.ops.triton.dense.forward_sm90 import GROUPS, STAGES, TAIL_STAGES
 from nsa.ops.triton.gates import Gated, add_branches, gate_pointers
 from nsa.ops.triton.gpu import LN2, LOG2E
-from nsa.ops.triton.selected.pipes_sm90 import Part, Shape, Unions, begin_scores, make_pipe, tokens_of_part
+from nsa.ops.triton.selected.pipes_sm90 import (
+    Part,
+    Shape,
+    Unions,
+    begin_scores,
+    line_layout,
+    make_pipe,
+    tokens_of_part,
+)
 from nsa.ops.triton.sm90 import KEYS, ROWS, describe_box, describe_parts
 
 MIN_HEADS = 3  # of a group: a tile's tokens are then no more than a mask has bits
@@ -121,7 +129,7 @@ def _mask_keys(s, key_start, end, plain_end, LAYOUT: gl.constexpr):
 @gluon.jit
 def _add_values(p, values, step, acc):
     """Begin to add a step's values, once they are there, weighted by p."""
-    values.wait(step)  # until TMA has written them
+    values.consumer_wait(step)  # until TMA has written them
     return warpgroup_mma(p, values.tile(step), acc, is_async=True)
 
 
@@ -135,7 +143,6 @@ def _attend(
     The values of a step are multiplied beside the scores of the next one that the part takes.
     """
     D: gl.constexpr = part.shape.D
-    TAIL: gl.constexpr = part.shape.TAIL
     TOKENS: gl.constexpr = part.shape.TOKENS
     ROW: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
     P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, O_LAYOUT, 2)
@@ -150,10 +157,10 @@ def _attend(
     mine = tokens_of_part(gl.load(masks), PART, TOKENS)
     next_start, next_mask = gl.load(starts + 1), gl.load(masks + 1)  # long before they are needed
     held = step  # the step whose values are still to be multiplied
-    keys.wait(step)  # until TMA has written them
-    s = begin_scores(q, q_tail, keys.tile(step), keys.tail_tile(step), none, TAIL)
+    keys.consumer_wait(step)  # until TMA has written them
+    s = begin_scores(q, q_tail, keys, step, none)
     s = warpgroup_mma_wait(0, deps=[s])
-    keys.release(step)  # the product has read them: the loading warp may go on
+    keys.consumer_release(step)  # the product has read them: the loading warp may go on
     s = _mask_keys(s, key_start, end, plain_end, S_LAYOUT)
     softmax, p, _alpha = softmax.step(s, (mine >> bit & 1) != 0, scale_log2)
     p = gl.convert_layout(p.to(dtype), P_LAYOUT)
@@ -163,27 +170,27 @@ def _attend(
         ahead = gl.minimum(i + 1, count - 1)
         next_start, next_mask = gl.load(starts + ahead), gl.load(masks + ahead)
         step += 1
-        keys.wait(step)  # until TMA has written them
+        keys.consumer_wait(step)  # until TMA has written them
         # Held values keep their stage: the loads come no further than to this step.
         if (mine != 0) | (step - held == keys.STAGES):
-            s = begin_scores(q, q_tail, keys.tile(step), keys.tail_tile(step), none, TAIL)
+            s = begin_scores(q, q_tail, keys, step, none)
             acc = _add_values(p, values, held, acc)
             s = warpgroup_mma_wait(1, deps=[s])  # the scores alone: the values' product was begun after them
-            keys.release(step)  # the product has read them
+            keys.consumer_release(step)  # the product has read them
             s = _mask_keys(s, key_start, end, plain_end, S_LAYOUT)
             softmax, fresh, alpha = softmax.step(s, (mine >> bit & 1) != 0, scale_log2)
             acc = warpgroup_mma_wait(0, deps=[acc])
-            values.release(held)  # the product has read them
+            values.consumer_release(held)  # the product has read them
             acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, O_LAYOUT))[:, None]
             p = gl.convert_layout(fresh.to(dtype), P_LAYOUT)
             held = step
         else:
-            values.wait(step)  # else this arrival might count for the stage's round before
-            keys.release(step)  # none of the part's tokens chose the block
-            values.release(step)
+            values.consumer_wait(step)  # else this arrival might count for the stage's round before
+            keys.consumer_release(step)  # none of the part's tokens chose the block
+            values.consumer_release(step)
     acc = _add_values(p, values, held, acc)
     acc = warpgroup_mma_wait(0, deps=[acc])
-    values.release(held)  # the product has read them
+    values.consumer_release(held)  # the product has read them
     return acc, softmax, step + 1
 
 
@@ -191,7 +198,7 @@ def _attend(
 def _send(x, desc, ptr, queries, round, part, PART: gl.constexpr):
     """Write a part's results by way of its queries' buffer, as these are done with; TMA is not waited for."""
     D: gl.constexpr = part.shape.D
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
+    LAYOUT: gl.constexpr = line_layout(D)
     tile = queries.tile(round, PART)
     tile.store(x.to(tile.dtype))
     if part.shape.BOXES:
@@ -228,7 +235,7 @@ def _write_results(
         _send(acc, gated.desc, gated.ptr, queries, round, part, PART)
     if BOXES:
         tma.store_wait(0)  # TMA has read the buffer
-        queries.release(round, PART)  # and the loading warp may fill it
+        queries.consumer_release(round, PART)  # and the loading warp may fill it
 
 
 @gluon.jit
@@ -241,19 +248,19 @@ def _row_partition(
     step = 0
     num_rounds = shape.num_rounds()
     if not shape.BOXES:
-        shape.part_of_round(0, PART).copy(q_ptr, queries, 0, PART)
+        shape.part_of_round(0, PART).copy_rows(q_ptr, queries, 0, PART)
         async_copy.commit_group()
     for round in range(num_rounds):
         token, b, group = shape.tile_of_round(round)
         starts, masks, count = unions.of_tile(shape, token, b, group)
         part = Part(shape, token + PART * shape.TOKENS, b, group)
         if shape.BOXES:
-            queries.wait(round, PART)  # until TMA has written them
+            queries.consumer_wait(round, PART)  # until TMA has written them
         else:
             async_copy.wait_group(0)
             fence_async_shared()  # threads wrote what products read
             if round + 1 < num_rounds:
-                shape.part_of_round(round + 1, PART).copy(q_ptr, queries, round + 1, PART)
+                shape.part_of_round(round + 1, PART).copy_rows(q_ptr, queries, round + 1, PART)
                 async_copy.commit_group()
         q, q_tail = queries.tile(round, PART), queries.tail_tile(round, PART)
         acc, softmax, step = _attend(
@@ -272,11 +279,11 @@ def union_forward_sm90_kernel(
     """Output and log-sum-exps of the selected branch, and with GATED the gated sum of the branches."""
     shape = Shape(T, q_start, num_tiles, num_pairs, G, HKV, D, TAIL, TOKENS, GROUPS, BOXES)
     unions = Unions(start_ptr, mask_ptr, count_ptr, COUNT)
-    keys = make_pipe(k_desc, k_tail_desc, STAGES, 1, GROUPS, D, TAIL)
-    values = make_pipe(v_desc, v_desc, STAGES, 1, GROUPS, D, 0)
+    keys = make_pipe(k_desc, k_tail_desc, STAGES, 1, TAIL, GROUPS)
+    values = make_pipe(v_desc, v_desc, STAGES, 1, 0, GROUPS)
     # Two stages: the next tile's queries arrive under the present one. The last pipe, as without BOXES nobody uses its
     # barriers, whose place goes to what is allocated later.
-    queries = make_pipe(q_desc, q_tail_desc, 2, GROUPS, 1, D, TAIL)
+    queries = make_pipe(q_desc, q_tail_desc, 2, GROUPS, TAIL, 1)
     output = Output(out_ptr, out_desc, lse_ptr)
     gated = GatedSum(cmp_ptr, win_ptr, gate_ptr, sum_ptr, sum_desc, GATED)
     fence_async_shared()  # TMA sees the barriers
