@@ -344,26 +344,3 @@ def tile_of_round(round, num_tiles, num_pairs, HKV: gl.constexpr, TILE: gl.const
         number = programs - 1 - number
     work = round * programs + number
     return (num_tiles - 1 - work // num_pairs) * TILE, work % num_pairs // HKV, work % num_pairs % HKV
-
-
-@gluon.jit
-def row_offsets(
-    low, b, group, T, G: gl.constexpr, HKV: gl.constexpr, D: gl.constexpr, WIDTH: gl.constexpr, NUM: gl.constexpr,
-    LAYOUT: gl.constexpr,
-):  # fmt: skip
-    """Where D columns of NUM rows of a group from `low` on lie in `[B, T, H, WIDTH]`, and which rows exist."""
-    row = low + gl.arange(0, NUM, gl.SliceLayout(1, LAYOUT))
-    t = gl.minimum(row // G, T - 1)
-    row_64 = (b.to(gl.int64) * T + t) * (G * HKV) + group * G + row % G
-    return row_64[:, None] * WIDTH + gl.arange(0, D, gl.SliceLayout(0, LAYOUT))[None, :], (row < T * G)[:, None]
-
-
-@gluon.jit
-def copy_rows(
-    x_ptr, tile, low, b, group, T, G: gl.constexpr, HKV: gl.constexpr, D: gl.constexpr, WIDTH: gl.constexpr,
-    NUM: gl.constexpr,
-):  # fmt: skip
-    """Begin to copy NUM rows of a group from `low` on; those that do not exist are the last token's."""
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
-    offsets, _live = row_offsets(low, b, group, T, G, HKV, D, WIDTH, NUM, LAYOUT)
-    async_copy.async_copy_global_to_shared(tile.reshape([NUM, D]), x_ptr + offsets)
