@@ -27,7 +27,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-from triton.language.core import _aggregate as aggregate
+from triton.language.core import _aggregate as aggregate  # public as gluon.aggregate from Triton 3.9 on
 
 from nsa.geometry import BlockGeometry
 from nsa.ops.triton.dense.mask_sm90 import InverseMask

@@ -23,7 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.language.core import _aggregate as aggregate
+from triton.language.core import _aggregate as aggregate  # public as gluon.aggregate from Triton 3.9 on
 
 from nsa.geometry import BlockGeometry
 from nsa.ops.triton.dense.mask_sm90 import DenseMask
@@ -35,7 +35,6 @@ from nsa.ops.triton.sm90 import (
     Schedule,
     Shape,
     begin_scores,
-    copy_rows,
     describe_box,
     describe_parts,
     line_layout,
@@ -117,7 +116,7 @@ def _copy_rows(inputs, q_pipe, dout_pipe, round, tile, shape, PART: gl.constexpr
 
 
 @gluon.jit
-def load_rows(x_ptr, row, live, D: gl.constexpr, WIDTH: gl.constexpr, LAYOUT: gl.constexpr):
+def _load_rows(x_ptr, row, live, D: gl.constexpr, WIDTH: gl.constexpr, LAYOUT: gl.constexpr):
     """The first D columns of rows of `[..., WIDTH]`; zeros for those that do not exist."""
     place = gl.convert_layout(row, gl.SliceLayout(1, LAYOUT))[:, None] * WIDTH
     place += gl.arange(0, D, gl.SliceLayout(0, LAYOUT))[None, :]
@@ -216,9 +215,9 @@ def _row_partition(
         if TAIL > 0:
             before_tail = gl.zeros([ROWS, TAIL], dtype, S_LAYOUT)
         if gradient.ADD:  # read long before it is needed
-            before = load_rows(gradient.ptr, index, live, D, D + TAIL, Q_LAYOUT)
+            before = _load_rows(gradient.ptr, index, live, D, D + TAIL, Q_LAYOUT)
             if TAIL > 0:
-                before_tail = load_rows(gradient.ptr + D, index, live, TAIL, D + TAIL, S_LAYOUT)
+                before_tail = _load_rows(gradient.ptr + D, index, live, TAIL, D + TAIL, S_LAYOUT)
         if shape.BOXES:
             q_pipe.consumer_wait(round, PART)
         else:
@@ -267,18 +266,6 @@ def dense_dq_sm90_kernel(
         )),
         (_load_partition, (q_pipe, dout_pipe, k_pipe, v_pipe, shape, mask, schedule)),
     ], [4, 1], [240, 24])  # fmt: skip
-
-
-@gluon.jit
-def copy_query_rows(
-    q_ptr, dout_ptr, q_smem, q_tail_smem, dout_smem, place, low, b, group, T, G: gl.constexpr, HKV: gl.constexpr,
-    D: gl.constexpr, TAIL: gl.constexpr,
-):  # fmt: skip
-    copy_rows(q_ptr, q_smem.index(place), low, b, group, T, G, HKV, D, D + TAIL, ROWS)
-    if TAIL > 0:
-        copy_rows(q_ptr + D, q_tail_smem.index(place), low, b, group, T, G, HKV, TAIL, D + TAIL, ROWS)
-    copy_rows(dout_ptr, dout_smem.index(place), low, b, group, T, G, HKV, D, D, ROWS)
-    async_copy.commit_group()
 
 
 def dense_dq_sm90(

@@ -13,7 +13,7 @@ their keys are among these.
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.language.core import _aggregate as aggregate
+from triton.language.core import _aggregate as aggregate  # public as gluon.aggregate from Triton 3.9 on
 
 from nsa.ops.triton.dense.mask_sm90 import ScoreMask
 from nsa.ops.triton.layout import local_start, num_early

@@ -29,7 +29,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.language.core import _aggregate as aggregate
+from triton.language.core import _aggregate as aggregate  # public as gluon.aggregate from Triton 3.9 on
 
 from nsa.geometry import BlockGeometry
 from nsa.ops.triton.dense.forced_sm90 import ForcedMask
@@ -226,16 +226,6 @@ def dense_forward_sm90_kernel(
         (_row_partition, (2, q_ptr, output, q_pipe, k_pipe, v_pipe, shape, mask, schedule, scale_log2, LN2)),
         (_load_partition, (q_pipe, k_pipe, v_pipe, shape, mask, schedule)),
     ], [4, 4, 1], [160, 160, 24])  # fmt: skip
-
-
-@gluon.jit
-def scores(q_tile, q_tail, k_smem, k_tail_smem, slot, none, D: gl.constexpr, TAIL: gl.constexpr):
-    s = warpgroup_mma(
-        q_tile, k_smem.index(slot).reshape([KEYS, D]).permute([1, 0]), none, use_acc=False, is_async=True
-    )  # fmt: skip
-    if TAIL > 0:
-        s = warpgroup_mma(q_tail, k_tail_smem.index(slot).reshape([KEYS, TAIL]).permute([1, 0]), s, is_async=True)
-    return s
 
 
 def dense_forward_sm90(

@@ -13,7 +13,7 @@ the same methods; `InverseMask` for those that hold keys.
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.language.core import _aggregate as aggregate
+from triton.language.core import _aggregate as aggregate  # public as gluon.aggregate from Triton 3.9 on
 
 from nsa.ops.triton.layout import key_interval, query_interval
 

@@ -21,17 +21,17 @@ from triton.language.core import _aggregate as aggregate  # public as gluon.aggr
 
 from nsa.geometry import BlockGeometry
 from nsa.ops.triton.gpu import LOG2E
-from nsa.ops.triton.selected.pipes_sm90 import (
-    Part,
+from nsa.ops.triton.selected.parts_sm90 import Part, Shape, Unions, tokens_of_part
+from nsa.ops.triton.sm90 import (
+    KEYS,
+    ROWS,
     Pipe,
-    Shape,
-    Unions,
     begin_scores,
+    describe_box,
+    describe_parts,
     line_layout,
     make_pipe,
-    tokens_of_part,
 )
-from nsa.ops.triton.sm90 import KEYS, ROWS, describe_box, describe_parts
 
 GROUPS = gl.constexpr(2)  # groups of four warps: beside dQ, scores and dP, registers have no room for a third
 STAGES = gl.constexpr(3)  # steps in flight, as the shared memory has room for

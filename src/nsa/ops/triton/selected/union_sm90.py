@@ -25,16 +25,16 @@ from nsa.geometry import BlockGeometry
 from nsa.ops.triton.dense.forward_sm90 import GROUPS, STAGES, TAIL_STAGES
 from nsa.ops.triton.gates import Gated, add_branches, gate_pointers
 from nsa.ops.triton.gpu import LN2, LOG2E
-from nsa.ops.triton.selected.pipes_sm90 import (
-    Part,
-    Shape,
-    Unions,
+from nsa.ops.triton.selected.parts_sm90 import Part, Shape, Unions, tokens_of_part
+from nsa.ops.triton.sm90 import (
+    KEYS,
+    ROWS,
     begin_scores,
+    describe_box,
+    describe_parts,
     line_layout,
     make_pipe,
-    tokens_of_part,
 )
-from nsa.ops.triton.sm90 import KEYS, ROWS, describe_box, describe_parts
 
 MIN_HEADS = 3  # of a group: a tile's tokens are then no more than a mask has bits
 

@@ -24,7 +24,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.language.core import _aggregate as aggregate
+from triton.language.core import _aggregate as aggregate  # public as gluon.aggregate from Triton 3.9 on
 
 from nsa.geometry import BlockGeometry
 from nsa.ops.triton.gpu import LOG2E

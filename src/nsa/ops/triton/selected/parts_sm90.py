@@ -1,4 +1,4 @@
-"""What the union kernels for Hopper are made of: pipes of tiles in shared memory, tiles of tokens, a part's rows.
+"""What the union kernels for Hopper share: tiles of tokens, a part's rows, the unions of tiles; pipes are `sm90.py`'s.
 
 Legend: a pair is a batch row with a group of heads, b * HKV + group; a tile has PARTS parts of TOKENS whole tokens, one
 for each group of four warps, and a part up to 64 rows (token, head). Programs are persistent: each takes one tile a
@@ -10,132 +10,13 @@ round. A step is one block of keys.
 # pyright: reportGeneralTypeIssues=false, reportPossiblyUnboundVariable=false
 # pyright: reportAssignmentType=false, reportOperatorIssue=false
 # Triton holds fields against their annotations, which therefore may not be postponed.
-# Lists in kernels are added, not unpacked.
-# ruff: noqa: RUF005
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma
 from triton.language.core import _aggregate as aggregate  # public as gluon.aggregate from Triton 3.9 on
 
-from nsa.ops.triton.sm90 import ROWS, make_barriers, num_rounds, tile_of_round
-
-
-@aggregate
-class Pipe:
-    """Tiles of 64 rows that one warp loads by TMA and others read, STAGES of them in turn, each in PARTS boxes.
-
-    Number `step` lies in stage `step % STAGES`, in round `step // STAGES` of it, whose parity is the phase of its
-    barriers. Columns after the first (192 = 128 + 64) lie in `tail`, which is `smem` again where there are none.
-    """
-
-    desc: tma.tensor_descriptor
-    tail_desc: tma.tensor_descriptor
-    smem: gl.shared_memory_descriptor
-    tail: gl.shared_memory_descriptor
-    full: gl.shared_memory_descriptor
-    empty: gl.shared_memory_descriptor
-    STAGES: gl.constexpr
-    PARTS: gl.constexpr
-    TAIL: gl.constexpr
-
-    @gluon.constexpr_function
-    def __init__(self, desc, tail_desc, smem, tail, full, empty, STAGES, PARTS, TAIL):
-        self.desc, self.tail_desc = desc, tail_desc
-        self.smem, self.tail = smem, tail
-        self.full, self.empty = full, empty
-        self.STAGES, self.PARTS, self.TAIL = gl.constexpr(STAGES), gl.constexpr(PARTS), gl.constexpr(TAIL)
-
-    @gluon.constexpr_function
-    def tile_bytes(self):
-        """Bytes of a box of 16-bit numbers."""
-        return 2 * 64 * (self.smem.shape[-1] + self.TAIL)
-
-    @gluon.jit
-    def buffer(self, step, PART: gl.constexpr = 0):
-        """Where a box of a step lies, and its barriers."""
-        return step % self.STAGES * self.PARTS + PART
-
-    @gluon.jit
-    def tile(self, step, PART: gl.constexpr = 0):
-        """The first columns of a step's box."""
-        SHAPE: gl.constexpr = matrix_shape(self.smem.shape)
-        return self.smem.index(self.buffer(step, PART)).reshape(SHAPE)
-
-    @gluon.jit
-    def tail_tile(self, step, PART: gl.constexpr = 0):
-        """The columns after the first; without any, the first ones again."""
-        SHAPE: gl.constexpr = matrix_shape(self.tail.shape)
-        return self.tail.index(self.buffer(step, PART)).reshape(SHAPE)
-
-    @gluon.jit
-    def producer_acquire(self, step, BYTES: gl.constexpr, PART: gl.constexpr = 0):
-        """Wait until there is room for a box, whose `full` then waits for so many bytes."""
-        buffer = self.buffer(step, PART)
-        # Readers of the round before have left; before the first round, the phase of the one before has passed.
-        mbarrier.wait(self.empty.index(buffer), (step // self.STAGES & 1) ^ 1)
-        mbarrier.expect(self.full.index(buffer), BYTES)
-
-    @gluon.jit
-    def copy(self, step, coordinates, PART: gl.constexpr = 0):
-        """Begin to copy a box to where there is room."""
-        buffer = self.buffer(step, PART)
-        full = self.full.index(buffer)
-        tma.async_copy_global_to_shared(self.desc, coordinates, full, self.smem.index(buffer))
-        if self.TAIL > 0:
-            tma.async_copy_global_to_shared(self.tail_desc, coordinates, full, self.tail.index(buffer))
-
-    @gluon.jit
-    def load(self, step, coordinates, PART: gl.constexpr = 0):
-        """Begin to copy a box once there is room."""
-        self.producer_acquire(step, self.tile_bytes(), PART)
-        self.copy(step, coordinates, PART)
-
-    @gluon.jit
-    def consumer_wait(self, step, PART: gl.constexpr = 0):
-        """Wait until TMA has written a step's box."""
-        mbarrier.wait(self.full.index(self.buffer(step, PART)), step // self.STAGES & 1)
-
-    @gluon.jit
-    def consumer_release(self, step, PART: gl.constexpr = 0):
-        """Tell the loading warp that this group of warps has read a step's box."""
-        mbarrier.arrive(self.empty.index(self.buffer(step, PART)), count=1)
-
-
-@gluon.constexpr_function
-def line_layout(COLUMNS):
-    """Rows over four warps, 16 bytes a thread: neighbours read and write whole lines of memory."""
-    return gl.BlockedLayout([1, 8], [256 // COLUMNS, COLUMNS // 8], [4, 1], [1, 0])
-
-
-@gluon.constexpr_function
-def matrix_shape(shape):
-    """Rows and columns of boxes `[buffers, 1, tokens, heads, columns]`."""
-    return [64, shape[-1]]
-
-
-@gluon.jit
-def make_pipe(
-    desc, tail_desc, STAGES: gl.constexpr, PARTS: gl.constexpr, TAIL: gl.constexpr, CONSUMERS: gl.constexpr
-):  # fmt: skip
-    """A pipe each of whose boxes CONSUMERS groups of warps read."""
-    smem = gl.allocate_shared_memory(desc.dtype, [STAGES * PARTS] + desc.block_shape, desc.layout)
-    tail = smem
-    if TAIL > 0:
-        tail = gl.allocate_shared_memory(desc.dtype, [STAGES * PARTS] + tail_desc.block_shape, tail_desc.layout)
-    full = make_barriers(STAGES * PARTS, 1)  # the loading warp arrives, with the bytes to come
-    empty = make_barriers(STAGES * PARTS, CONSUMERS)
-    return Pipe(desc, tail_desc, smem, tail, full, empty, STAGES, PARTS, TAIL)
-
-
-@gluon.jit
-def begin_scores(x, x_tail, pipe, step, none):
-    """Begin the products of a tile's queries with a step's keys."""
-    s = warpgroup_mma(x, pipe.tile(step).permute([1, 0]), none, use_acc=False, is_async=True)
-    if pipe.TAIL > 0:
-        s = warpgroup_mma(x_tail, pipe.tail_tile(step).permute([1, 0]), s, is_async=True)
-    return s
+from nsa.ops.triton.sm90 import ROWS, line_layout, num_rounds, tile_of_round
 
 
 @aggregate
