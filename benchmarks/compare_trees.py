@@ -63,30 +63,38 @@ def run(source: Path, shape: str, settings: Settings) -> list[dict[str, str]]:
             return list(csv.DictReader(file))
 
 
+def compare(shape: str, trees: tuple[Path, Path], settings: Settings) -> list[Row]:
+    """Medians of both trees over their turns."""
+    found: dict[tuple[str, str], tuple[list[float], list[float]]] = {}
+    for turn in range(settings.turns):
+        for which, tree in enumerate(trees):
+            print(f"{shape}: turn {turn + 1} of {settings.turns}, {tree}", flush=True)
+            for row in run(tree, shape, settings):
+                for name, value in row.items():
+                    if name.endswith("_ms") and value:
+                        times = found.setdefault((row["length"], name.removesuffix("_ms")), ([], []))
+                        times[which].append(float(value))
+    rows = []
+    for (length, stage), times in found.items():
+        before, after = map(statistics.median, times)
+        rows.append(Row(shape, int(length), stage, before, after, after / before))
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("before", type=Path, help="source folder of the one tree")
     parser.add_argument("after", type=Path, help="source folder of the other")
+    parser.add_argument("--shapes", nargs="+", choices=HEADS, default=list(HEADS))
     parser.add_argument("--turns", type=int, default=Settings.turns)
-    parser.add_argument("--out", type=Path, help="CSV file; nothing is written unless given")
+    parser.add_argument("--out", type=Path, help="CSV file, written anew after each shape; nothing unless given")
     given = parser.parse_args()
     settings, results = Settings(turns=given.turns), []
-    for shape in HEADS:
-        found: dict[tuple[str, str], tuple[list[float], list[float]]] = {}
-        for _ in range(settings.turns):
-            for which, tree in enumerate((given.before, given.after)):
-                for row in run(tree, shape, settings):
-                    for name, value in row.items():
-                        if name.endswith("_ms") and value:
-                            found.setdefault((row["length"], name.removesuffix("_ms")), ([], []))[which].append(
-                                float(value)
-                            )
-        for (length, stage), (before, after) in found.items():
-            medians = statistics.median(before), statistics.median(after)
-            results.append(Row(shape, int(length), stage, *medians, medians[1] / medians[0]))
+    for shape in given.shapes:
+        results += compare(shape, (given.before, given.after), settings)
+        if given.out is not None:
+            write_results(results, given.out, settings, " ".join(["python", *sys.argv]), torch.device("cuda"))
     print_table(results, "Before and after")
-    if given.out is not None:
-        write_results(results, given.out, settings, " ".join(["python", *sys.argv]), torch.device("cuda"))
 
 
 if __name__ == "__main__":
