@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
     whole: Path, tiny, monkeypatch: pytest.MonkeyPatch, how: str, step: int, kept: int
 ) -> None:
     folder = run_until(tiny(train=STEPS), step, monkeypatch, how)
+    time.sleep(1)  # TensorBoard tells files of one process in order by the second
     outcome = resume(folder)
     assert outcome.stopped_by is None
     assert table(folder) == table(whole)

@@ -88,7 +88,6 @@ def test_what_cannot_be_overridden_is_not_offered(tiny: Tiny, tmp_path: Path) ->
     [
         ({"run": {"device": "cuda:99"}}, "device-missing"),
         ({"data": {"tokenizer": "no/such"}}, "tokenizer"),
-        ({"model": {"head_dim": 3}}, "model"),
         ({"model": {"attention_backend": "triton"}, "run": {"device": "cpu"}}, "backend-missing"),
         ({"data": {"paths": ["/nowhere.txt"]}}, "data-source"),
     ],

@@ -13,6 +13,7 @@ import torch
 
 from nsa.calibration import Calibration, calibrate
 from nsa.config.run import RunConfig
+from nsa.machine import environment
 from nsa.preflight import smoke
 from nsa.preflight.smoke import (
     Figures,
@@ -143,7 +144,8 @@ def test_the_figures_leave_out_the_slow_first_steps(tmp_path: Path, monkeypatch:
     rows = [{"step": i, "loss": i / 10, "step_s": smoke.BATCH_TOKENS / s} for i, s in enumerate(speeds, start=1)]
     write_rows(check, rows)
     (check.run_path / "metrics.json").write_text('{"val_loss": 2.5}', encoding="utf-8")
-    (check.run_path / "env.json").write_text('{"num_threads": 1}', encoding="utf-8")
+    env = environment(torch.device("cpu")) | {"num_threads": 1}
+    (check.run_path / "env.json").write_text(json.dumps(env), encoding="utf-8")
     figures = check.figures()
     assert figures.val_loss == 2.5
     assert 102 < figures.tokens_per_s < 103
@@ -154,7 +156,7 @@ def test_the_figures_leave_out_the_slow_first_steps(tmp_path: Path, monkeypatch:
 def test_the_command_checks_a_whole_run_and_then_against_its_own_figures(tmp_path: Path) -> None:
     """With fewer steps, as a user would run it: first the baseline, then a comparison with one that was better."""
     code = (
-        "import sys; from nsa.bench import smoke; from nsa.cli import main; "
+        "import sys; from nsa.preflight import smoke; from nsa.cli import main; "
         "smoke.STEPS, smoke.HALT_AFTER_STEPS = 60, 12; sys.exit(main())"
     )
     baseline = tmp_path / "smoke.json"

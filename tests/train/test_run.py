@@ -174,6 +174,11 @@ class Rows:
     labels: Tensor
 
     @property
+    def piece_lengths(self) -> Tensor:
+        rows, length = self.input_ids.shape
+        return torch.full((rows,), length)
+
+    @property
     def cu_seqlens(self) -> Tensor:
         rows, length = self.input_ids.shape
         return torch.arange(0, rows * length + 1, length, dtype=torch.int32)

@@ -216,6 +216,9 @@ def test_a_loader_that_starts_further_on_reads_the_window_there_alone(all_of, co
             read.append(chunk)
             return super().read(chunk)
 
+        def read_names(self, chunk: int) -> Sequence[str]:
+            return [str(chunk)]
+
     def build(**options) -> TrainLoader:
         source = Recording([str(index) for index in range(400)], [f"{index} 50" for index in range(400)])
         return TrainLoader(all_of(source), tokenizer=counting_tokenizer, **SIZES, window_tokens=1000, **options)
