@@ -8,18 +8,17 @@ import os
 import re
 import signal
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from torch import Tensor
 
 from nsa.config.load import load_config
 from nsa.data import open_source
 from nsa.data.heldout import heldout_rule
+from nsa.data.stream.packing import Batch
 from nsa.device import choose_device
 from nsa.launch.start import prepare
 from nsa.runs.checkpoints import newest_checkpoint
@@ -166,30 +165,13 @@ def test_a_step_does_not_depend_on_how_it_is_cut_into_micro_batches(tiny) -> Non
     )
 
 
-@dataclass(frozen=True)
-class Rows:
-    """A batch of given rows."""
-
-    input_ids: Tensor
-    labels: Tensor
-
-    @property
-    def piece_lengths(self) -> Tensor:
-        rows, length = self.input_ids.shape
-        return torch.full((rows,), length)
-
-    @property
-    def cu_seqlens(self) -> Tensor:
-        rows, length = self.input_ids.shape
-        return torch.arange(0, rows * length + 1, length, dtype=torch.int32)
-
-
-def random_bytes(seed: int) -> Iterator[Rows]:
+def random_bytes(seed: int) -> Iterator[Batch]:
     """Endless fresh rows of uniform random bytes, each label the next byte."""
     draw = torch.Generator().manual_seed(seed)
     while True:
         bytes_ = torch.randint(0, 256, (4, 65), generator=draw)
-        yield Rows(bytes_[:, :-1].clone(), bytes_[:, 1:].clone())
+        bounds = torch.arange(0, 4 * 64 + 1, 64, dtype=torch.int32)
+        yield Batch(bytes_[:, :-1].clone(), bytes_[:, 1:].clone(), bounds, None)
 
 
 def test_the_loss_weighs_every_valid_label_of_the_step_alike(tiny) -> None:
