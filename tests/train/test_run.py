@@ -8,6 +8,7 @@ import os
 import re
 import signal
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -213,7 +214,7 @@ def test_a_model_that_sees_its_labels_is_an_error(tiny) -> None:
         train={"steps": 200}, optim={"warmup_steps": 2, "lr": 1e-2}, guards={"entropy_floor_nats": math.log(256)}
     )
     trainer, folder = prepare(config)
-    trainer.batches = (Rows(batch.labels, batch.labels) for batch in random_bytes(0))
+    trainer.batches = (replace(batch, input_ids=batch.labels) for batch in random_bytes(0))
     with pytest.raises(TrainingError, match=r"below the data's floor of 5\.5452"):
         train(trainer, folder)
     status = folder.read_status()
