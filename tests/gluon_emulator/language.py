@@ -217,4 +217,16 @@ REPLACEMENTS = [
     (tl, LANGUAGE), (gl, LANGUAGE), (hopper.mbarrier, MBarrier), (hopper.tma, Tma), (ampere.async_copy, AsyncCopy),
     (hopper.fence_async_shared, fence_async_shared), (hopper.warpgroup_mma, warpgroup_mma),
     (hopper.warpgroup_mma_wait, warpgroup_mma_wait),
+    *(
+        (function, replacement)
+        for module, name, replacement in (
+            (hopper.tma, "async_copy_global_to_shared", Tma.async_copy_global_to_shared),
+            (hopper.tma, "async_load", Tma.async_copy_global_to_shared),
+            (hopper.tma, "async_copy_shared_to_global", Tma.async_copy_shared_to_global),
+            (hopper.tma, "async_store", Tma.async_copy_shared_to_global),
+            (ampere.async_copy, "async_copy_global_to_shared", AsyncCopy.async_copy_global_to_shared),
+            (ampere.async_copy, "async_load", AsyncCopy.async_copy_global_to_shared),
+        )
+        if (function := getattr(module, name, None)) is not None
+    ),
 ]  # fmt: skip

@@ -23,6 +23,11 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warp
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.core import _aggregate as aggregate  # public as gluon.aggregate from Triton 3.9 on
 
+# Triton 3.8 gave the copies new names; 3.7 has the old ones alone, 3.9 the new ones.
+tma_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+tma_store = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
+copy_async = async_copy.async_load if hasattr(async_copy, "async_load") else async_copy.async_copy_global_to_shared
+
 ROWS = gl.constexpr(64)  # rows of a group of four warps, as one wgmma takes
 KEYS = gl.constexpr(64)  # keys of a step: a thread holds 32 of 64 by 64 scores, which leaves registers for sums
 
@@ -167,7 +172,7 @@ class Shape:
         matrix = as_matrix(smem)
         LAYOUT: gl.constexpr = line_layout(matrix.shape[1])
         offsets, _live = self.offsets(tile, matrix.shape[0], matrix.shape[1], WIDTH, LAYOUT)
-        async_copy.async_copy_global_to_shared(matrix, x_ptr + offsets)
+        copy_async(matrix, x_ptr + offsets)
 
 
 @aggregate
@@ -241,9 +246,9 @@ class Pipe:
         """TMA begins to copy a box to a tile that was acquired."""
         buffer = self.buffer(step, PART)
         full = self.full.index(buffer)
-        tma.async_copy_global_to_shared(self.desc, coordinates, full, self.smem.index(buffer))
+        tma_load(self.desc, coordinates, full, self.smem.index(buffer))
         if self.TAIL > 0:
-            tma.async_copy_global_to_shared(self.tail_desc, coordinates, full, self.tail.index(buffer))
+            tma_load(self.tail_desc, coordinates, full, self.tail.index(buffer))
 
     @gluon.jit
     def load(self, step, coordinates, PART: gl.constexpr = 0):

@@ -40,6 +40,7 @@ from nsa.ops.triton.sm90 import (
     line_layout,
     make_companion,
     make_pipe,
+    tma_store,
     wgmma_layout,
 )
 
@@ -131,9 +132,9 @@ def _store_tile(gradient, q_pipe, round, rows, shape, PART: gl.constexpr):
     if shape.BOXES:
         fence_async_shared()  # dQ was written by threads, TMA reads it
         buffer = q_pipe.buffer(round, PART)
-        tma.async_copy_shared_to_global(gradient.desc, shape.box(rows), q_pipe.smem.index(buffer))
+        tma_store(gradient.desc, shape.box(rows), q_pipe.smem.index(buffer))
         if TAIL > 0:
-            tma.async_copy_shared_to_global(gradient.tail_desc, shape.box(rows), q_pipe.tail.index(buffer))
+            tma_store(gradient.tail_desc, shape.box(rows), q_pipe.tail.index(buffer))
         tma.store_wait(0)  # before the next queries may overwrite it
         q_pipe.consumer_release(round, PART)
     else:

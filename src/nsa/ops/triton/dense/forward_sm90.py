@@ -46,6 +46,7 @@ from nsa.ops.triton.sm90 import (
     describe_parts,
     line_layout,
     make_pipe,
+    tma_store,
     wgmma_layout,
 )
 
@@ -189,7 +190,7 @@ def _row_partition(
         if shape.BOXES:
             fence_async_shared()  # the result was written by threads, TMA reads it
             buffer = q_pipe.buffer(round, PART)
-            tma.async_copy_shared_to_global(output.out_desc, shape.box(rows), q_pipe.smem.index(buffer))
+            tma_store(output.out_desc, shape.box(rows), q_pipe.smem.index(buffer))
             tma.store_wait(0)  # before the next queries may overwrite it
             q_pipe.consumer_release(round, PART)
         else:

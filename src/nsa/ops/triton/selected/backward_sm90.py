@@ -42,6 +42,7 @@ from nsa.ops.triton.selected.panels_sm90 import (
     make_lines,
     make_panels,
 )
+from nsa.ops.triton.sm90 import copy_async
 
 QUERY_PANELS = gl.constexpr(2)  # panels of a transposed dQ in flight at once: three do not fit the registers
 
@@ -98,8 +99,8 @@ def _copy_tile(item, sources, q_tiles, dout_tiles, lines, buffer, entries, start
     item.copy_panels(sources.q_ptr, q_tiles, buffer, entries, start)
     item.copy_panels(sources.dout_ptr, dout_tiles, buffer, entries, start)
     row = item.heads(entries, start, LINE)
-    async_copy.async_copy_global_to_shared(lines.lse.index(buffer), sources.lse_ptr + row)
-    async_copy.async_copy_global_to_shared(lines.delta.index(buffer), sources.delta_ptr + row)
+    copy_async(lines.lse.index(buffer), sources.lse_ptr + row)
+    copy_async(lines.delta.index(buffer), sources.delta_ptr + row)
 
 
 @gluon.jit

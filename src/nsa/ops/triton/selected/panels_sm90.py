@@ -16,12 +16,11 @@ is a batch row with a group, b * HKV + group.
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.ampere import async_copy
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.core import _aggregate as aggregate  # public as gluon.aggregate from Triton 3.9 on
 
-from nsa.ops.triton.sm90 import make_barriers
+from nsa.ops.triton.sm90 import copy_async, make_barriers, tma_load
 
 ROWS = gl.constexpr(64)  # rows of a tile; half as many beside keys of 192
 BLOCK = gl.constexpr(64)  # keys of a block
@@ -59,7 +58,7 @@ class Item:
     def copy_entries(self, tile, start):
         """Begin to copy the entries of a tile's rows."""
         row = self.rows(start, tile.shape[0], LINE)
-        async_copy.async_copy_global_to_shared(tile, self.entries_ptr + (row // self.G).to(gl.int32))
+        copy_async(tile, self.entries_ptr + (row // self.G).to(gl.int32))
 
     @gluon.jit
     def local_entries(self, entries, LAYOUT: gl.constexpr):
@@ -79,7 +78,7 @@ class Item:
         offsets = self.heads(entries, start, gl.SliceLayout(1, COPY))[:, None] * D
         offsets += gl.arange(0, WIDTH, gl.SliceLayout(0, COPY))[None, :]
         for panel in gl.static_range(len(tiles)):
-            async_copy.async_copy_global_to_shared(tiles[panel].index(buffer), x_ptr + panel * WIDTH + offsets)
+            copy_async(tiles[panel].index(buffer), x_ptr + panel * WIDTH + offsets)
 
 
 @aggregate
@@ -108,10 +107,10 @@ class Block:
         mbarrier.expect(self.full.index(0), self.bytes())
         for panel in gl.static_range(self.PANELS):
             box = [b, key_start, group, panel * WIDTH]
-            tma.async_copy_global_to_shared(k_desc, box, self.full.index(0), self.k.index(panel))
+            tma_load(k_desc, box, self.full.index(0), self.k.index(panel))
         for panel in gl.static_range(self.VALUE_PANELS):
             box = [b, key_start, group, panel * WIDTH]
-            tma.async_copy_global_to_shared(v_desc, box, self.full.index(0), self.v.index(panel))
+            tma_load(v_desc, box, self.full.index(0), self.v.index(panel))
 
     @gluon.jit
     def wait(self):

@@ -13,10 +13,9 @@ round. A step is one block of keys.
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.language.core import _aggregate as aggregate  # public as gluon.aggregate from Triton 3.9 on
 
-from nsa.ops.triton.sm90 import ROWS, line_layout, num_rounds, tile_of_round
+from nsa.ops.triton.sm90 import ROWS, copy_async, line_layout, num_rounds, tile_of_round
 
 
 @aggregate
@@ -91,10 +90,10 @@ class Part:
         D: gl.constexpr = self.shape.D
         WIDTH: gl.constexpr = D + pipe.TAIL
         offsets, _live = self.row_offsets(D, WIDTH, line_layout(D))
-        async_copy.async_copy_global_to_shared(pipe.tile(round, PART), x_ptr + offsets)
+        copy_async(pipe.tile(round, PART), x_ptr + offsets)
         if pipe.TAIL > 0:
             offsets, _live = self.row_offsets(pipe.TAIL, WIDTH, line_layout(pipe.TAIL))
-            async_copy.async_copy_global_to_shared(pipe.tail_tile(round, PART), x_ptr + D + offsets)
+            copy_async(pipe.tail_tile(round, PART), x_ptr + D + offsets)
 
     @gluon.jit
     def bits(self, ROW: gl.constexpr):

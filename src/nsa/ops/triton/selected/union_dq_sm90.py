@@ -31,6 +31,7 @@ from nsa.ops.triton.sm90 import (
     describe_parts,
     line_layout,
     make_pipe,
+    tma_store,
 )
 
 GROUPS = gl.constexpr(2)  # groups of four warps: beside dQ, scores and dP, registers have no room for a third
@@ -182,9 +183,9 @@ def _write_gradient(
     if part.shape.BOXES:
         fence_async_shared()  # threads wrote what TMA reads
         buffer = queries.buffer(round, PART)
-        tma.async_copy_shared_to_global(gradient.desc, part.box(), queries.smem.index(buffer))
+        tma_store(gradient.desc, part.box(), queries.smem.index(buffer))
         if TAIL > 0:
-            tma.async_copy_shared_to_global(gradient.tail_desc, part.box(), queries.tail.index(buffer))
+            tma_store(gradient.tail_desc, part.box(), queries.tail.index(buffer))
         tma.store_wait(0)  # TMA has read the buffer
         queries.consumer_release(round, PART)  # and the loading warp may fill it
     else:

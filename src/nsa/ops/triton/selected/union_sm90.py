@@ -34,6 +34,7 @@ from nsa.ops.triton.sm90 import (
     describe_parts,
     line_layout,
     make_pipe,
+    tma_store,
 )
 
 MIN_HEADS = 3  # of a group: a tile's tokens are then no more than a mask has bits
@@ -203,7 +204,7 @@ def _send(x, desc, ptr, queries, round, part, PART: gl.constexpr):
     tile.store(x.to(tile.dtype))
     if part.shape.BOXES:
         fence_async_shared()  # threads wrote what TMA reads
-        tma.async_copy_shared_to_global(desc, part.box(), queries.smem.index(queries.buffer(round, PART)))
+        tma_store(desc, part.box(), queries.smem.index(queries.buffer(round, PART)))
     else:
         offsets, live = part.offsets(D, D, LAYOUT)
         gl.store(ptr + offsets, tile.load(LAYOUT), mask=live)

@@ -35,6 +35,7 @@ from nsa.ops.triton.sm90 import (
     Pipe,
     Schedule,
     Shape,
+    copy_async,
     describe_parts,
     line_layout,
     make_barriers,
@@ -192,7 +193,7 @@ def _copy_queries(q_ptr, smem, b, group, place, shape, TOKENS: gl.constexpr):
     column = gl.arange(0, COLUMNS, gl.SliceLayout(1, LAYOUT))
     row, live = _row_of_column(column, b, group, place, shape, TOKENS)
     offsets = row[:, None] * (shape.D + shape.TAIL) + gl.arange(0, D, gl.SliceLayout(0, LAYOUT))[None, :]
-    async_copy.async_copy_global_to_shared(smem, q_ptr + offsets, mask=live[:, None])
+    copy_async(smem, q_ptr + offsets, mask=live[:, None])
 
 
 @gluon.jit
