@@ -157,7 +157,7 @@ class Step(NamedTuple):
 
 
 class Scratch(NamedTuple):
-    """What launches hand on, fp32, for B*Q*H rows; what a short row does not need is never written or read.
+    """What launches hand on, fp32, for B*Q*H rows; what a short row does not need is undefined.
 
     Attributes:
         out_cmp, stat_cmp: `[rows, splits, Dv]`, `[rows, splits, 2]`, unscaled outputs and their row_max and row_sum.
