@@ -10,27 +10,42 @@ ties go to the lower index because equal scores are ranked by a running count.
 # pyright: reportGeneralTypeIssues=false, reportPossiblyUnboundVariable=false, reportAssignmentType=false
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_wait
 
-from nsa.ops.triton.decode.compressed import num_compressed, split_of_blocks
+from nsa.ops.triton.decode.compressed import num_compressed, num_used_splits
 
 FORCED = tl.constexpr(0x7FFFFFFF)  # above the bits of every finite score
 
 
+class Blocks(NamedTuple):
+    """Constants of the choice: geometry in tokens and blocks, PER_BLOCK = l'/d, SPANS as `num_spans` says."""
+
+    SIZE: Any
+    STRIDE: Any
+    SELECT: Any
+    PER_BLOCK: Any
+    SPANS: Any
+    INIT: Any
+    LOCAL: Any
+    N: Any
+
+
 @triton.jit
-def log_sum_exp(stat_ptr, place, live, used, NUM_SPLITS: tl.constexpr, SPLITS_PADDED: tl.constexpr):
-    """Base-2 log-sum-exp of rows `place` over the splits that were used; 0 for rows that see nothing."""
+def log_sum_exp(stat_ptr, row, live, used, NUM_SPLITS: tl.constexpr, SPLITS_PADDED: tl.constexpr):
+    """Base-2 log-sum-exp `[rows]` of rows over the splits that were used; 0 for rows that see nothing."""
     split = tl.arange(0, SPLITS_PADDED)
-    at = (place[:, None] * NUM_SPLITS + split[None, :]) * 2
-    there = live[:, None] & (split < used)[None, :]
-    best = tl.load(stat_ptr + at, there, -float("inf"))
-    total = tl.load(stat_ptr + at + 1, there, 0.0)
-    top = tl.max(best, 1)
-    base = tl.where(top == -float("inf"), 0.0, top)
-    whole = tl.sum(total * tl.exp2(best - base[:, None]), 1)
-    return tl.where(whole > 0, base + tl.log2(tl.where(whole > 0, whole, 1.0)), 0.0)
+    at = (row[:, None] * NUM_SPLITS + split[None, :]) * 2
+    exists = live[:, None] & (split < used)[None, :]
+    row_max = tl.load(stat_ptr + at, exists, -float("inf"))
+    row_sum = tl.load(stat_ptr + at + 1, exists, 0.0)
+    top = tl.max(row_max, 1)
+    safe_max = tl.where(top == -float("inf"), 0.0, top)
+    whole = tl.sum(row_sum * tl.exp2(row_max - safe_max[:, None]), 1)
+    return tl.where(whole > 0, safe_max + tl.log2(tl.where(whole > 0, whole, 1.0)), 0.0)
 
 
 @triton.jit
@@ -42,6 +57,7 @@ def choose(score_ptr, index_ptr, position, scored, wanted, SELECT: tl.constexpr,
     candidate = block <= current
     score = tl.load(score_ptr + block, candidate & (block < scored), 0.0)
     forced = (block < INIT) | (block > current - LOCAL)
+    # Scores are not negative: their bits as integers have the same order.
     key = tl.where(forced, FORCED, score.to(tl.int32, bitcast=True))
     key = tl.where(candidate, key, -1)
     half = 1 << 30
@@ -58,72 +74,71 @@ def choose(score_ptr, index_ptr, position, scored, wanted, SELECT: tl.constexpr,
     tied = (key == threshold) & candidate
     room = wanted - tl.sum(above.to(tl.int32), 0)
     chosen = above | (tied & (tl.cumsum(tied.to(tl.int32), 0) <= room))
-    place = tl.cumsum(chosen.to(tl.int32), 0) - 1
-    tl.store(index_ptr + place, block, chosen)
+    slot = tl.cumsum(chosen.to(tl.int32), 0) - 1
+    tl.store(index_ptr + slot, block, chosen)
 
 
 @triton.jit
 def decode_importance_kernel(
-    stat_ptr, mass_ptr, top_ptr, length_ptr, score_ptr, num_blocks, num_tiles, Q: tl.constexpr, G: tl.constexpr,
-    HKV: tl.constexpr, HEADS: tl.constexpr, TILE: tl.constexpr, NUM_SPLITS: tl.constexpr, SPLITS_PADDED: tl.constexpr,
-    SIZE: tl.constexpr, STRIDE: tl.constexpr, PER_BLOCK: tl.constexpr, SPANS: tl.constexpr, CHUNK: tl.constexpr,
-    PDL: tl.constexpr,
+    stat_ptr, importance_ptr, tile_max_ptr, length_ptr, score_ptr, num_blocks, num_tiles, Q: tl.constexpr,
+    G: tl.constexpr, HKV: tl.constexpr, HEADS: tl.constexpr, TILE: tl.constexpr, NUM_SPLITS: tl.constexpr,
+    SPLITS_PADDED: tl.constexpr, SIZE: tl.constexpr, STRIDE: tl.constexpr, PER_BLOCK: tl.constexpr,
+    SPANS: tl.constexpr, CHUNK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Importance of CHUNK blocks for one query and group (Eq. 9, 10)."""
+    """Score of CHUNK blocks for one query and group: their importance, summed over the group's heads (Eq. 9, 10)."""
     if PDL:
         gdc_wait()
-    start, head, which = tl.program_id(0) * CHUNK, tl.program_id(1), tl.program_id(2)
-    batch, query = which // Q, which % Q
+    start, group, q_index = tl.program_id(0) * CHUNK, tl.program_id(1), tl.program_id(2)
+    batch, query = q_index // Q, q_index % Q
     length = tl.load(length_ptr + batch)
     last = tl.cdiv(num_compressed(length, SIZE, STRIDE), PER_BLOCK)
     if start < last + SPANS - 1:
-        first, end = split_of_blocks(length, 0, NUM_SPLITS, TILE, SIZE, STRIDE, PER_BLOCK)
-        used = tl.cdiv(last, tl.maximum(end - first, 1))
-        lane = tl.arange(0, HEADS)
-        row = (batch * HKV + head).to(tl.int64) * (Q * G) + query * G + lane
-        live = lane < G
+        used = num_used_splits(length, NUM_SPLITS, TILE, SIZE, STRIDE, PER_BLOCK)
+        head = tl.arange(0, HEADS)
+        row = (batch * HKV + group).to(tl.int64) * (Q * G) + query * G + head
+        live = head < G
         block = start + tl.arange(0, CHUNK)
         lse = log_sum_exp(stat_ptr, row, live, used, NUM_SPLITS, SPLITS_PADDED)
-        # Masses were taken with the maximum of their own tile of blocks as the reference.
+        # Importance was taken with the maximum of its own tile of blocks as the reference.
         tile = start // TILE + tl.arange(0, CHUNK // TILE)
-        top_at = top_ptr + (row * num_tiles)[:, None] + tile[None, :]
+        max_at = tile_max_ptr + (row * num_tiles)[:, None] + tile[None, :]
         exists = live[:, None] & (tile * TILE < last)[None, :]
-        own = tl.exp2(tl.load(top_at, exists, -float("inf")) - lse[:, None])[:, :, None]
+        own = tl.exp2(tl.load(max_at, exists, -float("inf")) - lse[:, None])[:, :, None]
         before = live[:, None] & (tile > 0)[None, :] & ((tile - 1) * TILE < last)[None, :]
-        previous = tl.exp2(tl.load(top_at - 1, before, -float("inf")) - lse[:, None])[:, :, None]
+        previous = tl.exp2(tl.load(max_at - 1, before, -float("inf")) - lse[:, None])[:, :, None]
         score = tl.zeros([HEADS, CHUNK // TILE, TILE], tl.float32)
         for span in tl.static_range(SPANS):
-            there = live[:, None] & ((block >= span) & (block - span < last) & (block < num_blocks))[None, :]
-            mass = tl.load(mass_ptr + ((row * SPANS + span) * num_blocks)[:, None] + block[None, :], there, 0.0)
-            mass = tl.reshape(mass, [HEADS, CHUNK // TILE, TILE])
+            written = live[:, None] & ((block >= span) & (block - span < last) & (block < num_blocks))[None, :]
+            entry = ((row * SPANS + span) * num_blocks)[:, None] + block[None, :]
+            importance = tl.reshape(tl.load(importance_ptr + entry, written, 0.0), [HEADS, CHUNK // TILE, TILE])
+            # The first blocks of a tile have it from the tile before: `plan_decode` makes tiles at least so long.
             crosses = (tl.arange(0, TILE) < span)[None, None, :]
-            score += mass * tl.where(crosses, previous, own)
+            score += importance * tl.where(crosses, previous, own)
         score = tl.reshape(tl.sum(score, 0), [CHUNK])
-        score_ptr += (which * HKV + head).to(tl.int64) * num_blocks
+        score_ptr += (q_index * HKV + group).to(tl.int64) * num_blocks
         tl.store(score_ptr + block, score, block < num_blocks)
 
 
 @triton.jit
 def choose_blocks(
-    query, head, batch, length_ptr, score_ptr, index_ptr, num_blocks, Q: tl.constexpr, HKV: tl.constexpr,
-    SIZE: tl.constexpr, STRIDE: tl.constexpr, SELECT: tl.constexpr, PER_BLOCK: tl.constexpr, SPANS: tl.constexpr,
-    INIT: tl.constexpr, LOCAL: tl.constexpr, N: tl.constexpr, N_PADDED: tl.constexpr, FEW: tl.constexpr,
-    CANDIDATES: tl.constexpr,
+    query, group, batch, length_ptr, score_ptr, index_ptr, num_blocks, BLOCKS: tl.constexpr, Q: tl.constexpr,
+    HKV: tl.constexpr, N_PADDED: tl.constexpr, FEW: tl.constexpr, CANDIDATES: tl.constexpr,
 ):  # fmt: skip
     """Blocks of one query; rows of at most FEW blocks are searched with so many candidates, others with CANDIDATES."""
-    length = tl.minimum(tl.load(length_ptr + batch), num_blocks * SELECT)
+    length = tl.minimum(tl.load(length_ptr + batch), num_blocks * BLOCKS.SELECT)
     position = length - Q + query
-    which = (batch * Q + query) * HKV + head
-    index_ptr += which * N
+    list_number = (batch * Q + query) * HKV + group
+    index_ptr += list_number * BLOCKS.N
     slot = tl.arange(0, N_PADDED)
     if position < 0:  # padding
-        tl.store(index_ptr + slot, -1, slot < N)
+        tl.store(index_ptr + slot, -1, slot < BLOCKS.N)
     else:
-        wanted = tl.minimum(position // SELECT + 1, N)
-        tl.store(index_ptr + slot, -1, (slot < N) & (slot >= wanted))
-        scored = tl.cdiv(num_compressed(length, SIZE, STRIDE), PER_BLOCK) + SPANS - 1
-        score_ptr += which.to(tl.int64) * num_blocks
-        if position // SELECT < FEW:
-            choose(score_ptr, index_ptr, position, scored, wanted, SELECT, INIT, LOCAL, FEW)
+        wanted = tl.minimum(position // BLOCKS.SELECT + 1, BLOCKS.N)
+        tl.store(index_ptr + slot, -1, (slot < BLOCKS.N) & (slot >= wanted))
+        # Blocks that `decode_importance_kernel` wrote; the local ones after them may have none yet.
+        scored = tl.cdiv(num_compressed(length, BLOCKS.SIZE, BLOCKS.STRIDE), BLOCKS.PER_BLOCK) + BLOCKS.SPANS - 1
+        score_ptr += list_number.to(tl.int64) * num_blocks
+        if position // BLOCKS.SELECT < FEW:
+            choose(score_ptr, index_ptr, position, scored, wanted, BLOCKS.SELECT, BLOCKS.INIT, BLOCKS.LOCAL, FEW)
         else:
-            choose(score_ptr, index_ptr, position, scored, wanted, SELECT, INIT, LOCAL, CANDIDATES)
+            choose(score_ptr, index_ptr, position, scored, wanted, BLOCKS.SELECT, BLOCKS.INIT, BLOCKS.LOCAL, CANDIDATES)

@@ -9,10 +9,10 @@ Shapes: q, dq `[B, T, H, Dk]`, out, dout `[B, T, H, Dv]`, lse, delta `[B, T, H]`
 
 # Kernels are typed by Triton, not by Python.
 # pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportReturnType=false
-# pyright: reportGeneralTypeIssues=false, reportPossiblyUnboundVariable=false
+# pyright: reportGeneralTypeIssues=false, reportPossiblyUnboundVariable=false, reportAssignmentType=false
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -23,10 +23,21 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from nsa.geometry import BlockGeometry
 from nsa.ops.triton.dense.dkdv_sm90 import dense_dkdv_sm90
 from nsa.ops.triton.dense.dq_sm90 import dense_dq_sm90
-from nsa.ops.triton.dense.step import describe, describe_keys, query_step
+from nsa.ops.triton.dense.step import (
+    KeyTiles,
+    Mask,
+    Pattern,
+    cut_steps,
+    describe,
+    describe_keys,
+    key_steps,
+    masked_start,
+    query_step,
+    visible_keys,
+)
 from nsa.ops.triton.gates import Rows
 from nsa.ops.triton.gpu import LOG2E, dot_precision, key_tail
-from nsa.ops.triton.layout import Layout, document_pointers, key_interval, query_interval
+from nsa.ops.triton.layout import Layout, document_pointers, query_interval
 from nsa.ops.triton.plan import Dense
 from nsa.ops.triton.tiles import Tile
 
@@ -42,7 +53,7 @@ def delta_kernel(
     out = tl.load(out_ptr + offset, mask=live[:, None], other=0.0).to(tl.float32)
     dout = tl.load(dout_ptr + offset, mask=live[:, None], other=0.0).to(tl.float32)
     delta = tl.sum(out * dout, 1)
-    if DLSE:
+    if DLSE:  # d lse / d s = P, so that its gradient enters dS beside delta
         delta -= tl.load(dlse_ptr + row, mask=live, other=0.0)
     tl.store(delta_ptr + row, delta, mask=live)
 
@@ -59,50 +70,118 @@ def make_delta(out: Tensor, dout: Tensor, dlse: Tensor | None) -> Tensor:
     return delta
 
 
+class KeyTile(NamedTuple):
+    """The keys and values that a program of `dense_dkdv_kernel` holds, and their numbers `[BLOCK_N]`."""
+
+    k: Any
+    k_tail: Any
+    v: Any
+    key: Any
+
+
+class QueryTiles(NamedTuple):
+    """Where the rows of a pair are loaded from.
+
+    Attributes:
+        q, q_tail, dout: descriptors of `describe_rows` with TMA, else pointers (one for q and its tail).
+        lse_ptr, delta_ptr: one number a row.
+        first_token: of the batch row among all tokens; int64.
+        first_head: of the group among the heads.
+    """
+
+    q: Any
+    q_tail: Any
+    dout: Any
+    lse_ptr: Any
+    delta_ptr: Any
+    first_token: Any
+    first_head: Any
+
+
+class RowShape(NamedTuple):
+    """Constants of a step of BLOCK_M rows: H heads, G of a group, keys of DK columns, of which TAIL are the tail."""
+
+    H: Any
+    G: Any
+    DK: Any
+    TAIL: Any
+    DV: Any
+    BLOCK_M: Any
+
+
 @triton.jit
 def _key_step(
-    dk, dk_tail, dv, k, k_tail, v, q_ptr, q_tail_ptr, dout_ptr, lse_ptr, delta_ptr, doc_ptr, cmp_ptr,
-    row_start, row_end, batch_row, head, key, scale_log2, log2e, T, S, q_start, k_start,
-    H: tl.constexpr, G: tl.constexpr, DK: tl.constexpr, TAIL: tl.constexpr, DV: tl.constexpr, SIZE: tl.constexpr,
-    STRIDE: tl.constexpr, WINDOW: tl.constexpr, PACKED: tl.constexpr, TMA: tl.constexpr,
-    MASKED: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr,
+    dk, dk_tail, dv, held, rows, mask, row_start, row_end, scale_log2, log2e, SHAPE: tl.constexpr,
+    PATTERN: tl.constexpr, TMA: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    MAIN: tl.constexpr = DK - TAIL
+    """What rows [row_start, row_start + BLOCK_M) before row_end add to dK (before the scale) and dV of the keys held.
+
+    Scores are held transposed, `[BLOCK_N, BLOCK_M]`, so that p and dS are the left operands of the products with dout
+    and q.
+    """
+    BLOCK_M: tl.constexpr = SHAPE.BLOCK_M
+    TAIL: tl.constexpr = SHAPE.TAIL
+    MAIN: tl.constexpr = SHAPE.DK - TAIL
     row = row_start + tl.arange(0, BLOCK_M)
     if MASKED:
         live = row < row_end
-        row = tl.minimum(row, row_end - 1)
-    t = row // G
-    row_64 = (batch_row + t) * H + head + row % G
+        row = tl.minimum(row, row_end - 1)  # loads need no mask then
+    t = row // SHAPE.G
+    row_64 = (rows.first_token + t) * SHAPE.H + rows.first_head + row % SHAPE.G
     if TMA:
-        box = [(batch_row + row_start // G).to(tl.int32), head, 0]
-        q = tl.reshape(q_ptr.load(box), [BLOCK_M, MAIN])
+        box = [(rows.first_token + row_start // SHAPE.G).to(tl.int32), rows.first_head, 0]
+        q = tl.reshape(rows.q.load(box), [BLOCK_M, MAIN])
     else:
-        q = tl.load(q_ptr + row_64[:, None] * DK + tl.arange(0, MAIN)[None, :])
-    lse = tl.load(lse_ptr + row_64) * log2e
-    s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+        q = tl.load(rows.q + row_64[:, None] * SHAPE.DK + tl.arange(0, MAIN)[None, :])
+    lse = tl.load(rows.lse_ptr + row_64) * log2e
+    s = tl.dot(held.k, tl.trans(q), input_precision=PRECISION)
     if TAIL > 0:
         if TMA:
-            q_tail = tl.reshape(q_tail_ptr.load([box[0], head, MAIN]), [BLOCK_M, TAIL])
+            q_tail = tl.reshape(rows.q_tail.load([box[0], rows.first_head, MAIN]), [BLOCK_M, TAIL])
         else:
-            q_tail = tl.load(q_ptr + row_64[:, None] * DK + MAIN + tl.arange(0, TAIL)[None, :])
-        s = tl.dot(k_tail, tl.trans(q_tail), s, input_precision=PRECISION)
+            q_tail = tl.load(rows.q + row_64[:, None] * SHAPE.DK + MAIN + tl.arange(0, TAIL)[None, :])
+        s = tl.dot(held.k_tail, tl.trans(q_tail), s, input_precision=PRECISION)
     p = tl.math.exp2(s * scale_log2 - lse[None, :])
-    if MASKED:
-        first, end = key_interval(t, doc_ptr, cmp_ptr, S, q_start, k_start, SIZE, STRIDE, WINDOW, PACKED)
-        seen = (key[:, None] >= first[None, :]) & (key[:, None] < end[None, :]) & live[None, :]
+    if MASKED:  # after the exponential: a row that sees nothing has lse = -inf and p = inf here
+        first, end = visible_keys(t, mask, PATTERN)
+        seen = (held.key[:, None] >= first[None, :]) & (held.key[:, None] < end[None, :]) & live[None, :]
         p = tl.where(seen, p, 0.0)
     if TMA:
-        dout = tl.reshape(dout_ptr.load(box), [BLOCK_M, DV])
+        dout = tl.reshape(rows.dout.load(box), [BLOCK_M, SHAPE.DV])
     else:
-        dout = tl.load(dout_ptr + row_64[:, None] * DV + tl.arange(0, DV)[None, :])
+        dout = tl.load(rows.dout + row_64[:, None] * SHAPE.DV + tl.arange(0, SHAPE.DV)[None, :])
     dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION)
-    delta = tl.load(delta_ptr + row_64)
-    ds = p * (tl.dot(v, tl.trans(dout), input_precision=PRECISION) - delta[None, :])
+    delta = tl.load(rows.delta_ptr + row_64)
+    ds = p * (tl.dot(held.v, tl.trans(dout), input_precision=PRECISION) - delta[None, :])
     dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
     if TAIL > 0:
         dk_tail = tl.dot(ds.to(q.dtype), q_tail, dk_tail, input_precision=PRECISION)
     return dk, dk_tail, dv
+
+
+@triton.jit
+def row_steps(
+    mask, first_ptr, end_ptr, T, split, split_rows, PATTERN: tl.constexpr, G: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Steps over the rows of a split that see any of a program's keys; pointers as in `query_interval`."""
+    # Queries' intervals never decrease: the first key is seen first, and first out of sight.
+    key_low = tl.program_id(0) * BLOCK_N
+    key_high = tl.minimum(key_low + BLOCK_N, mask.S) - 1
+    t_low, t_low_end = query_interval(
+        key_low, first_ptr, end_ptr, T, mask.q_start, mask.k_start, PATTERN.SIZE, PATTERN.STRIDE, PATTERN.WINDOW,
+        PATTERN.PACKED,
+    )  # fmt: skip
+    t_high, t_high_end = query_interval(
+        key_high, first_ptr, end_ptr, T, mask.q_start, mask.k_start, PATTERN.SIZE, PATTERN.STRIDE, PATTERN.WINDOW,
+        PATTERN.PACKED,
+    )  # fmt: skip
+    if PATTERN.PACKED and PATTERN.WINDOW > 0:  # outside any document nothing is seen: masks throughout
+        t_low_end = tl.where(tl.load(mask.doc_ptr + key_high) < T, t_low_end, 0)
+    row_low = tl.maximum(t_low * G, split * split_rows)
+    row_end = tl.minimum(t_high_end * G, (split + 1) * split_rows)
+    num_left = tl.cdiv(tl.maximum(tl.minimum(t_high * G, row_end) - row_low, 0), BLOCK_M)
+    return cut_steps(row_low, num_left, tl.minimum(t_low_end * G, row_end), row_end, BLOCK_M)
 
 
 @triton.jit(do_not_specialize=["T", "S", "q_start", "k_start", "split_rows"])
@@ -113,6 +192,7 @@ def dense_dkdv_kernel(
     SIZE: tl.constexpr, STRIDE: tl.constexpr, WINDOW: tl.constexpr, PACKED: tl.constexpr,
     PRECISION: tl.constexpr, TMA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
+    """dK and dV of BLOCK_N keys of a pair (axis 1 of the grid) from `split_rows` rows (axis 2)."""
     G: tl.constexpr = H // HKV
     b = (tl.program_id(1) // HKV).to(tl.int64)
     group = tl.program_id(1) % HKV
@@ -132,34 +212,25 @@ def dense_dkdv_kernel(
         dk_tail = tl.zeros([BLOCK_N, TAIL], tl.float32)
     v = tl.load(v_ptr + v_offset, mask=live_key, other=0.0)
 
-    key_low = tl.program_id(0) * BLOCK_N
-    key_high = tl.minimum(key_low + BLOCK_N, S) - 1
-    t_low, t_low_end = query_interval(key_low, first_ptr, end_ptr, T, q_start, k_start, SIZE, STRIDE, WINDOW, PACKED)
-    t_high, t_high_end = query_interval(key_high, first_ptr, end_ptr, T, q_start, k_start, SIZE, STRIDE, WINDOW, PACKED)
-    if PACKED and WINDOW > 0:  # outside any document nothing is seen: masks throughout
-        t_low_end = tl.where(tl.load(doc_ptr + key_high) < T, t_low_end, 0)
-    row_low = tl.maximum(t_low * G, split * split_rows)
-    row_end = tl.minimum(t_high_end * G, (split + 1) * split_rows)
-    num_left = tl.cdiv(tl.maximum(tl.minimum(t_high * G, row_end) - row_low, 0), BLOCK_M)
-    full_start = row_low + num_left * BLOCK_M
-    full_end = full_start + tl.maximum(tl.minimum(t_low_end * G, row_end) - full_start, 0) // BLOCK_M * BLOCK_M
-    num_masked = num_left + tl.cdiv(tl.maximum(row_end - full_end, 0), BLOCK_M)
-
+    held = KeyTile(k, k_tail, v, key)
+    rows = QueryTiles(q_ptr, q_tail_ptr, dout_ptr, lse_ptr, delta_ptr, b * T, group * G)
+    SHAPE: tl.constexpr = RowShape(H, G, DK, TAIL, DV, BLOCK_M)
+    mask = Mask(doc_ptr, cmp_ptr, S, q_start, k_start)
+    PATTERN: tl.constexpr = Pattern(SIZE, STRIDE, WINDOW, PACKED)
+    steps = row_steps(mask, first_ptr, end_ptr, T, split, split_rows, PATTERN, G, BLOCK_M, BLOCK_N)
     dv = tl.zeros([BLOCK_N, DV], tl.float32)
-    for row_start in tl.range(full_start, full_end, BLOCK_M):
+    for row_start in tl.range(steps.full_start, steps.full_end, BLOCK_M):
         dk, dk_tail, dv = _key_step(
-            dk, dk_tail, dv, k, k_tail, v, q_ptr, q_tail_ptr, dout_ptr, lse_ptr, delta_ptr, doc_ptr, cmp_ptr,
-            row_start, row_end, b * T, group * G, key, scale_log2, log2e, T, S, q_start, k_start,
-            H, G, DK, TAIL, DV, SIZE, STRIDE, WINDOW, PACKED, TMA, False, PRECISION, BLOCK_M,
+            dk, dk_tail, dv, held, rows, mask, row_start, steps.end, scale_log2, log2e, SHAPE, PATTERN, TMA, False,
+            PRECISION,
         )  # fmt: skip
-    for i in tl.range(num_masked):
-        row_start = tl.where(i < num_left, row_low + i * BLOCK_M, full_end + (i - num_left) * BLOCK_M)
+    for i in tl.range(steps.num_masked):
         dk, dk_tail, dv = _key_step(
-            dk, dk_tail, dv, k, k_tail, v, q_ptr, q_tail_ptr, dout_ptr, lse_ptr, delta_ptr, doc_ptr, cmp_ptr,
-            row_start, row_end, b * T, group * G, key, scale_log2, log2e, T, S, q_start, k_start,
-            H, G, DK, TAIL, DV, SIZE, STRIDE, WINDOW, PACKED, TMA, True, PRECISION, BLOCK_M,
+            dk, dk_tail, dv, held, rows, mask, masked_start(steps, i, BLOCK_M), steps.end, scale_log2, log2e, SHAPE,
+            PATTERN, TMA, True, PRECISION,
         )  # fmt: skip
 
+    # Each split has a dK and dV of its own, which are added in order afterwards; atomics would have no order.
     shift = split * (tl.num_programs(1) // HKV).to(tl.int64) * S * HKV
     tl.store(dk_ptr + shift * DK + k_offset, (dk * scale).to(dk_ptr.dtype.element_ty), mask=live_key)
     if TAIL > 0:
@@ -177,12 +248,12 @@ def dense_dq_kernel(
 ):  # fmt: skip
     """dQ of a tile of rows; ADD puts it on top of what `dq_ptr` holds."""
     G: tl.constexpr = H // HKV
-    tile = tl.num_programs(0) - 1 - tl.program_id(0)
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)  # the heaviest tiles first
     b = tl.program_id(1) // HKV
     group = tl.program_id(1) % HKV
     row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     live = row < T * G
-    t = tl.minimum(row // G, T - 1)
+    t = tl.minimum(row // G, T - 1)  # rows past the end repeat the last token, within every tensor, and are not stored
     row_64 = (b.to(tl.int64) * T + t) * H + group * G + row % G
     MAIN: tl.constexpr = DK - TAIL
     q_offset = row_64[:, None] * DK + tl.arange(0, MAIN)[None, :]
@@ -197,28 +268,21 @@ def dense_dq_kernel(
     lse = tl.load(lse_ptr + row_64, mask=live, other=0.0) * log2e
     delta = tl.load(delta_ptr + row_64, mask=live, other=0.0)
 
-    first, end = key_interval(t, doc_ptr, cmp_ptr, S, q_start, k_start, SIZE, STRIDE, WINDOW, PACKED)
-    t_low = (tile * BLOCK_M) // G
-    t_high = tl.minimum((tile * BLOCK_M + BLOCK_M - 1) // G, T - 1)
-    first_low, end_low = key_interval(t_low, doc_ptr, cmp_ptr, S, q_start, k_start, SIZE, STRIDE, WINDOW, PACKED)
-    first_high, end_high = key_interval(t_high, doc_ptr, cmp_ptr, S, q_start, k_start, SIZE, STRIDE, WINDOW, PACKED)
-    num_left = tl.cdiv(first_high - first_low, BLOCK_N)
-    full_start = first_low + num_left * BLOCK_N
-    full_end = full_start + tl.maximum(end_low - full_start, 0) // BLOCK_N * BLOCK_N
-    num_masked = num_left + tl.cdiv(tl.maximum(end_high - full_end, 0), BLOCK_N)
-
-    for key_start in tl.range(full_start, full_end, BLOCK_N):
+    mask = Mask(doc_ptr, cmp_ptr, S, q_start, k_start)
+    PATTERN: tl.constexpr = Pattern(SIZE, STRIDE, WINDOW, PACKED)
+    keys = KeyTiles(k_desc, k_tail_desc, v_desc, b * S, group * DK, group * DV)
+    first, end = visible_keys(t, mask, PATTERN)
+    steps = key_steps(tile, T, mask, PATTERN, G, BLOCK_M, BLOCK_N)
+    for key_start in tl.range(steps.full_start, steps.full_end, BLOCK_N):
         dq, dq_tail = query_step(
-            dq, dq_tail, q, q_tail, dout, lse, delta, k_desc, k_tail_desc, v_desc, key_start, b * S, group * DK,
-            group * DV, first, end, scale_log2, TAIL, MAIN, False, BLOCK_N, PRECISION,
-        )  # fmt: skip
-    for i in tl.range(num_masked):
-        key_start = tl.where(i < num_left, first_low + i * BLOCK_N, full_end + (i - num_left) * BLOCK_N)
+            dq, dq_tail, q, q_tail, dout, lse, delta, keys, key_start, first, end, scale_log2, TAIL, False, PRECISION
+        )
+    for i in tl.range(steps.num_masked):
         dq, dq_tail = query_step(
-            dq, dq_tail, q, q_tail, dout, lse, delta, k_desc, k_tail_desc, v_desc, key_start, b * S, group * DK,
-            group * DV, first, end, scale_log2, TAIL, MAIN, True, BLOCK_N, PRECISION,
+            dq, dq_tail, q, q_tail, dout, lse, delta, keys, masked_start(steps, i, BLOCK_N), first, end, scale_log2,
+            TAIL, True, PRECISION,
         )  # fmt: skip
-    dq *= scale
+    dq *= scale  # once here, not at each step
     if ADD:
         dq += tl.load(dq_ptr + q_offset, mask=live[:, None], other=0.0).to(tl.float32)
     tl.store(dq_ptr + q_offset, dq.to(dq_ptr.dtype.element_ty), mask=live[:, None])
@@ -242,7 +306,7 @@ def dense_backward(
     """dq, dk, dv of `dense_forward`, for fitting tensors; a given `dq` is added to in place."""
     if q.numel() == 0 or k.numel() == 0:
         return torch.zeros_like(q) if dq is None else dq, torch.zeros_like(k), torch.zeros_like(v)
-    dtype = q.dtype if plan.splits == 1 else torch.float32
+    dtype = q.dtype if plan.splits == 1 else torch.float32  # what is added up is rounded once
     dk = torch.empty(plan.splits, *k.shape, dtype=dtype, device=q.device)
     dv = torch.empty(plan.splits, *v.shape, dtype=dtype, device=q.device)
     what = (geometry, layout, window, q_start, k_start, scale)
@@ -272,7 +336,7 @@ def _launch_dkdv(
     doc_end = "doc_end" if window else "cmp_doc_end"
     documents = document_pointers(layout, q, "doc_start", "cmp_start", "cmp_token", doc_end)
     q_rows, tail_rows, dout_rows = q, q, dout
-    if tile["TMA"]:
+    if tile["TMA"]:  # one box a step is faster than an address for each row
         q_rows, dout_rows = describe_rows(q, block_m, G, Dk - tail), describe_rows(dout, block_m, G, Dv)
         tail_rows = describe_rows(q, block_m, G, tail) if tail else q_rows
     dense_dkdv_kernel[(triton.cdiv(S, tile["BLOCK_N"]), B * Hkv, splits)](

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from nsa.geometry import BlockGeometry
 from nsa.ops.triton.dense.forward_sm90 import dense_forward_sm90
-from nsa.ops.triton.dense.step import attend_tile, describe, describe_keys
+from nsa.ops.triton.dense.step import KeyTiles, attend_tile, describe, describe_keys
 from nsa.ops.triton.gpu import LN2, LOG2E, dot_precision, key_tail
 from nsa.ops.triton.layout import Layout, document_pointers, local_start, num_early
 from nsa.ops.triton.plan import Stage
@@ -48,6 +48,7 @@ def forced_forward_kernel(
     BLOCK: tl.constexpr, INIT: tl.constexpr, LOCAL: tl.constexpr, PACKED: tl.constexpr, LN2: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
+    """Output and natural log-sum-exp of a tile of BLOCK_M rows of a pair (axis 1 of the grid), over forced blocks."""
     G: tl.constexpr = H // HKV
     MAIN: tl.constexpr = DK - TAIL
     tile = tl.program_id(0)
@@ -55,7 +56,7 @@ def forced_forward_kernel(
     group = tl.program_id(1) % HKV
     row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     live = row < T * G
-    t = tl.minimum(row // G, T - 1)
+    t = tl.minimum(row // G, T - 1)  # rows past the end repeat the last token, within every tensor, and are not stored
     row_64 = (b.to(tl.int64) * T + t) * H + group * G + row % G
     q = tl.load(q_ptr + row_64[:, None] * DK + tl.arange(0, MAIN)[None, :], mask=live[:, None], other=0.0)
     q_tail = q
@@ -64,9 +65,10 @@ def forced_forward_kernel(
         q_tail = tl.load(q_ptr + row_64[:, None] * DK + tl.arange(0, TAIL)[None, :], mask=live[:, None], other=0.0)
     t_low = (tile * BLOCK_M) // G
     t_high = tl.minimum((tile * BLOCK_M + BLOCK_M - 1) // G, T - 1)
+    keys = KeyTiles(k_desc, k_tail_desc, v_desc, b * S, group * DK, group * DV)
     acc = tl.zeros([BLOCK_M, DV], tl.float32)
-    best = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
+    row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    row_sum = tl.zeros([BLOCK_M], tl.float32)
     for local_part in tl.static_range(2):
         first, end = forced_interval(t, doc_ptr, S, q_start, BLOCK, INIT, LOCAL, PACKED, local_part)
         low, _ = forced_interval(t_low, doc_ptr, S, q_start, BLOCK, INIT, LOCAL, PACKED, local_part)
@@ -76,13 +78,13 @@ def forced_forward_kernel(
             seen = True
             if PACKED:
                 seen = tl.max(((first < key_start + BLOCK_N) & (end > key_start)).to(tl.int32), 0) > 0
-            if seen:
-                acc, best, total = attend_tile(
-                    acc, best, total, q, q_tail, k_desc, k_tail_desc, v_desc, key_start, b * S, group * DK, group * DV,
-                    first, end, scale_log2, TAIL, MAIN, True, BLOCK_N, PRECISION,
-                )  # fmt: skip
-    out = acc / tl.where(total == 0.0, 1.0, total)[:, None]
-    lse = tl.where(total == 0.0, float("-inf"), (best + tl.math.log2(total)) * LN2)
+            if seen:  # masked throughout: a tile has few steps here, and most of them hold an end of the interval
+                acc, row_max, row_sum = attend_tile(
+                    acc, row_max, row_sum, q, q_tail, keys, key_start, first, end, scale_log2, TAIL, True, PRECISION
+                )
+    # Outside any document a row sees no key, and its sum is 0.
+    out = acc / tl.where(row_sum == 0.0, 1.0, row_sum)[:, None]
+    lse = tl.where(row_sum == 0.0, float("-inf"), (row_max + tl.math.log2(row_sum)) * LN2)
     out_ptrs = out_ptr + row_64[:, None] * DV + tl.arange(0, DV)[None, :]
     tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=live[:, None])
     tl.store(lse_ptr + row_64, lse, mask=live)

@@ -6,7 +6,7 @@ group. Keys that all rows of a tile see go through a loop without masks, the end
 
 # Kernels are typed by Triton, not by Python.
 # pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportReturnType=false
-# pyright: reportGeneralTypeIssues=false, reportPossiblyUnboundVariable=false
+# pyright: reportGeneralTypeIssues=false, reportPossiblyUnboundVariable=false, reportAssignmentType=false
 from __future__ import annotations
 
 import torch
@@ -16,9 +16,19 @@ from torch import Tensor
 
 from nsa.geometry import BlockGeometry
 from nsa.ops.triton.dense.forward_sm90 import dense_forward_sm90
-from nsa.ops.triton.dense.step import attend_tile, describe, describe_keys
+from nsa.ops.triton.dense.step import (
+    KeyTiles,
+    Mask,
+    Pattern,
+    attend_tile,
+    describe,
+    describe_keys,
+    key_steps,
+    masked_start,
+    visible_keys,
+)
 from nsa.ops.triton.gpu import LN2, LOG2E, dot_precision, key_tail
-from nsa.ops.triton.layout import Layout, document_pointers, key_interval
+from nsa.ops.triton.layout import Layout, document_pointers
 from nsa.ops.triton.plan import Stage
 
 
@@ -29,13 +39,14 @@ def dense_forward_kernel(
     SIZE: tl.constexpr, STRIDE: tl.constexpr, WINDOW: tl.constexpr, PACKED: tl.constexpr, LN2: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
+    """Output and natural log-sum-exp of a tile of BLOCK_M rows of a pair (axis 1 of the grid)."""
     G: tl.constexpr = H // HKV
     tile = tl.num_programs(0) - 1 - tl.program_id(0)  # the heaviest tiles first
     b = tl.program_id(1) // HKV
     group = tl.program_id(1) % HKV
     row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     live = row < T * G
-    t = tl.minimum(row // G, T - 1)
+    t = tl.minimum(row // G, T - 1)  # rows past the end repeat the last token, within every tensor, and are not stored
     row_64 = (b.to(tl.int64) * T + t) * H + group * G + row % G
     MAIN: tl.constexpr = DK - TAIL
     q = tl.load(q_ptr + row_64[:, None] * DK + tl.arange(0, MAIN)[None, :], mask=live[:, None], other=0.0)
@@ -44,34 +55,27 @@ def dense_forward_kernel(
         q_ptr += MAIN
         q_tail = tl.load(q_ptr + row_64[:, None] * DK + tl.arange(0, TAIL)[None, :], mask=live[:, None], other=0.0)
 
-    first, end = key_interval(t, doc_ptr, cmp_ptr, S, q_start, k_start, SIZE, STRIDE, WINDOW, PACKED)
-    t_low = (tile * BLOCK_M) // G
-    t_high = tl.minimum((tile * BLOCK_M + BLOCK_M - 1) // G, T - 1)
-    first_low, end_low = key_interval(t_low, doc_ptr, cmp_ptr, S, q_start, k_start, SIZE, STRIDE, WINDOW, PACKED)
-    first_high, end_high = key_interval(t_high, doc_ptr, cmp_ptr, S, q_start, k_start, SIZE, STRIDE, WINDOW, PACKED)
-    # Keys first_low .. end_high in tiles: `num_left` with masks, those that every row sees, the rest with masks.
-    num_left = tl.cdiv(first_high - first_low, BLOCK_N)
-    full_start = first_low + num_left * BLOCK_N
-    full_end = full_start + tl.maximum(end_low - full_start, 0) // BLOCK_N * BLOCK_N
-    num_masked = num_left + tl.cdiv(tl.maximum(end_high - full_end, 0), BLOCK_N)
-
+    mask = Mask(doc_ptr, cmp_ptr, S, q_start, k_start)
+    PATTERN: tl.constexpr = Pattern(SIZE, STRIDE, WINDOW, PACKED)
+    keys = KeyTiles(k_desc, k_tail_desc, v_desc, b * S, group * DK, group * DV)
+    first, end = visible_keys(t, mask, PATTERN)
+    steps = key_steps(tile, T, mask, PATTERN, G, BLOCK_M, BLOCK_N)
     acc = tl.zeros([BLOCK_M, DV], tl.float32)
-    best = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    for key_start in tl.range(full_start, full_end, BLOCK_N):
-        acc, best, total = attend_tile(
-            acc, best, total, q, q_tail, k_desc, k_tail_desc, v_desc, key_start, b * S, group * DK, group * DV, first,
-            end, scale_log2, TAIL, MAIN, False, BLOCK_N, PRECISION,
-        )  # fmt: skip
-    for i in tl.range(num_masked):
-        key_start = tl.where(i < num_left, first_low + i * BLOCK_N, full_end + (i - num_left) * BLOCK_N)
-        acc, best, total = attend_tile(
-            acc, best, total, q, q_tail, k_desc, k_tail_desc, v_desc, key_start, b * S, group * DK, group * DV, first,
-            end, scale_log2, TAIL, MAIN, True, BLOCK_N, PRECISION,
+    row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    row_sum = tl.zeros([BLOCK_M], tl.float32)
+    for key_start in tl.range(steps.full_start, steps.full_end, BLOCK_N):
+        acc, row_max, row_sum = attend_tile(
+            acc, row_max, row_sum, q, q_tail, keys, key_start, first, end, scale_log2, TAIL, False, PRECISION
+        )
+    for i in tl.range(steps.num_masked):
+        acc, row_max, row_sum = attend_tile(
+            acc, row_max, row_sum, q, q_tail, keys, masked_start(steps, i, BLOCK_N), first, end, scale_log2, TAIL,
+            True, PRECISION,
         )  # fmt: skip
 
-    out = acc / tl.where(total == 0.0, 1.0, total)[:, None]
-    lse = tl.where(total == 0.0, float("-inf"), (best + tl.math.log2(total)) * LN2)
+    # Rows that see no key have the sum 0: their output is 0, their log-sum-exp -inf.
+    out = acc / tl.where(row_sum == 0.0, 1.0, row_sum)[:, None]
+    lse = tl.where(row_sum == 0.0, float("-inf"), (row_max + tl.math.log2(row_sum)) * LN2)
     out_ptrs = out_ptr + row_64[:, None] * DV + tl.arange(0, DV)[None, :]
     tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=live[:, None])
     tl.store(lse_ptr + row_64, lse, mask=live)

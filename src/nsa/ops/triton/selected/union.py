@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nsa.geometry import BlockGeometry
-from nsa.ops.triton.dense.step import attend_tile, describe, describe_keys, query_step
+from nsa.ops.triton.dense.step import KeyTiles, attend_tile, describe, describe_keys, query_step
 from nsa.ops.triton.gates import Gated, Rows, gate_pointers, gated_sum
 from nsa.ops.triton.gpu import LN2, LOG2E, dot_precision, key_tail
 from nsa.ops.triton.layout import Layout, document_pointers
@@ -140,13 +140,13 @@ def union_forward_kernel(
     first = tl.zeros([BLOCK_M], tl.int32)
     start_ptr += tile * (TOKENS * COUNT)
     mask_ptr += tile * (TOKENS * COUNT)
+    keys = KeyTiles(k_desc, k_tail_desc, v_desc, b * S, group * DK, group * DV)
     for i in tl.range(0, tl.load(count_ptr + tile)):
         key_start, end = visible_end(start_ptr, mask_ptr, i, t, bit, live, q_start, BLOCK)
         for part in tl.static_range(0, BLOCK, BLOCK_N):
             acc, best, total = attend_tile(
-                acc, best, total, q, q_tail, k_desc, k_tail_desc, v_desc, key_start + part, b * S, group * DK,
-                group * DV, first, end, scale_log2, TAIL, MAIN, True, BLOCK_N, PRECISION,
-            )  # fmt: skip
+                acc, best, total, q, q_tail, keys, key_start + part, first, end, scale_log2, TAIL, True, PRECISION
+            )
     out = acc / tl.where(total == 0.0, 1.0, total)[:, None]
     place = row_64[:, None] * DV + tl.arange(0, DV)[None, :]
     tl.store(out_ptr + place, out.to(out_ptr.dtype.element_ty), mask=live[:, None])
@@ -205,12 +205,13 @@ def union_dq_kernel(
     first = tl.zeros([BLOCK_M], tl.int32)
     start_ptr += tile * (TOKENS * COUNT)
     mask_ptr += tile * (TOKENS * COUNT)
+    keys = KeyTiles(k_desc, k_tail_desc, v_desc, b * S, group * DK, group * DV)
     for i in tl.range(0, tl.load(count_ptr + tile)):
         key_start, end = visible_end(start_ptr, mask_ptr, i, t, bit, live, q_start, BLOCK)
         for part in tl.static_range(0, BLOCK, BLOCK_N):
             dq, dq_tail = query_step(
-                dq, dq_tail, q, q_tail, dout, lse, delta, k_desc, k_tail_desc, v_desc, key_start + part, b * S,
-                group * DK, group * DV, first, end, scale_log2, TAIL, MAIN, True, BLOCK_N, PRECISION,
+                dq, dq_tail, q, q_tail, dout, lse, delta, keys, key_start + part, first, end, scale_log2, TAIL, True,
+                PRECISION,
             )  # fmt: skip
     dq *= scale
     if ADD:
