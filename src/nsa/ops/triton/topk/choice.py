@@ -260,7 +260,7 @@ def select_blocks(
         return out
     width = row_width(N, geometry, plan.pooled)
     chunks = cut_chunks(B * Hkv, T, (width + tile["QUADS"]) * 4, 128, plan.choice.scratch_bytes)
-    rows = max(chunk.num_heads * chunk.num_tokens for chunk in chunks)
+    rows = max(chunk.num_pairs * chunk.num_tokens for chunk in chunks)
     mass = torch.empty(rows * width + 4, dtype=torch.float32, device=q.device)  # the choice reads in fours
     lists = torch.empty(rows * tile["QUADS"] + 1, dtype=torch.int32, device=q.device)
     scores, write_scores = Scores(mass, width, plan.pooled), scores_sm90 if plan.scores.is_sm90 else plain_scores
@@ -268,8 +268,8 @@ def select_blocks(
     for chunk in chunks:
         if N:
             write_scores(q, k_cmp, lse, scores, geometry, layout, chunk, q_start, scale, plan.scores.tile)
-        choice_kernel[(chunk.num_tokens, chunk.num_heads)](
-            mass, lists, out, *document_pointers(layout, lists, "doc_start"), T, q_start, chunk.head, chunk.token,
+        choice_kernel[(chunk.num_tokens, chunk.num_pairs)](
+            mass, lists, out, *document_pointers(layout, lists, "doc_start"), T, q_start, chunk.pair, chunk.token,
             chunk.num_tokens, width, HKV=Hkv, SIZE=geometry.compress_block_size, STRIDE=geometry.compress_stride,
             BLOCK=geometry.select_block_size, POOLED=plan.pooled, PACKED=layout is not None, COUNT=count,
             INIT=geometry.num_init_blocks, LOCAL=geometry.num_local_blocks, **tile,
