@@ -363,13 +363,13 @@ def choose_given(choice: Choice) -> dict[str, float]:
     N = geometry.num_compressed(start + 3)
     half = triton.cdiv(N, 128) * 128 // span
     width = half * min(reach, 2)
-    mass = torch.full([3 * width + 4], float("nan"))
+    rows = torch.full([3 * width + 4], float("nan"))
     expected = []
     for t in range(3):
         num, written = (start + t) // block + 1, triton.cdiv(geometry.num_compressed(start + t + 1), span)
         scores = given_scores(kind, num, geometry, num - 1)
         scores[written + (reach > 1) :] = 0.0
-        own, before = mass[t * width :][:written], mass[t * width + half :][: written if reach > 1 else 0]
+        own, before = rows[t * width :][:written], rows[t * width + half :][: written if reach > 1 else 0]
         own[:] = scores[:written]
         before[:] = 0.0
         if reach > 1 and kind == "random":
@@ -391,7 +391,7 @@ def choose_given(choice: Choice) -> dict[str, float]:
         for name in calls:
             patch.setattr(choices, name, partial(counted, name))
         choices.choice_kernel[(3, 1)](
-            mass, lists, out, lists, 3, start, 0, 0, 3, width, HKV=1, SIZE=size, STRIDE=stride, BLOCK=block,
+            rows, lists, out, lists, 3, start, 0, 0, 3, width, HKV=1, SIZE=size, STRIDE=stride, BLOCK=block,
             COUNT=geometry.num_selected_blocks, INIT=geometry.num_init_blocks, LOCAL=geometry.num_local_blocks,
             PACKED=False, POOLED=True, **tile,
         )  # fmt: skip

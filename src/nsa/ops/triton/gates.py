@@ -22,17 +22,19 @@ def gate_backward_kernel(
     dout_ptr, out_ptr, gate_ptr, dbranch_ptr, dgate_ptr, delta_ptr, num_rows,
     DV: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, BRANCH: tl.constexpr,
 ):  # fmt: skip
+    """Gradients of a branch's gate and output, and delta, for ROWS rows of a program; BRANCH is the gate's column."""
+    # A million tokens of 64 heads of 128 are 2**33 elements.
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, PADDED)[None, :]
     live = row < num_rows
     inside = live[:, None] & (column < DV)
-    place = row[:, None] * DV + column
-    dout = tl.load(dout_ptr + place, mask=inside, other=0.0).to(tl.float32)
-    out = tl.load(out_ptr + place, mask=inside, other=0.0).to(tl.float32)
+    offset = row[:, None] * DV + column
+    dout = tl.load(dout_ptr + offset, mask=inside, other=0.0).to(tl.float32)
+    out = tl.load(out_ptr + offset, mask=inside, other=0.0).to(tl.float32)
     gate = tl.load(gate_ptr + row * 3 + BRANCH, mask=live, other=0.0).to(tl.float32)
     # delta is of the rounded gradient, as dP will be, so that the two cancel where they should.
     dbranch = (gate[:, None] * dout).to(dbranch_ptr.dtype.element_ty)
-    tl.store(dbranch_ptr + place, dbranch, mask=inside)
+    tl.store(dbranch_ptr + offset, dbranch, mask=inside)
     tl.store(dgate_ptr + row * 3 + BRANCH, tl.sum(out * dout, 1).to(dgate_ptr.dtype.element_ty), mask=live)
     tl.store(delta_ptr + row, tl.sum(out * dbranch.to(tl.float32), 1), mask=live)
 
@@ -78,21 +80,22 @@ def gate_pointers(gated: Gated | None, unused: Tensor) -> Gated:
 
 
 @triton.jit
-def add_branches(out, cmp_ptr, win_ptr, gate_ptr, row, place, live):
-    """The gated sum of the branches (Eq. 5), of which the selected one is `out`."""
+def add_branches(out, cmp_ptr, win_ptr, gate_ptr, row, offset, live):
+    """The gated sum of the branches (Eq. 5) for rows whose elements lie at `offset`; fp32 `out` is the selected one."""
+    # Gates lie in the order compressed, selected, window. Fp32 throughout: the sum is rounded once, when stored.
     gate_ptr += row * 3
     out *= tl.load(gate_ptr + 1, mask=live, other=0.0).to(tl.float32)[:, None]
     gate = tl.load(gate_ptr, mask=live, other=0.0).to(tl.float32)[:, None]
-    out += gate * tl.load(cmp_ptr + place, mask=live[:, None], other=0.0).to(tl.float32)
+    out += gate * tl.load(cmp_ptr + offset, mask=live[:, None], other=0.0).to(tl.float32)
     gate = tl.load(gate_ptr + 2, mask=live, other=0.0).to(tl.float32)[:, None]
-    return out + gate * tl.load(win_ptr + place, mask=live[:, None], other=0.0).to(tl.float32)
+    return out + gate * tl.load(win_ptr + offset, mask=live[:, None], other=0.0).to(tl.float32)
 
 
 @triton.jit
-def gated_sum(out, cmp_ptr, win_ptr, gate_ptr, sum_ptr, row, place, live):
-    """Store the gated sum."""
-    out = add_branches(out, cmp_ptr, win_ptr, gate_ptr, row, place, live)
-    tl.store(sum_ptr + place, out.to(sum_ptr.dtype.element_ty), mask=live[:, None])
+def gated_sum(out, cmp_ptr, win_ptr, gate_ptr, sum_ptr, row, offset, live):
+    """Store the gated sum of rows that the program holds, at the end of the selected branch."""
+    out = add_branches(out, cmp_ptr, win_ptr, gate_ptr, row, offset, live)
+    tl.store(sum_ptr + offset, out.to(sum_ptr.dtype.element_ty), mask=live[:, None])
 
 
 class Rows(NamedTuple):

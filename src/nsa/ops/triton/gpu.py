@@ -40,7 +40,9 @@ def fit(x: Tensor, sizes: tuple[int, ...] = VALUE_SIZES) -> Tensor:
     """
     size = x.shape[-1]
     fitting = fitting_size(size, sizes)
+    # Zeros change no product of queries and keys, and the columns that they add to the output are cut off.
     x = (x if fitting == size else F.pad(x, (0, fitting - size))).contiguous()
+    # Loads of 16 bytes and TMA need it; a view may begin anywhere.
     return x if x.data_ptr() % 16 == 0 else x.clone()
 
 

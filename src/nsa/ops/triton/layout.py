@@ -80,6 +80,7 @@ def make_layout(cu_seqlens: Tensor | None, geometry: BlockGeometry, total: int, 
 
 @triton.jit(do_not_specialize=["num_docs"])
 def _compressed_bounds(cu_ptr, out_ptr, num_docs, SIZE: tl.constexpr, STRIDE: tl.constexpr, BLOCK: tl.constexpr):
+    """Bounds of the documents' compressed tokens: one program, a running sum over BLOCK documents at a time."""
     total = 0
     tl.store(out_ptr, total)
     for start in range(0, num_docs, BLOCK):
@@ -94,6 +95,7 @@ def _compressed_bounds(cu_ptr, out_ptr, num_docs, SIZE: tl.constexpr, STRIDE: tl
 @triton.jit
 def find_document(bounds_ptr, x, num_docs, steps):
     """The last i in 0..num_docs with bounds[i] <= x, for bounds that begin with 0."""
+    # A fixed number of halvings, the same for all of x: bounds that are equal (empty documents) end at the last.
     low = x * 0
     high = low + num_docs + 1
     for _ in range(steps):
@@ -109,6 +111,7 @@ def _spread(
     cu_ptr, cu_cmp_ptr, token_ptr, cmp_ptr, num_docs, steps, total, num_compressed,
     STRIDE: tl.constexpr, SELECT: tl.constexpr, SENTINEL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """Fields of `Layout` for BLOCK tokens (the rows of `token_ptr`), then for as many compressed tokens (`cmp_ptr`)."""
     x = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     doc = find_document(cu_ptr, x, num_docs, steps)
     live = doc < num_docs
@@ -118,6 +121,7 @@ def _spread(
     tl.store(token_ptr + x, tl.where(live, start, SENTINEL), mask=x < total)
     tl.store(token_ptr + width + x, tl.where(live, end, total), mask=x < total)
     tl.store(token_ptr + 2 * width + x, tl.load(cu_cmp_ptr + doc), mask=x < total)
+    # A document of n tokens has n // SELECT + 1 blocks at most: one more for each document before keeps them apart.
     tl.store(token_ptr + 3 * width + x, start // SELECT + doc, mask=x < total)
 
     doc = find_document(cu_cmp_ptr, x, num_docs, steps)
@@ -158,6 +162,7 @@ def key_interval(
     doc = t * 0
     if PACKED:
         doc = tl.load(doc_ptr + t)
+    # Neither reaches beyond the document: a window begins in it, and compressed blocks are counted from its start.
     if WINDOW > 0:
         end = t + q_start - k_start + 1
         first = tl.maximum(doc, t + q_start - WINDOW + 1) - k_start
@@ -183,7 +188,7 @@ def query_interval(
         if PACKED:
             end = tl.minimum(end, tl.load(end_ptr + key))
     else:
-        first = key * STRIDE + SIZE - 1 - q_start
+        first = key * STRIDE + SIZE - 1 - q_start  # the block's last token, the first query that sees it
         end = first * 0 + T
         if PACKED:
             first = tl.load(first_ptr + key) + SIZE - 1

@@ -38,9 +38,10 @@ TOPK_SCRATCH_BYTES = FORWARD_SCRATCH_BYTES = 2**31
 # heads of 128 at 65,536 tokens, whose whole step then takes less than 1.3 times dense attention's memory.
 BACKWARD_SCRATCH_BYTES = 171 * 2**23
 
-UNION_ROWS = 64  # rows of a tile, about; what `union_pays` reckons with
-# Blocks of the unions over blocks of the lists, in full tiles of UNION_ROWS rows: below these the union is faster
-# (H200, docs/kernels.md). Hopper's kernel shares loads among more tokens, the more so the fewer heads a group has.
+UNION_ROWS = 64  # rows of a tile that `union_pays` assumes; the kernels' own tiles hold about as many
+# Unions make tiles dense, but each row also attends to the blocks that only its neighbours chose. The ratio is blocks
+# attended to by unions over blocks chosen, in full tiles of UNION_ROWS rows; below these unions were the faster way
+# (H200, docs/kernels_log.md). Hopper's kernel shares loads among more tokens, the more so the fewer heads a group has.
 FORWARD_RATIO, SM90_FORWARD_RATIO = 3.0, 3.1
 SM90_FORWARD_RATIO_OF_FEW_HEADS, FEW_HEADS = 3.6, 8
 # With heads of 64 blocks by tokens are never slower on Hopper.

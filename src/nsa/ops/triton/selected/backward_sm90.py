@@ -344,10 +344,10 @@ def selected_backward_sm90(
     T, H, Dk = q.shape[1:]
     S, Hkv = k.shape[1:3]
     bound = table.shape[1]
-    selected_backward_sm90_kernel[(bound, chunk.num_heads)](
+    selected_backward_sm90_kernel[(bound, chunk.num_pairs)](
         q, describe_panels(k), describe_panels(v), dout, *rows, part, *grads, inversion.entries, table,
         *document_pointers(layout, q, "doc_start", "doc_end", "block_base"), scale * LOG2E, LOG2E, T, S, q_start,
-        chunk.head, chunk.token, chunk.num_tokens, bound,
+        chunk.pair, chunk.token, chunk.num_tokens, bound,
         G=H // Hkv, HKV=Hkv, DK=Dk, DV=v.shape[3], ROWS=ROWS.value // (2 if Dk > 128 else 1), RATIO=inversion.ratio,
         SLOTS=inversion.slots, PACKED=layout is not None, QUERIES=with_dq, num_warps=4,
     )  # fmt: skip

@@ -164,10 +164,10 @@ def selected_forward_sm90(
     B, T, H, Dk = q.shape
     Hkv, bound, tokens = k.shape[2], items.table.shape[2], chunk.token_end - chunk.token
     table = items.table[chunk.token // items.range_tokens :]
-    grid = (bound, chunk.head_end - chunk.head, triton.cdiv(tokens, items.range_tokens))
+    grid = (bound, chunk.pair_end - chunk.pair, triton.cdiv(tokens, items.range_tokens))
     selected_forward_sm90_kernel[grid](
         q, describe_panels(k), describe_panels(v), part, part_lse, inversion.entries, table,
-        *document_pointers(layout, q, "doc_start", "block_base"), scale * LOG2E, T, chunk.head, chunk.token, tokens,
+        *document_pointers(layout, q, "doc_start", "block_base"), scale * LOG2E, T, chunk.pair, chunk.token, tokens,
         B * Hkv, bound,
         G=H // Hkv, HKV=Hkv, DK=Dk, DV=v.shape[3], RATIO=inversion.ratio, SLOTS=inversion.slots, FREE=free, SHIFT=shift,
         PACKED=layout is not None, num_warps=4,

@@ -1,11 +1,15 @@
 """From "which blocks does a token choose" to "which tokens chose a block": a counting sort on the device.
 
-The selected branch works block by block. The choice `[B, T, Hkv, n]` becomes one list of
-entries (token * slots + slot) sorted by batch row, group, block and token, so that every later sum has one order. It is
-cut into items of at most `item_entries` entries of one block, the unit of work of the attention kernels.
+The selected branch works block by block. The choice `[B, T, Hkv, n]` becomes one list of entries, sorted by pair, block
+and token, so that every later sum has one order. It is cut into items of at most `item_entries` entries of one block,
+the unit of work of the attention kernels.
 
-Blocks longer than 128 tokens are cut into `ratio` sub-blocks, each a slot of its own. Packed documents number their
-blocks from `Layout.block_base`. Legend: slots = n * ratio, J block numbers, segments of `segment` tokens.
+Blocks longer than 128 tokens are cut into `ratio` sub-blocks. Packed documents number their blocks from
+`Layout.block_base`.
+
+Legend: a pair is a batch row with a group of heads, b * Hkv + group; a slot is one place of a token's list, n * ratio
+(sub-)blocks; an entry is token * slots + slot; J block numbers; segments of `segment` tokens. Counters are `[pairs, J,
+segments]`: each segment is sorted by itself, its entries of a block behind those of earlier segments.
 """
 
 # Kernels are typed by Triton, not by Python.
@@ -31,7 +35,7 @@ class Inversion(NamedTuple):
     """Sorted entries of every block.
 
     Attributes:
-        entries: int32 `[B*Hkv*T*slots]`, token * slots + slot, one head's after another's; those before the last end.
+        entries: int32 `[B*Hkv*T*slots]`, one pair's after another's; those before the last end.
         ends: int32 `[B*Hkv, J, segments]`, where each block's entries of each segment of tokens end.
         segment: tokens of one segment.
         sub_block: tokens of one sub-block.
@@ -75,16 +79,16 @@ class ItemGradients(NamedTuple):
 
 
 class Chunk(NamedTuple):
-    """A part of the work that fits the scratch: (batch row, group) pairs and tokens, from and to."""
+    """A part of the work that fits the scratch: pairs and tokens, from and to."""
 
-    head: int
-    head_end: int
+    pair: int
+    pair_end: int
     token: int
     token_end: int
 
     @property
-    def num_heads(self) -> int:
-        return self.head_end - self.head
+    def num_pairs(self) -> int:
+        return self.pair_end - self.pair
 
     @property
     def num_tokens(self) -> int:
@@ -135,17 +139,18 @@ def count_kernel(
     HKV: tl.constexpr, SLOTS: tl.constexpr, PADDED: tl.constexpr, RATIO: tl.constexpr, BLOCK: tl.constexpr,
     INIT: tl.constexpr, LOCAL: tl.constexpr, PACKED: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
+    """Count the entries of each block: a program takes a segment of a pair's tokens, TOKENS of them at a time."""
     start = tl.program_id(0) * segment
-    head = tl.program_id(1).to(tl.int64)
+    pair = tl.program_id(1).to(tl.int64)
     slot = tl.arange(0, PADDED)[None, :]
     for first in range(start, tl.minimum(start + segment, T), TOKENS):
         t = (first + tl.arange(0, TOKENS))[:, None]
-        row = ((head // HKV) * T + t) * HKV + head % HKV
+        row = ((pair // HKV) * T + t) * HKV + pair % HKV
         number, live = _block_numbers(
             choice_ptr + row * (SLOTS // RATIO), doc_ptr, base_ptr, t, t < tl.minimum(start + segment, T), slot, J,
             q_start, SLOTS, RATIO, BLOCK, INIT, LOCAL, PACKED,
         )  # fmt: skip
-        target = counts_ptr + (head * J + number) * segments + tl.program_id(0)
+        target = counts_ptr + (pair * J + number) * segments + tl.program_id(0)
         tl.atomic_add(target, 1, mask=live, sem="relaxed")  # integers: the order does not matter
 
 
@@ -155,20 +160,22 @@ def sort_kernel(
     HKV: tl.constexpr, SLOTS: tl.constexpr, PADDED: tl.constexpr, RATIO: tl.constexpr, BLOCK: tl.constexpr,
     INIT: tl.constexpr, LOCAL: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    """Write the entries token after token; a token's blocks are distinct, so its slots never meet in one counter."""
+    """Write a segment's entries, token after token; a token's blocks are distinct, so each slot has its own counter."""
     start = tl.program_id(0) * segment
-    head = tl.program_id(1).to(tl.int64)
+    pair = tl.program_id(1).to(tl.int64)
     slot = tl.arange(0, PADDED)
     end = tl.minimum(start + segment, T)
-    choice_ptr += (((head // HKV) * T + start) * HKV + head % HKV) * (SLOTS // RATIO)
+    choice_ptr += (((pair // HKV) * T + start) * HKV + pair % HKV) * (SLOTS // RATIO)
     number, live = _block_numbers(
         choice_ptr, doc_ptr, base_ptr, start, start < end, slot, J, q_start, SLOTS, RATIO, BLOCK, INIT, LOCAL, PACKED
     )
     for t in range(start, end):
-        cursor = cursor_ptr + (head * J + number) * segments + tl.program_id(0)
-        place = tl.load(cursor, mask=live, other=0)
-        tl.store(entries_ptr + place, t * SLOTS + slot, mask=live)
-        tl.store(cursor, place + 1, mask=live)
+        # The segment's next place among the block's entries. No other program has this counter: nothing is atomic.
+        cursor = cursor_ptr + (pair * J + number) * segments + tl.program_id(0)
+        index = tl.load(cursor, mask=live, other=0)
+        tl.store(entries_ptr + index, t * SLOTS + slot, mask=live)
+        tl.store(cursor, index + 1, mask=live)
+        # The next token's list is read while the stores are on their way.
         choice_ptr += HKV * (SLOTS // RATIO)
         number, live = _block_numbers(
             choice_ptr, doc_ptr, base_ptr, t + 1, t + 1 < end, slot, J, q_start, SLOTS, RATIO, BLOCK, INIT, LOCAL,
@@ -181,19 +188,20 @@ def sort_kernel(
 def first_item_kernel(
     ends_ptr, first_ptr, J, segments, item_entries, range_segments, BLOCKS: tl.constexpr
 ):  # fmt: skip
-    """Number of each block's first item, among the items of one head and range."""
-    head = tl.program_id(0)
+    """Number of each block's first item, among the items of a pair in a range of tokens."""
+    pair = tl.program_id(0)
     segment_start = tl.program_id(1) * range_segments
     segment_end = tl.minimum(segment_start + range_segments, segments)
-    ends_ptr += head.to(tl.int64) * J * segments
-    first_ptr += (tl.program_id(1).to(tl.int64) * tl.num_programs(0) + head) * (J + 1)
+    ends_ptr += pair.to(tl.int64) * J * segments
+    first_ptr += (tl.program_id(1).to(tl.int64) * tl.num_programs(0) + pair) * (J + 1)
     total = 0
     tl.store(first_ptr, total)
     for first in range(0, J, BLOCKS):
         j = first + tl.arange(0, BLOCKS)
         live = j < J
         row = j.to(tl.int64) * segments
-        entry = tl.load(ends_ptr + row + segment_start - 1, mask=live & (head + row + segment_start > 0), other=0)
+        # Entries begin where those before end, of the segment before or of the block or pair before; the first at 0.
+        entry = tl.load(ends_ptr + row + segment_start - 1, mask=live & (pair + row + segment_start > 0), other=0)
         end = tl.load(ends_ptr + row + segment_end - 1, mask=live, other=0)
         count = tl.where(live, tl.cdiv(end - entry, item_entries), 0)
         tl.store(first_ptr + j + 1, total + tl.cumsum(count, 0), mask=live)
@@ -205,19 +213,19 @@ def item_kernel(
     ends_ptr, first_ptr, item_ptr, J, segments, item_entries, range_segments, bound, steps, BLOCK: tl.constexpr
 ):
     """Block, first entry and end of each item; block -1 for those beyond the last."""
-    head = tl.program_id(1)
+    pair = tl.program_id(1)
     segment_start = tl.program_id(2) * range_segments
     segment_end = tl.minimum(segment_start + range_segments, segments)
-    ends_ptr += head.to(tl.int64) * J * segments
-    first_ptr += (tl.program_id(2).to(tl.int64) * tl.num_programs(1) + head) * (J + 1)
+    ends_ptr += pair.to(tl.int64) * J * segments
+    first_ptr += (tl.program_id(2).to(tl.int64) * tl.num_programs(1) + pair) * (J + 1)
     item = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     j = find_document(first_ptr, item, J, steps)  # the last block whose items begin at or before this one
     live = j < J
     row = j.to(tl.int64) * segments
-    entry = tl.load(ends_ptr + row + segment_start - 1, mask=live & (head + row + segment_start > 0), other=0)
+    entry = tl.load(ends_ptr + row + segment_start - 1, mask=live & (pair + row + segment_start > 0), other=0)
     entry += (item - tl.load(first_ptr + j)) * item_entries
     end = tl.load(ends_ptr + row + segment_end - 1, mask=live, other=0)
-    item_ptr += ((tl.program_id(2).to(tl.int64) * tl.num_programs(1) + head) * bound + item) * 3
+    item_ptr += ((tl.program_id(2).to(tl.int64) * tl.num_programs(1) + pair) * bound + item) * 3
     tl.store(item_ptr, tl.where(live, j, -1), mask=item < bound)
     tl.store(item_ptr + 1, entry, mask=item < bound)
     tl.store(item_ptr + 2, tl.minimum(entry + item_entries, end), mask=item < bound)
@@ -230,7 +238,7 @@ def item_keys(
 ):  # fmt: skip
     """First key of an item's (sub-)block of BLOCK tokens."""
     start = block * BLOCK
-    if PACKED:
+    if PACKED:  # any of its tokens knows the document: an item's block is one document's
         t = tl.load(entries_ptr + entry) // SLOTS
         start = tl.load(doc_ptr + t) + (block - tl.load(base_ptr + t) * RATIO) * BLOCK
     return start
@@ -238,13 +246,13 @@ def item_keys(
 
 def invert(
     block_indices: Tensor, geometry: BlockGeometry, layout: Layout | None, num_keys: int, q_start: int = 0,
-    peel: bool = False,
+    free_only: bool = False,
 ) -> Inversion:  # fmt: skip
     """Sorted entries from `block_indices` int32 `[B, T, Hkv, n]`, for keys 0 .. num_keys - 1.
 
     Args:
-        q_start: position of the first token, for `peel`.
-        peel: leave out the forced blocks, of which every token's list must then hold all.
+        q_start: position of the first token, for `free_only`.
+        free_only: leave out the forced blocks, of which every token's list must then hold all.
     """
     B, T, Hkv, count = block_indices.shape
     ratio = sub_block_ratio(geometry.select_block_size)
@@ -258,37 +266,39 @@ def invert(
     entries = torch.empty(B * Hkv * T * slots, dtype=torch.int32, device=device)
     documents = document_pointers(layout, block_indices, "doc_start", "block_base")
     shape = {"HKV": Hkv, "SLOTS": slots, "PADDED": triton.next_power_of_2(slots), "RATIO": ratio,
-             "BLOCK": geometry.select_block_size, "INIT": geometry.num_init_blocks if peel else 0,
-             "LOCAL": geometry.num_local_blocks if peel else 0, "PACKED": layout is not None}  # fmt: skip
+             "BLOCK": geometry.select_block_size, "INIT": geometry.num_init_blocks if free_only else 0,
+             "LOCAL": geometry.num_local_blocks if free_only else 0, "PACKED": layout is not None}  # fmt: skip
     sizes, grid = (T, num_blocks, segments, segment, q_start), (segments, B * Hkv)
     count_kernel[grid](block_indices, *documents, counts, *sizes, TOKENS=32, **shape)
+    # Over all pairs at once: entries of one pair begin where the one before ends.
     ends = counts.flatten().cumsum(0, dtype=torch.int32).view_as(counts)
-    cursor = ends.sub_(counts)
+    cursor = ends.sub_(counts)  # where they begin; the sort moves each to its end
     sort_kernel[grid](block_indices, *documents, cursor, entries, *sizes, num_warps=1, **shape)
     return Inversion(entries, cursor, segment, geometry.select_block_size // ratio, ratio, slots)
 
 
-def cut_chunks(num_heads: int, num_tokens: int, token_bytes: int, granule: int, budget: int) -> list[Chunk]:
-    """Chunks of whole granules of tokens whose scratch of `token_bytes` a head and token stays within `budget`."""
+def cut_chunks(num_pairs: int, num_tokens: int, token_bytes: int, granule: int, budget: int) -> list[Chunk]:
+    """Chunks of whole granules of tokens whose scratch of `token_bytes` a pair and token stays within `budget`."""
     tokens = max(granule, budget // token_bytes // granule * granule)
     if tokens >= num_tokens:
-        heads = max(1, min(num_heads, budget // (token_bytes * num_tokens)))
-        return [Chunk(h, min(h + heads, num_heads), 0, num_tokens) for h in range(0, num_heads, heads)]
+        pairs = max(1, min(num_pairs, budget // (token_bytes * num_tokens)))
+        return [Chunk(p, min(p + pairs, num_pairs), 0, num_tokens) for p in range(0, num_pairs, pairs)]
     starts = range(0, num_tokens, tokens)
-    return [Chunk(h, h + 1, t, min(t + tokens, num_tokens)) for h in range(num_heads) for t in starts]
+    return [Chunk(p, p + 1, t, min(t + tokens, num_tokens)) for p in range(num_pairs) for t in starts]
 
 
 def make_items(inversion: Inversion, num_tokens: int, range_tokens: int, item_entries: int) -> Items:
     """The work items of every range of `range_tokens` tokens (whole segments), all made at once."""
-    heads, num_blocks, segments = inversion.ends.shape
+    pairs, num_blocks, segments = inversion.ends.shape
     device, range_segments = inversion.ends.device, triton.cdiv(range_tokens, inversion.segment)
     num_ranges = triton.cdiv(num_tokens, range_tokens)
+    # Each block has at most one item that is not full; how many there are the device alone knows.
     bound = min(range_tokens, num_tokens) * inversion.slots // item_entries + num_blocks
-    first = torch.empty(num_ranges, heads, num_blocks + 1, dtype=torch.int32, device=device)
-    table = torch.empty(num_ranges, heads, bound, 3, dtype=torch.int32, device=device)
+    first = torch.empty(num_ranges, pairs, num_blocks + 1, dtype=torch.int32, device=device)
+    table = torch.empty(num_ranges, pairs, bound, 3, dtype=torch.int32, device=device)
     sizes = (num_blocks, segments, item_entries, range_segments)
-    first_item_kernel[(heads, num_ranges)](inversion.ends, first, *sizes, BLOCKS=1024)
-    item_kernel[(triton.cdiv(bound, 256), heads, num_ranges)](
+    first_item_kernel[(pairs, num_ranges)](inversion.ends, first, *sizes, BLOCKS=1024)
+    item_kernel[(triton.cdiv(bound, 256), pairs, num_ranges)](
         inversion.ends, first, table, *sizes, bound, (num_blocks + 1).bit_length(), BLOCK=256
     )
     return Items(table, first, range_tokens)

@@ -89,6 +89,7 @@ class Part:
         """Begin to copy the rows of `[B, T, H, D + TAIL]` to their buffer, for tiles that TMA does not move."""
         D: gl.constexpr = self.shape.D
         WIDTH: gl.constexpr = D + pipe.TAIL
+        # All 64: where a part's tokens do not fill them, rows of the next part are read too, and never stored.
         offsets, _live = self.row_offsets(D, WIDTH, line_layout(D))
         copy_async(pipe.tile(round, PART), x_ptr + offsets)
         if pipe.TAIL > 0:
@@ -107,6 +108,7 @@ class Part:
         row = gl.arange(0, ROWS, ROW)
         bit = row // shape.G
         live = (bit < shape.TOKENS) & (self.token + bit < shape.T)
+        # 64 bits: the callers multiply by the size of a row.
         token = self.b.to(gl.int64) * shape.T + gl.minimum(self.token + bit, shape.T - 1)
         return token * (shape.G * shape.HKV) + self.group * shape.G + row % shape.G, live
 
@@ -152,6 +154,7 @@ class Unions:
     def of_tile(self, shape, token, b, group):
         """First keys and masks of the tile that begins at a token, and how many blocks there are."""
         number = (b * shape.HKV + group).to(gl.int64) * shape.num_tiles + token // shape.TILE
+        # Room for the choices of all of its tokens, as they may have none in common.
         offset = number * (shape.TILE * self.COUNT)
         return self.start_ptr + offset, self.mask_ptr + offset, gl.load(self.count_ptr + number)
 
@@ -159,4 +162,5 @@ class Unions:
 @gluon.jit
 def tokens_of_part(mask, PART: gl.constexpr, TOKENS: gl.constexpr):
     """Bits of the tokens that a group of warps holds."""
+    # 64 rows are at most 21 tokens of three heads, and three parts fit the 64 bits of a mask.
     return ((mask >> (PART * TOKENS)) & ((1 << TOKENS) - 1)).to(gl.int32)

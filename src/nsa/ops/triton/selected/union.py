@@ -5,8 +5,9 @@ longer than one token's list, tiles are dense, and there is no scratch, inversio
 apart, `forward.py` and `backward.py` do less work; `nsa.ops.triton.plan` says which. Here are the output and dQ; dK and
 dV are `backward.py`'s in both cases.
 
-Shapes: q `[B, T, H, Dk]`, k `[B, S, Hkv, Dk]`, v `[B, S, Hkv, Dv]`, block_indices `[B, T, Hkv, n]`. A tile holds the
-rows (token, head of a group) of TOKENS whole tokens.
+Shapes: q `[B, T, H, Dk]`, k `[B, S, Hkv, Dk]`, v `[B, S, Hkv, Dv]`, block_indices `[B, T, Hkv, n]`. A pair is a batch
+row with a group of heads, b * Hkv + group. A tile holds the rows (token, head of the group) of TOKENS whole tokens of a
+pair; a step is BLOCK_N keys of one block of its union.
 """
 
 # Kernels are typed by Triton, not by Python.
@@ -30,7 +31,7 @@ from nsa.ops.triton.plan import Stage
 from nsa.ops.triton.selected.union_dq_sm90 import union_dq_sm90
 from nsa.ops.triton.selected.union_sm90 import union_forward_sm90
 
-NOTHING = 2**31 - 1
+NOTHING = 2**31 - 1  # sorts behind every choice
 
 
 class Unions(NamedTuple):
@@ -53,7 +54,7 @@ def union_kernel(
     HKV: tl.constexpr, COUNT: tl.constexpr, BLOCK: tl.constexpr, TOKENS: tl.constexpr, PACKED: tl.constexpr,
     PADDED: tl.constexpr, SIZE: tl.constexpr, NOTHING: tl.constexpr,
 ):  # fmt: skip
-    """Sort a tile's (block, token) pairs; a block's run becomes one entry."""
+    """The union of one tile: its (block, token) choices are sorted, each run of one block becomes one entry."""
     b, group = tl.program_id(1) // HKV, tl.program_id(1) % HKV
     index = tl.arange(0, SIZE)
     token, slot = index // PADDED, index % PADDED
@@ -63,18 +64,19 @@ def union_kernel(
     start = chosen * BLOCK
     if PACKED:
         start += tl.load(doc_ptr + t, mask=chosen >= 0, other=0)
-    pair = tl.sort(tl.where(chosen >= 0, start * 64 + token, NOTHING))
+    # One integer to sort by block, then token: six bits hold a tile's tokens (MAX_UNION_TOKENS).
+    key = tl.sort(tl.where(chosen >= 0, start * 64 + token, NOTHING))
     tile = tl.program_id(1).to(tl.int64) * num_tiles + tl.program_id(0)
     sorted_ptr += tile * SIZE
-    tl.store(sorted_ptr + index, pair)
-    tl.debug_barrier()  # the pair before is another thread's
+    tl.store(sorted_ptr + index, key)
+    tl.debug_barrier()  # the one before is another thread's
     before = tl.load(sorted_ptr + index - 1, mask=index > 0, other=-1)
-    live = pair != NOTHING
-    first = live & ((pair >> 6) != (before >> 6))
-    place = tile * (TOKENS * COUNT) + tl.cumsum(first.to(tl.int32), 0) - 1
-    tl.store(start_ptr + place, pair >> 6, mask=first)
-    bit = tl.full([SIZE], 1, tl.int64) << (pair & 63).to(tl.int64)
-    tl.atomic_add(mask_ptr + place, bit, mask=live, sem="relaxed")  # distinct bits: the order does not matter
+    live = key != NOTHING
+    first = live & ((key >> 6) != (before >> 6))
+    entry = tile * (TOKENS * COUNT) + tl.cumsum(first.to(tl.int32), 0) - 1
+    tl.store(start_ptr + entry, key >> 6, mask=first)
+    bit = tl.full([SIZE], 1, tl.int64) << (key & 63).to(tl.int64)
+    tl.atomic_add(mask_ptr + entry, bit, mask=live, sem="relaxed")  # distinct bits: the order does not matter
     tl.store(count_ptr + tile, tl.sum(first.to(tl.int32), 0))
 
 
@@ -84,12 +86,12 @@ def make_unions(block_indices: Tensor, geometry: BlockGeometry, layout: Layout |
     tiles, device = triton.cdiv(T, tokens), block_indices.device
     padded = triton.next_power_of_2(count)
     size = triton.next_power_of_2(tokens) * padded
-    pairs = torch.empty(B * Hkv * tiles * size, dtype=torch.int32, device=device)
+    scratch = torch.empty(B * Hkv * tiles * size, dtype=torch.int32, device=device)
     starts = torch.empty(B * Hkv, tiles, tokens * count, dtype=torch.int32, device=device)
     masks = torch.zeros(starts.shape, dtype=torch.int64, device=device)
     counts = torch.empty(B * Hkv, tiles, dtype=torch.int32, device=device)
     union_kernel[(tiles, B * Hkv)](
-        block_indices, *document_pointers(layout, block_indices, "doc_start"), pairs, starts, masks, counts, T, tiles,
+        block_indices, *document_pointers(layout, block_indices, "doc_start"), scratch, starts, masks, counts, T, tiles,
         HKV=Hkv, COUNT=count, BLOCK=geometry.select_block_size, TOKENS=tokens, PACKED=layout is not None,
         PADDED=padded, SIZE=size, NOTHING=NOTHING, num_warps=1 if size <= 256 else 4,
     )  # fmt: skip
@@ -98,7 +100,7 @@ def make_unions(block_indices: Tensor, geometry: BlockGeometry, layout: Layout |
 
 @triton.jit
 def tile_rows(T, H: tl.constexpr, HKV: tl.constexpr, TOKENS: tl.constexpr, BLOCK_M: tl.constexpr):
-    """Of a program: number of its list, batch row, group; of its rows: token, its bit, place and whether live."""
+    """Of a program: number of its union, batch row, group; of its rows: token, its bit, row in `[B, T, H]`, if live."""
     G: tl.constexpr = H // HKV
     tile = tl.num_programs(0) - 1 - tl.program_id(0)  # the heaviest tiles first
     b, group = tl.program_id(1) // HKV, tl.program_id(1) % HKV
@@ -106,14 +108,17 @@ def tile_rows(T, H: tl.constexpr, HKV: tl.constexpr, TOKENS: tl.constexpr, BLOCK
     bit = row // G
     t = tile * TOKENS + bit
     live = (bit < TOKENS) & (t < T)
-    t = tl.minimum(t, T - 1)
+    t = tl.minimum(t, T - 1)  # rows beyond the last read some token that exists, and store nothing
     row_64 = (b.to(tl.int64) * T + t) * H + group * G + row % G
     return tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tile, b, group, t, bit, row_64, live
 
 
 @triton.jit
 def visible_end(start_ptr, mask_ptr, i, t, bit, live, q_start, BLOCK: tl.constexpr):
-    """First key of the i-th block of a union, and where the keys end that each row sees of it; 0 for none."""
+    """First key of the i-th block of a union, and where the keys end that each row sees of it; 0 for none.
+
+    That is causal, and enough for packed documents: what follows one in its last block lies after all of its tokens.
+    """
     key_start = tl.load(start_ptr + i)
     chosen = live & (((tl.load(mask_ptr + i) >> bit.to(tl.int64)) & 1) != 0)
     return key_start, tl.where(chosen, tl.minimum(t + q_start + 1, key_start + BLOCK), 0)
@@ -127,6 +132,7 @@ def union_forward_kernel(
     COUNT: tl.constexpr, TOKENS: tl.constexpr, GATED: tl.constexpr, LN2: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
+    """Output of a tile of rows by the online softmax; GATED also stores the gated sum of the branches (Eq. 5)."""
     MAIN: tl.constexpr = DK - TAIL
     tile, b, group, t, bit, row_64, live = tile_rows(T, H, HKV, TOKENS, BLOCK_M)
     q = tl.load(q_ptr + row_64[:, None] * DK + tl.arange(0, MAIN)[None, :], mask=live[:, None], other=0.0)
@@ -135,24 +141,25 @@ def union_forward_kernel(
         q_ptr += MAIN
         q_tail = tl.load(q_ptr + row_64[:, None] * DK + tl.arange(0, TAIL)[None, :], mask=live[:, None], other=0.0)
     acc = tl.zeros([BLOCK_M, DV], tl.float32)
-    best = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    first = tl.zeros([BLOCK_M], tl.int32)
+    row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    row_sum = tl.zeros([BLOCK_M], tl.float32)
+    first = tl.zeros([BLOCK_M], tl.int32)  # no lower end: a step's keys are all of one block
     start_ptr += tile * (TOKENS * COUNT)
     mask_ptr += tile * (TOKENS * COUNT)
     keys = KeyTiles(k_desc, k_tail_desc, v_desc, b * S, group * DK, group * DV)
     for i in tl.range(0, tl.load(count_ptr + tile)):
         key_start, end = visible_end(start_ptr, mask_ptr, i, t, bit, live, q_start, BLOCK)
         for part in tl.static_range(0, BLOCK, BLOCK_N):
-            acc, best, total = attend_tile(
-                acc, best, total, q, q_tail, keys, key_start + part, first, end, scale_log2, TAIL, True, PRECISION
+            acc, row_max, row_sum = attend_tile(
+                acc, row_max, row_sum, q, q_tail, keys, key_start + part, first, end, scale_log2, TAIL, True, PRECISION
             )
-    out = acc / tl.where(total == 0.0, 1.0, total)[:, None]
-    place = row_64[:, None] * DV + tl.arange(0, DV)[None, :]
-    tl.store(out_ptr + place, out.to(out_ptr.dtype.element_ty), mask=live[:, None])
-    tl.store(lse_ptr + row_64, tl.where(total == 0.0, float("-inf"), (best + tl.math.log2(total)) * LN2), mask=live)
+    out = acc / tl.where(row_sum == 0.0, 1.0, row_sum)[:, None]  # a row that chose nothing: 0, and -inf below
+    offset = row_64[:, None] * DV + tl.arange(0, DV)[None, :]
+    tl.store(out_ptr + offset, out.to(out_ptr.dtype.element_ty), mask=live[:, None])
+    lse_ptr += row_64
+    tl.store(lse_ptr, tl.where(row_sum == 0.0, float("-inf"), (row_max + tl.math.log2(row_sum)) * LN2), mask=live)
     if GATED:
-        gated_sum(out, cmp_ptr, win_ptr, gate_ptr, sum_ptr, row_64, place, live)
+        gated_sum(out, cmp_ptr, win_ptr, gate_ptr, sum_ptr, row_64, offset, live)
 
 
 def union_forward(
@@ -202,7 +209,7 @@ def union_dq_kernel(
     dout = tl.load(dout_ptr + row_64[:, None] * DV + tl.arange(0, DV)[None, :], mask=live[:, None], other=0.0)
     lse = tl.load(lse_ptr + row_64, mask=live, other=0.0) * log2e
     delta = tl.load(delta_ptr + row_64, mask=live, other=0.0)
-    first = tl.zeros([BLOCK_M], tl.int32)
+    first = tl.zeros([BLOCK_M], tl.int32)  # no lower end: a step's keys are all of one block
     start_ptr += tile * (TOKENS * COUNT)
     mask_ptr += tile * (TOKENS * COUNT)
     keys = KeyTiles(k_desc, k_tail_desc, v_desc, b * S, group * DK, group * DV)

@@ -365,12 +365,12 @@ def scores_sm90(
     """Write what `plain_scores` gives; `tile` has the tokens of a tile and the most programs."""
     T, H, Dk = q.shape[1:]
     N, Hkv, num_docs = k_cmp.shape[1], k_cmp.shape[2], num_documents(layout)
-    D, heads = min(Dk, 128), chunk.num_heads
+    D, heads = min(Dk, 128), chunk.num_pairs
     first_tile, num_tiles = tiles_of_chunk(chunk, tile["TOKENS"], num_docs)
     scores_sm90_kernel[(min(tile["programs"], num_tiles * heads),)](
-        q, *describe_parts(k_cmp, D, KEYS.value, 1), lse, scores.mass,
-        *document_pointers(layout, scores.mass, "cu_seqlens", "cu_compressed"), scale * LOG2E, LOG2E,
-        T, N, q_start, num_docs, (num_docs + 1).bit_length(), chunk.head, chunk.token, chunk.token_end, first_tile,
+        q, *describe_parts(k_cmp, D, KEYS.value, 1), lse, scores.values,
+        *document_pointers(layout, scores.values, "cu_seqlens", "cu_compressed"), scale * LOG2E, LOG2E,
+        T, N, q_start, num_docs, (num_docs + 1).bit_length(), chunk.pair, chunk.token, chunk.token_end, first_tile,
         num_tiles, heads, scores.width, G=H // Hkv, HKV=Hkv, D=D, TAIL=Dk - D, SIZE=geometry.compress_block_size,
         STRIDE=geometry.compress_stride, BLOCK=geometry.select_block_size, PACKED=layout is not None,
         POOLED=scores.pooled, TOKENS=tile["TOKENS"], STAGES=TAIL_STAGES if Dk > D else STAGES, num_warps=4,
