@@ -80,8 +80,8 @@ def attend_item(
 ):  # fmt: skip
     """Attention of one query (`q_index` in `[B * Q]`, at `position`) and group to the blocks of an item.
 
-    `number` and `page` as in `step_tokens`, blocks that exist first. With WINDOW > 0 it sees its last WINDOW tokens only;
-    with RING token p of these is entry p % ring. Writes the unscaled output, row_max and row_sum of part `item`.
+    `number` and `page` as in `step_tokens`, blocks that exist first. With WINDOW > 0 it sees its last WINDOW tokens
+    only; with RING token p of these is entry p % ring. Writes the unscaled output, row_max and row_sum of part `item`.
     """
     # Blocks of any size, tiles of powers of two.
     PADDED: tl.constexpr = 2 ** (SHAPE.SELECT - 1).bit_length()
