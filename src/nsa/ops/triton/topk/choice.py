@@ -15,15 +15,15 @@ Rows of up to 256 blocks are searched whole. Of longer ones CHUNK blocks are rea
 quads that reach it go to a list, and only the list is searched exactly:
 
               lane 0       lane 1       ..   lane 31
-    line 0    0 .. 3       4 .. 7       ..   124 .. 127      a chunk: [CHUNK / 128 lines, 32 lanes, 4]
+    line 0    0 .. 3       4 .. 7       ..   124 .. 127      these blocks: [CHUNK / 128 lines, 32 lanes, 4]
     line 1    128 .. 131   132 .. 135   ..   252 .. 255
               ||||         ||||              ||||
-    groups    the largest of each of the 128 columns, over all chunks so far
+    groups    the largest of each of the 128 columns, of all blocks so far
     bound     a value that FREE groups, so at least FREE candidates, reach: near the least of the best
     list      4, 132, 260, ..: the first blocks of quads in which a candidate reaches it, in order
 
 Where more quads reach the bound than the list has room for (ties, rising scores), the list is cut to its best FREE
-blocks, then the chunk to its own, both exactly; later candidates must exceed the least of them. Any length takes this
+blocks, then the present CHUNK to its own, both exactly; later candidates must exceed the least of them. Any length takes this
 path, and ties go to the lower index because list and candidates stay in index order.
 
 Shapes: q `[B, T, H, Dk]`, k_cmp `[B, N, Hkv, Dk]`, lse `[B, T, H]`, out int32 `[B, T, Hkv, n]`.
