@@ -211,7 +211,7 @@ SENTENCES: list[tuple[str, str, list[float | None]]] = [
         "711,000 tokens/s on two, 373,000 on one: 1.91 times.",
         [TWO_GPUS, ONE_GPU, TWO_GPUS / ONE_GPU],
     ),
-    ("docs/before_a_run.md", "it trains at 377,000 tokens/s", [training("2048")[0]]),
+    ("docs/before_a_run.md", "It trains at 377,000 tokens/s", [training("2048")[0]]),
 ]  # fmt: skip
 
 # Tables whose cells hold numbers that no results file has, by document and first heading.

@@ -2,8 +2,8 @@
 classes.
 
 Reading order: `configuration_nsa.py`, `modeling_nsa.py` (the model), `dense_nsa.py` (its dense and sliding layers),
-`rows_nsa.py` (batches with padding or packed documents), `cache_nsa.py` (what `generate` keeps), `heads_nsa.py` (sequences,
-tokens, answers), `peft_nsa.py`.
+`rows_nsa.py` (rows without their padding), `cache_nsa.py` (what `generate` keeps), `heads_nsa.py` (sequences, tokens,
+answers), `peft_nsa.py`.
 
 >>> from nsa.hf import NSAConfig, NSAForCausalLM
 >>> from transformers import AutoModelForCausalLM
