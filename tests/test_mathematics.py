@@ -57,8 +57,8 @@ def test_the_table_of_symbols_has_every_field_with_its_default() -> None:
 def test_the_papers_geometry_reads_and_weighs_as_the_page_says() -> None:
     geometry = BlockGeometry()
     *first, last = geometry.predicted_reads(65536).values()
-    stated = f"{', '.join(f'{tokens:,}' for tokens in first)} and {last}, that is {sum(first) + last:,} of 65,536 tokens"
-    assert stated in " ".join(TEXT.split())
+    reads = f"{', '.join(f'{tokens:,}' for tokens in first)} and {last}"
+    assert f"{reads}, that is {sum(first) + last:,} of 65,536 tokens" in " ".join(TEXT.split())
     assert geometry.overlap_weights == (1, 2, 2, 2, 1)
     assert (geometry.overlap_start, geometry.strides_per_select) == (-1, 4)
 
