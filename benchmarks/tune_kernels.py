@@ -4,8 +4,8 @@
 
 For who changes a kernel or brings a new GPU: the constants in `src/nsa/ops/triton/` come from such runs. Each line is a
 stage, a variant, its median milliseconds and how far its results are from the plain kernels' (largest error of a row
-over the rows' root mean square). A variant that fails says why and the others go on. It takes a Hopper GPU, for the
-variants that are Hopper's own.
+over the rows' root mean square). A variant that fails says why, and the others are timed all the same. It takes a
+Hopper GPU, for the variants that are Hopper's own.
 """
 
 from __future__ import annotations

@@ -153,7 +153,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_resumed(
 
 def test_a_run_can_be_made_longer_and_the_change_is_recorded(tiny) -> None:
     folder = train(*prepare(tiny(train=STEPS))).folder.path
-    with pytest.raises(ValueError, match=r"has finished its 8 steps; to go on, give more: --train\.steps 16"):
+    with pytest.raises(ValueError, match=r"has finished its 8 steps; to continue, give more: --train\.steps 16"):
         resume(folder)
     before = table(folder)
     outcome = resume(folder, "--train.steps", "10", "--eval.every_steps", "5")

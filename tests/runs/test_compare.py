@@ -65,7 +65,7 @@ def test_a_killed_run_and_one_before_its_first_evaluation_are_told(tmp_path: Pat
     write_beats(killed, [beat(pid=2**30)])
     begun = write_run(tmp_path / "begun", [], state="running")
     found = rows(compare_runs([killed, begun], tmp_path / "both"))
-    assert found["state"] == ["killed; `nsa resume` goes on".replace("`", "\\`"), "running, no beat yet"]
+    assert found["state"] == ["killed; `nsa resume` continues it".replace("`", "\\`"), "running, no beat yet"]
     assert found["held-out loss"] == ["2.0000, after step 1", "-"]
     assert found["held-out loss against the first"] == ["the first", "-"]
     assert found["training loss"] == ["2.0000", "-"]

@@ -1,4 +1,5 @@
-"""Measurements: `protocol.py` is how, every other file one benchmark of `nsa bench`.
+"""Measurements, one benchmark of `nsa bench` a file.
 
-`settings.py` is what each can be told, `prefill_picture.py` draws one.
+Reading order: `settings.py` (what each can be told), `protocol.py` (how all of them measure), `prefill.py` with
+`prefill_picture.py`, `decode.py`, `train.py`, `telemetry.py`.
 """

@@ -17,7 +17,7 @@ from nsa.data.sources.synthetic import NUM_KEYS
 from nsa.section import Section
 
 OneSource = Literal["sotu", "tinyshakespeare", "text", "jsonl", "parquet", "fineweb_edu", "synthetic"]
-AnySource = Literal["sotu", "tinyshakespeare", "text", "jsonl", "parquet", "fineweb_edu", "synthetic", "mix"]
+AnySource = Literal[OneSource, "mix"]
 NEEDS_PATHS, MAY_HAVE_PATHS = ("text", "jsonl", "parquet"), ("tinyshakespeare",)
 LONGEST_WAIT_S = 1e7
 

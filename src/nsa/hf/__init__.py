@@ -1,6 +1,10 @@
 """The transformers model. Importing this registers it and its heads with `AutoConfig`, `AutoModel` and the other auto
 classes.
 
+Reading order: `configuration_nsa.py`, `modeling_nsa.py` (the model), `dense_nsa.py` (its dense and sliding layers),
+`rows_nsa.py` (rows without their padding), `cache_nsa.py` (what `generate` keeps), `heads_nsa.py` (sequences, tokens,
+answers), `peft_nsa.py`.
+
 >>> from nsa.hf import NSAConfig, NSAForCausalLM
 >>> from transformers import AutoModelForCausalLM
 >>> model = AutoModelForCausalLM.from_pretrained("runs/showcase/checkpoints/latest")

@@ -43,7 +43,7 @@ class ResumedFrom:
         step: optimizer steps done.
         count: how often the run has been resumed, this time included.
         unix_time_s: when.
-        world_size: ranks that go on.
+        world_size: ranks that resume it.
         changed: keys of the config with the values before the checkpoint and from now on.
     """
 
@@ -110,7 +110,7 @@ def _prepare_locked(
     done = before.get("state") == "finished" and not before.get("report_failure")
     if done and trainer.step >= config.train.steps:
         raise ValueError(
-            f"{folder.path} has finished its {config.train.steps} steps; to go on, give more: --train.steps "
+            f"{folder.path} has finished its {config.train.steps} steps; to continue, give more: --train.steps "
             f"{2 * config.train.steps}"
         )
     if checkpoint is None and before.get("state") in ("finished", "stopped") and before.get("step"):

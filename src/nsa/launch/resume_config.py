@@ -138,8 +138,8 @@ def check_unchanged(trained: RunConfig, wanted: RunConfig, *, path: Path, source
             [
                 f"{path} is not what the run was trained with ({source}):",
                 *lines,
-                f"A resumed run keeps what decides its steps. To go on as it was: rm {path}; for the new values begin "
-                f"a new run: nsa train {path} --run.name {wanted.run.name}-2",
+                f"A resumed run keeps what decides its steps. To continue as it was: rm {path}; for the new values "
+                f"begin a new run: nsa train {path} --run.name {wanted.run.name}-2",
             ]
         )
     )

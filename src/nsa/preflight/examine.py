@@ -154,7 +154,7 @@ def examine_corpus(report: Report, corpus: Corpus | MixedCorpus, tokenizer: Toke
 
 
 def examine_resume(config: RunConfig, run: Path, *, world_size: int = 1) -> Report:
-    """Check a run before it goes on, in well under a second: the device, the disk, and what else the config tells.
+    """Check a run before it resumes, in well under a second: the device, the disk, and what else the config tells.
 
     Args:
         config: of the run, with what is changed.

@@ -98,14 +98,14 @@ def flat(values: Any, prefix: str = "") -> dict[str, str]:
 
 
 def _state(folder: RunFolder) -> str:
-    """How the run stands; one whose processes are gone while it says that it goes on was killed."""
+    """How the run stands; one whose processes are gone while its status is still "running" was killed."""
     status = folder.read_status()
     reason = f": {status['reason']}" if status.get("reason") else ""
     if status["state"] != "running":
         return f"{status['state']} after step {status['step']}{reason}"
     look = Watch(folder.path, Thresholds()).look()
     if look.processes and set(look.processes.values()) == {"gone"}:
-        return "killed; `nsa resume` goes on"
+        return "killed; `nsa resume` continues it"
     newest = max((beat.unix_time_s for beat in look.beats.values()), default=None)
     beaten = "no beat yet" if newest is None else f"last beat {duration(max(0.0, look.unix_time_s - newest))} ago"
     return f"running, {beaten}"

@@ -73,7 +73,7 @@ def judge(
         return []
     last = beats[-1]
     newest = [beat for beat in beats if (beat.pid, beat.process_start_s) == (last.pid, last.process_start_s)]
-    # A process that has gone on from a checkpoint measures no gates at first; what was measured last holds till then.
+    # A resumed process measures no gates at first; what was measured last holds till then.
     measured = next((beat for beat in reversed(beats) if beat.gate is not None), last)
     findings = [] if now_s is None or last.phase == "ended" else [_liveness(last, thresholds, now_s, process)]
     findings += [_nonfinite(last), _throughput(newest, thresholds), _memory(newest, thresholds)]

@@ -67,7 +67,7 @@ class Look:
 
     @property
     def running(self) -> bool:
-        """Whether the run says that it goes on."""
+        """Whether the run says that it is running."""
         return self.status["state"] == "running"
 
     @property
@@ -176,7 +176,7 @@ class Watch:
         return done + self._clocks(look)
 
     def gave_up(self, look: Look) -> str | None:
-        """Why there is no use in watching any longer, although the run says that it goes on; or None."""
+        """Why there is no use in watching any longer, although the run says that it is running; or None."""
         if not look.running or not look.beats:
             return None
         # A process that has just closed its heartbeat is about to write the final status.

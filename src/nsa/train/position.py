@@ -14,7 +14,7 @@ from nsa.runs.tables import EvalRecord
 
 @dataclass(frozen=True)
 class Position:
-    """A point of a run from which it can go on; the same on all ranks.
+    """A point of a run from which it can resume; the same on all ranks.
 
     Attributes:
         step: optimizer steps done.

@@ -61,7 +61,7 @@ class Trainer:
     Args:
         config: of the run.
         parallel: this process among those of the run; one process unless given.
-        checkpoint: to go on from, written with this or another number of ranks; a new run unless given.
+        checkpoint: to resume from, written with this or another number of ranks; a new run unless given.
 
     Raises:
         ValueError: the config asks for something impossible, or the checkpoint belongs to other data.

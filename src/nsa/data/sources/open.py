@@ -1,6 +1,6 @@
 """Documents with stable names, from whatever `DataConfig.source` names.
 
-To add one, write a `Source` (`base.py`), or a function that returns `Documents`, and name it in `open_source`.
+To add one, follow CONTRIBUTING.md: a `Source` (`base.py`), or a function that returns `Documents`, and its `case` here.
 Malformed input is an error that names file and line; nothing is skipped or replaced.
 
     >>> source = open_source(DataConfig())
