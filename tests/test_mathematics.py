@@ -56,13 +56,9 @@ def test_the_table_of_symbols_has_every_field_with_its_default() -> None:
 
 def test_the_papers_geometry_reads_and_weighs_as_the_page_says() -> None:
     geometry = BlockGeometry()
-<<<<<<< HEAD
-    assert f"{sum(geometry.predicted_reads(65536).values()):,} of 65,536 tokens" in TEXT
-=======
     *first, last = geometry.predicted_reads(65536).values()
     reads = f"{', '.join(f'{tokens:,}' for tokens in first)} and {last}"
     assert f"{reads}, that is {sum(first) + last:,} of 65,536 tokens" in " ".join(TEXT.split())
->>>>>>> h-w3
     assert geometry.overlap_weights == (1, 2, 2, 2, 1)
     assert (geometry.overlap_start, geometry.strides_per_select) == (-1, 4)
 

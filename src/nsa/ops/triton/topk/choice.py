@@ -23,8 +23,8 @@ quads that reach it go to a list, and only the list is searched exactly:
     list      4, 132, 260, ..: the first blocks of quads in which a candidate reaches it, in order
 
 Where more quads reach the bound than the list has room for (ties, rising scores), the list is cut to its best FREE
-blocks, then the present CHUNK to its own, both exactly; later candidates must exceed the least of them. Any length takes this
-path, and ties go to the lower index because list and candidates stay in index order.
+blocks, then the present CHUNK to its own, both exactly; later candidates must exceed the least of them. Any length
+takes this path, and ties go to the lower index because list and candidates stay in index order.
 
 Shapes: q `[B, T, H, Dk]`, k_cmp `[B, N, Hkv, Dk]`, lse `[B, T, H]`, out int32 `[B, T, Hkv, n]`.
 """
